@@ -1,0 +1,90 @@
+"""Tokenizer files of an HF folder, from whatever names the vocabulary."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from typing import Any
+
+from fat5_jax.errors import UserError
+
+FILES = (
+    "spiece.model",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+)
+
+
+def write(tokenizer: Any, folder: str) -> None:
+  """Writes tokenizer files into `folder`.
+
+  Args:
+    tokenizer: a folder that holds tokenizer files (copied), a SentencePiece
+      model file (100 sentinels are added, as in T5), an HF tokenizer (its own
+      `save_pretrained`), or a SeqIO SentencePiece or byte vocabulary.
+    folder: an existing folder.
+
+  Raises:
+    UserError: if it is none of these.
+  """
+  if hasattr(tokenizer, "save_pretrained"):
+    tokenizer.save_pretrained(folder)
+  elif isinstance(tokenizer, (str, os.PathLike)):
+    path = os.fspath(tokenizer)
+    if os.path.isdir(path):
+      _copy(path, folder)
+    elif os.path.isfile(path):
+      _write_sentencepiece(path, 100, folder)
+    else:
+      raise UserError(f"{path}: no such tokenizer file or folder")
+  elif getattr(tokenizer, "sentencepiece_model_file", None):
+    _write_sentencepiece(
+        tokenizer.sentencepiece_model_file, tokenizer.extra_ids, folder
+    )
+  elif type(tokenizer).__name__ == "ByteVocabulary":
+    _write_config(folder, "ByT5Tokenizer", tokenizer.extra_ids)
+  else:
+    raise UserError(
+        f"cannot write a Hugging Face tokenizer from {type(tokenizer).__name__}"
+    )
+
+
+def _copy(source: str, folder: str) -> None:
+  found = [f for f in FILES if os.path.exists(os.path.join(source, f))]
+  if not found:
+    raise UserError(f"{source}: holds no tokenizer file ({', '.join(FILES)})")
+  for file in found:
+    shutil.copyfile(os.path.join(source, file), os.path.join(folder, file))
+
+
+def _write_sentencepiece(path: str, extra_ids: int, folder: str) -> None:
+  shutil.copyfile(path, os.path.join(folder, "spiece.model"))
+  _write_config(folder, "T5Tokenizer", extra_ids)
+
+
+def _write_config(folder: str, tokenizer_class: str, extra_ids: int) -> None:
+  special = {
+      "eos_token": "</s>",
+      "unk_token": "<unk>",
+      "pad_token": "<pad>",
+      "additional_special_tokens": [
+          f"<extra_id_{i}>" for i in range(extra_ids)
+      ],
+  }
+  config = {
+      **special,
+      "tokenizer_class": tokenizer_class,
+      "extra_ids": extra_ids,
+      # T5's relative positions set no limit.
+      "model_max_length": int(1e30),
+  }
+  for name, value in (
+      ("tokenizer_config.json", config),
+      ("special_tokens_map.json", special),
+  ):
+    with open(os.path.join(folder, name), "w", encoding="utf-8") as file:
+      json.dump(value, file, indent=2)
+      file.write("\n")

@@ -1,0 +1,393 @@
+"""T5: encoder, decoder, and the two together.
+
+The decoder's key/value cache is an explicit pytree, in and out, so that
+decoding is a pure function. One entry a layer (stacked where layers are
+scanned): `{"self": {key, value}, "cross": {key, value}}`.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from fat5_jax.models import layers
+from fat5_jax.models.config import T5Config
+from fat5_jax.models.positions import RelativePositionBias
+from pallas_kernels import RelativeBuckets
+
+_REMAT_POLICIES = {
+    "minimal": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "full": None,
+}
+
+
+class EncoderLayer(nn.Module):
+  """Self-attention, then feed-forward, each normalised and residual."""
+
+  config: T5Config
+  enable_dropout: bool
+
+  @nn.compact
+  def __call__(self, x_BLM, cache, segment_ids, position):
+    config, on = self.config, self.enable_dropout
+    if position is None:
+      position = RelativePositionBias(config, True, name="relpos_bias")()
+    h = layers.RMSNorm(config, name="pre_attention_layer_norm")(x_BLM)
+    attention = layers.Attention(config, on, name="attention")
+    h = attention(
+        h,
+        attention.project_memory(h),
+        position=position,
+        q_segment_ids=segment_ids,
+        kv_segment_ids=segment_ids,
+    )
+    x_BLM = x_BLM + layers.Dropout(config, on)(h)
+    h = layers.RMSNorm(config, name="pre_mlp_layer_norm")(x_BLM)
+    h = layers.Mlp(config, on, name="mlp")(h)
+    return x_BLM + layers.Dropout(config, on)(h), cache
+
+
+class DecoderLayer(nn.Module):
+  """Causal self-attention, cross-attention, feed-forward."""
+
+  config: T5Config
+  enable_dropout: bool
+  # Rows of the cache that the first decoding step makes; 0 in training.
+  cache_length: int
+
+  @nn.compact
+  def __call__(
+      self,
+      x_BLM,
+      cache,
+      encoded_BKM,
+      decoder_segment_ids,
+      cross_q_segment_ids,
+      encoder_segment_ids,
+      position,
+      index,
+  ):
+    config, on = self.config, self.enable_dropout
+    if position is None:
+      position = RelativePositionBias(config, False, name="relpos_bias")()
+    h = layers.RMSNorm(config, name="pre_self_attention_layer_norm")(x_BLM)
+    attention = layers.Attention(config, on, name="self_attention")
+    memory = attention.project_memory(h)
+    if self.cache_length:
+      memory = _write_cache(
+          None if cache is None else cache["self"],
+          memory,
+          index,
+          self.cache_length,
+      )
+    h = attention(
+        h,
+        memory,
+        position=position,
+        causal=True,
+        q_segment_ids=decoder_segment_ids,
+        kv_segment_ids=decoder_segment_ids,
+        q_offset=index,
+    )
+    x_BLM = x_BLM + layers.Dropout(config, on)(h)
+
+    h = layers.RMSNorm(config, name="pre_cross_attention_layer_norm")(x_BLM)
+    attention = layers.Attention(config, on, name="encoder_decoder_attention")
+    if cache is None:
+      cross = attention.project_memory(encoded_BKM)
+    else:
+      cross = cache["cross"]
+    h = attention(
+        h,
+        cross,
+        q_segment_ids=cross_q_segment_ids,
+        kv_segment_ids=encoder_segment_ids,
+    )
+    x_BLM = x_BLM + layers.Dropout(config, on)(h)
+
+    h = layers.RMSNorm(config, name="pre_mlp_layer_norm")(x_BLM)
+    h = layers.Mlp(config, on, name="mlp")(h)
+    x_BLM = x_BLM + layers.Dropout(config, on)(h)
+    return x_BLM, {"self": memory, "cross": cross} if self.cache_length else None
+
+
+def _write_cache(cache, new, index, length):
+  """`new` keys and values written at `index`; an empty cache where None."""
+
+  def write(rows_BLHD, new_BQHD):
+    return jax.lax.dynamic_update_slice_in_dim(rows_BLHD, new_BQHD, index, 1)
+
+  if cache is None:
+    cache = jax.tree.map(
+        lambda x: jnp.zeros((x.shape[0], length, *x.shape[2:]), x.dtype), new
+    )
+  return jax.tree.map(write, cache, new)
+
+
+def _apply_layers(layer_class, num_layers, x_BLM, caches, *shared, **attributes):
+  """Runs the layers in a loop or as one scanned layer.
+
+  Parameters are `layers_{i}` in the loop, and `layers` with a leading layer
+  axis where `config.scan_layers`.
+  """
+  config = attributes["config"]
+  if config.remat_policy != "none":
+    layer_class = nn.remat(
+        layer_class,
+        policy=_REMAT_POLICIES[config.remat_policy],
+        prevent_cse=not config.scan_layers,
+    )
+  if config.scan_layers:
+    scanned = nn.scan(
+        layer_class,
+        variable_axes={"params": 0},
+        split_rngs={"params": True, "dropout": True},
+        in_axes=(0,) + (nn.broadcast,) * len(shared),
+        length=num_layers,
+    )
+    return scanned(**attributes, name="layers")(x_BLM, caches, *shared)
+  new_caches = []
+  for i in range(num_layers):
+    cache = None if caches is None else caches[i]
+    layer = layer_class(**attributes, name=f"layers_{i}")
+    x_BLM, cache = layer(x_BLM, cache, *shared)
+    new_caches.append(cache)
+  return x_BLM, new_caches
+
+
+class Encoder(nn.Module):
+  """Embedded tokens to hidden states."""
+
+  config: T5Config
+
+  @nn.compact
+  def __call__(self, x_BLM, segment_ids, *, enable_dropout: bool) -> jax.Array:
+    config = self.config
+    position = None
+    if not config.relative_attention_per_layer:
+      position = RelativePositionBias(config, True, name="relpos_bias")()
+    x_BLM = layers.Dropout(config, enable_dropout)(x_BLM)
+    x_BLM, _ = _apply_layers(
+        EncoderLayer,
+        config.num_encoder_layers,
+        x_BLM,
+        None,
+        segment_ids,
+        position,
+        config=config,
+        enable_dropout=enable_dropout,
+    )
+    x_BLM = layers.RMSNorm(config, name="encoder_norm")(x_BLM)
+    # T5X does not share this one mask along the length.
+    return nn.Dropout(config.dropout_rate)(
+        x_BLM, deterministic=not enable_dropout
+    )
+
+
+class Decoder(nn.Module):
+  """Embedded target tokens and encoder output to hidden states."""
+
+  config: T5Config
+
+  @nn.compact
+  def __call__(
+      self,
+      x_BLM,
+      encoded_BKM,
+      *,
+      decoder_segment_ids=None,
+      cross_q_segment_ids=None,
+      encoder_segment_ids=None,
+      cache=None,
+      cache_length: int = 0,
+      index=0,
+      enable_dropout: bool,
+  ) -> tuple[jax.Array, Any]:
+    config = self.config
+    position: RelativeBuckets | None = None
+    if not config.relative_attention_per_layer:
+      position = RelativePositionBias(config, False, name="relpos_bias")()
+    x_BLM = layers.Dropout(config, enable_dropout)(x_BLM)
+    x_BLM, cache = _apply_layers(
+        DecoderLayer,
+        config.num_decoder_layers,
+        x_BLM,
+        cache,
+        encoded_BKM,
+        decoder_segment_ids,
+        cross_q_segment_ids,
+        encoder_segment_ids,
+        position,
+        index,
+        config=config,
+        enable_dropout=enable_dropout,
+        cache_length=cache_length,
+    )
+    x_BLM = layers.RMSNorm(config, name="decoder_norm")(x_BLM)
+    x_BLM = layers.Dropout(config, enable_dropout)(x_BLM)
+    if config.scales_decoder_outputs:
+      x_BLM = x_BLM / jnp.sqrt(config.emb_dim).astype(x_BLM.dtype)
+    if config.logits_via_embedding:
+      return x_BLM, cache
+    logits_BLV = layers.Dense(
+        config.vocab_size,
+        config.dtype,
+        output_dtype=jnp.float32,
+        name="logits_dense",
+    )(x_BLM)
+    return logits_BLV, cache
+
+
+class Transformer(nn.Module):
+  """An encoder-decoder T5 whose parameter tree is T5X's.
+
+  `apply({"params": params}, ...)`; methods `encode` and `decode` split the
+  call for generation. Padding is token `config.pad_token_id` or segment 0 and
+  is masked in every attention.
+  """
+
+  config: T5Config
+
+  def setup(self):
+    self.token_embedder = layers.Embed(self.config)
+    self.encoder = Encoder(self.config)
+    self.decoder = Decoder(self.config)
+
+  def encode(
+      self,
+      encoder_input_tokens: jax.Array,
+      encoder_segment_ids: jax.Array | None = None,
+      *,
+      enable_dropout: bool = False,
+  ) -> jax.Array:
+    """Hidden states (B, L, M) of tokens (B, L)."""
+    if encoder_segment_ids is None:
+      encoder_segment_ids = self.segments(encoder_input_tokens)
+    return self.encoder(
+        self.token_embedder(encoder_input_tokens),
+        encoder_segment_ids,
+        enable_dropout=enable_dropout,
+    )
+
+  def decode(
+      self,
+      encoded_BKM: jax.Array | None,
+      encoder_segment_ids: jax.Array,
+      decoder_input_tokens: jax.Array,
+      *,
+      decoder_segment_ids: jax.Array | None = None,
+      cache: Any = None,
+      cache_length: int = 0,
+      index: int | jax.Array = 0,
+      enable_dropout: bool = False,
+  ) -> tuple[jax.Array, Any]:
+    """Logits of decoder tokens, and the cache for the tokens after them.
+
+    Args:
+      encoded_BKM: encoder output; unused, may be None, once a cache exists.
+      encoder_segment_ids: (B, K); 0 is padding.
+      decoder_input_tokens: (B, L) tokens at positions index ... index + L - 1.
+      decoder_segment_ids: (B, L), for packed rows, or None.
+      cache: what the previous call returned, or None in the first.
+      cache_length: positions the cache shall hold; 0 keeps none (training).
+      index: position of the first token, a number or a traced scalar.
+      enable_dropout: whether dropout is on (needs a "dropout" rng).
+
+    Returns:
+      float32 logits (B, L, V) and the new cache.
+    """
+    # Unpacked decoder rows see every real encoder token of their row; in packed
+    # rows segments must agree.
+    outputs, cache = self.decoder(
+        self.token_embedder(decoder_input_tokens),
+        encoded_BKM,
+        decoder_segment_ids=decoder_segment_ids,
+        cross_q_segment_ids=decoder_segment_ids,
+        encoder_segment_ids=encoder_segment_ids,
+        cache=cache,
+        cache_length=cache_length,
+        index=index,
+        enable_dropout=enable_dropout,
+    )
+    if self.config.logits_via_embedding:
+      outputs = self.token_embedder.attend(outputs)
+    return outputs, cache
+
+  def __call__(
+      self,
+      encoder_input_tokens: jax.Array,
+      decoder_input_tokens: jax.Array,
+      decoder_target_tokens: jax.Array | None = None,
+      encoder_segment_ids: jax.Array | None = None,
+      decoder_segment_ids: jax.Array | None = None,
+      encoder_positions: jax.Array | None = None,
+      decoder_positions: jax.Array | None = None,
+      *,
+      enable_dropout: bool = False,
+  ) -> jax.Array:
+    """float32 logits (B, L, V) of every decoder position.
+
+    Args:
+      encoder_input_tokens: (B, K) ints.
+      decoder_input_tokens: (B, L) ints, targets shifted right.
+      decoder_target_tokens: (B, L); where given, its padding is masked too.
+      encoder_segment_ids: (B, K), 1, 2, ... in packed rows, 0 for padding.
+      decoder_segment_ids: (B, L), likewise; both or neither.
+      encoder_positions: (B, K) positions within each segment, as SeqIO's
+        packing writes them. T5 uses differences of positions within a segment
+        only, which the row index gives as well; they are checked to agree
+        where their values are known.
+      decoder_positions: (B, L), likewise.
+      enable_dropout: whether dropout is on (needs a "dropout" rng).
+
+    Raises:
+      ValueError: if one side alone has segments, or if positions do not count
+        up by one inside a segment.
+    """
+    if (encoder_segment_ids is None) != (decoder_segment_ids is None):
+      raise ValueError(
+          "packing needs encoder_segment_ids and decoder_segment_ids, or neither"
+      )
+    _check_positions("encoder", encoder_positions, encoder_segment_ids)
+    _check_positions("decoder", decoder_positions, decoder_segment_ids)
+    if encoder_segment_ids is None:
+      encoder_segment_ids = self.segments(encoder_input_tokens)
+      if decoder_target_tokens is not None:
+        decoder_segment_ids = self.segments(decoder_target_tokens)
+    encoded_BKM = self.encode(
+        encoder_input_tokens, encoder_segment_ids, enable_dropout=enable_dropout
+    )
+    return self.decode(
+        encoded_BKM,
+        encoder_segment_ids,
+        decoder_input_tokens,
+        decoder_segment_ids=decoder_segment_ids,
+        enable_dropout=enable_dropout,
+    )[0]
+
+  def segments(self, tokens_BL: jax.Array) -> jax.Array:
+    """Segment ids of unpacked rows: 1 for real tokens, 0 for padding."""
+    return (tokens_BL != self.config.pad_token_id).astype(jnp.int32)
+
+
+def _check_positions(side, positions_BL, segment_ids_BL) -> None:
+  if positions_BL is None or isinstance(positions_BL, jax.core.Tracer):
+    return
+  if isinstance(segment_ids_BL, jax.core.Tracer):
+    return
+  positions = np.asarray(positions_BL)
+  same_segment = np.ones(positions[:, 1:].shape, bool)
+  if segment_ids_BL is not None:
+    segments = np.asarray(segment_ids_BL)
+    same_segment = (segments[:, 1:] == segments[:, :-1]) & (segments[:, 1:] > 0)
+  wrong = same_segment & (np.diff(positions, axis=1) != 1)
+  if segment_ids_BL is not None and wrong.any():
+    row, column = np.argwhere(wrong)[0]
+    raise ValueError(
+        f"{side}_positions[{row}] does not count up by one at column"
+        f" {column + 1}: T5 attends by distance within a contiguous segment"
+    )

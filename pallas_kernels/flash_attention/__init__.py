@@ -1,0 +1,1 @@
+"""Flash attention with an in-kernel relative position bias; see api.py."""

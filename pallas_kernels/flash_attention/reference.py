@@ -1,0 +1,74 @@
+"""Dense float32 attention: the specification that every backend is judged by.
+
+Quadratic in length on purpose. For tests and for tiny shapes only.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels.flash_attention import relative_bias
+
+
+def attention_mask(
+    queries: int,
+    keys: int,
+    *,
+    causal: bool,
+    q_offset,
+    q_segment_ids: jax.Array | None,
+    kv_segment_ids: jax.Array | None,
+) -> jax.Array | None:
+  """Boolean, broadcastable to (B, 1, Q, K): which key each query may see.
+
+  None where everything is visible. Segment 0 is padding: no query sees it and
+  it sees nothing. A missing side is all ones.
+  """
+  mask = None
+  if causal:
+    q_position = jnp.arange(queries) + q_offset
+    mask = (jnp.arange(keys) <= q_position[:, None])[None, None]
+  if q_segment_ids is not None or kv_segment_ids is not None:
+    one = jnp.ones((1, 1), jnp.int32)
+    q_BQ = one if q_segment_ids is None else q_segment_ids
+    kv_BK = one if kv_segment_ids is None else kv_segment_ids
+    same = (q_BQ[:, :, None] == kv_BK[:, None, :]) & (kv_BK[:, None, :] != 0)
+    mask = same[:, None] if mask is None else mask & same[:, None]
+  return mask
+
+
+def attention(
+    q_BQHD,
+    k_BKHD,
+    v_BKHD,
+    vector_HR,
+    q_segment_ids,
+    kv_segment_ids,
+    q_offset,
+    *,
+    causal: bool,
+    scale: float,
+) -> jax.Array:
+  """softmax(scale * q k^T + bias, masked) v in float32; cast to q's dtype."""
+  queries, keys = q_BQHD.shape[1], k_BKHD.shape[1]
+  highest = jax.lax.Precision.HIGHEST
+  q, k, v = (x.astype(jnp.float32) for x in (q_BQHD, k_BKHD, v_BKHD))
+  s_BHQK = scale * jnp.einsum("bqhd,bkhd->bhqk", q, k, precision=highest)
+  if vector_HR is not None:
+    distances = jnp.arange(keys) - (jnp.arange(queries) + q_offset)[:, None]
+    s_BHQK += relative_bias.gather_distances(vector_HR, distances)
+  mask = attention_mask(
+      queries,
+      keys,
+      causal=causal,
+      q_offset=q_offset,
+      q_segment_ids=q_segment_ids,
+      kv_segment_ids=kv_segment_ids,
+  )
+  p_BHQK = jax.nn.softmax(s_BHQK, axis=-1, where=mask)
+  if mask is not None:
+    # A fully masked row gives 0, and no gradient, instead of 0 / 0.
+    p_BHQK = jnp.where(mask, p_BHQK, 0.0)
+  o_BQHD = jnp.einsum("bhqk,bkhd->bqhd", p_BHQK, v, precision=highest)
+  return o_BQHD.astype(q_BQHD.dtype)
