@@ -1,0 +1,374 @@
+"""Checkpoints of a run, and where a model's weights come from.
+
+A run folder (MODEL_DIR) holds `model.json` (the T5Config and the vocabulary)
+and `checkpoint_<step>/` folders: `params`, `optimizer` and `data`, written by
+orbax. Layers are always `layers_{i}` on disk; stacking them for a scan happens
+here.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+import os
+import re
+import tempfile
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import orbax.checkpoint as ocp
+
+from fat5_jax.convert import hf, table
+from fat5_jax.errors import UserError
+from fat5_jax.models.config import T5Config
+
+logger = logging.getLogger("fat5_jax")
+_STEP_FOLDER = re.compile(r"checkpoint_(\d+)$")
+
+
+@dataclasses.dataclass(frozen=True)
+class SaveCheckpointConfig:
+  """How often to save, and how many to keep (None keeps all)."""
+
+  period: int = 1000
+  keep: int | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class RestoreCheckpointConfig:
+  """Where a run starts from: an HF folder, a run folder or a checkpoint."""
+
+  path: str | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class CheckpointConfig:
+  """T5X's pair of saving and restoring."""
+
+  save: SaveCheckpointConfig = SaveCheckpointConfig()
+  restore: RestoreCheckpointConfig = RestoreCheckpointConfig()
+
+
+# ---- Layers: a loop's layout and a scan's ------------------------------------
+
+
+def stack_layers(tree: Any) -> Any:
+  """`layers_0`, `layers_1`, ... as one `layers` with a leading layer axis."""
+
+  def is_stack(node):
+    return isinstance(node, dict) and "layers_0" in node
+
+  def stack(node):
+    if not is_stack(node):
+      return node
+    rest = {k: v for k, v in node.items() if not k.startswith("layers_")}
+    layers = [node[f"layers_{i}"] for i in range(len(node) - len(rest))]
+    return rest | {"layers": jax.tree.map(lambda *x: jnp.stack(x), *layers)}
+
+  return jax.tree.map(stack, tree, is_leaf=is_stack)
+
+
+def unstack_layers(tree: Any) -> Any:
+  """The inverse of `stack_layers`."""
+
+  def is_stack(node):
+    return isinstance(node, dict) and "layers" in node
+
+  def unstack(node):
+    if not is_stack(node):
+      return node
+    rest = {k: v for k, v in node.items() if k != "layers"}
+    count = len(jax.tree.leaves(node["layers"])[0])
+    return rest | {
+        f"layers_{i}": jax.tree.map(lambda x, i=i: x[i], node["layers"])
+        for i in range(count)
+    }
+
+  return jax.tree.map(unstack, tree, is_leaf=is_stack)
+
+
+def _as_on_disk(abstract: Any) -> Any:
+  """Shapes of a state as they lie on disk."""
+  return jax.eval_shape(unstack_layers, abstract)
+
+
+def _as_running(tree: Any, scan_layers: bool) -> Any:
+  return stack_layers(tree) if scan_layers else tree
+
+
+# ---- The run folder ----------------------------------------------------------
+
+
+def write_atomically(path: str, text: str) -> None:
+  """Writes a file so that a reader, or a crash, sees all of it or nothing."""
+  folder = os.path.dirname(path)
+  with tempfile.NamedTemporaryFile(
+      "w", dir=folder, delete=False, encoding="utf-8"
+  ) as file:
+    file.write(text)
+  os.chmod(file.name, 0o644)
+  os.replace(file.name, path)
+
+
+def prepare_model_dir(model_dir: str) -> str:
+  """Makes the folder, and sure that it can be written; its absolute path."""
+  model_dir = os.path.abspath(os.path.expanduser(model_dir))
+  try:
+    os.makedirs(model_dir, exist_ok=True)
+    with tempfile.TemporaryFile(dir=model_dir):
+      pass
+  except OSError as e:
+    raise UserError(
+        f"MODEL_DIR {model_dir} cannot be written: {e.strerror}. Choose another"
+        " with --gin.MODEL_DIR=..."
+    ) from None
+  return model_dir
+
+
+def read_model_json(folder: str) -> dict[str, Any] | None:
+  """The contents of a run folder's model.json, or None."""
+  path = os.path.join(folder, "model.json")
+  if not os.path.exists(path):
+    return None
+  try:
+    with open(path, encoding="utf-8") as file:
+      return json.load(file)
+  except json.JSONDecodeError as e:
+    raise UserError(f"{path}: not valid JSON: {e}") from None
+
+
+def check_same_model(model_dir: str, config: T5Config) -> None:
+  """Raises UserError if the folder holds a run of another architecture."""
+  found = read_model_json(model_dir)
+  if found is None:
+    return
+  before = T5Config(**found["model"]).architecture()
+  now = config.architecture()
+  lines = [
+      f"  - {key} = {before[key]!r}\n  + {key} = {now[key]!r}"
+      for key in now
+      if before[key] != now[key]
+  ]
+  if lines:
+    raise UserError(
+        f"MODEL_DIR {model_dir} holds a different model (- there, + asked"
+        " for):\n" + "\n".join(lines) + "\nUse another --gin.MODEL_DIR=..."
+    )
+
+
+def write_model_json(
+    model_dir: str,
+    config: T5Config,
+    vocabulary: dict[str, Any] | None,
+    **more: Any,
+) -> None:
+  """Records what a reader of the checkpoints needs to know."""
+  value = {
+      "model": dataclasses.asdict(config), "vocabulary": vocabulary, **more
+  }
+  write_atomically(
+      os.path.join(model_dir, "model.json"), json.dumps(value, indent=2) + "\n"
+  )
+
+
+def steps(model_dir: str) -> list[int]:
+  """The steps of the complete checkpoints in a run folder, ascending."""
+  if not os.path.isdir(model_dir):
+    return []
+  matches = map(_STEP_FOLDER.match, os.listdir(model_dir))
+  return sorted(int(match[1]) for match in matches if match)
+
+
+class Checkpointer:
+  """Saves and restores a run, asynchronously, keeping the latest few."""
+
+  def __init__(self, model_dir: str, config: SaveCheckpointConfig):
+    self._manager = ocp.CheckpointManager(
+        model_dir,
+        item_names=("params", "optimizer", "data"),
+        options=ocp.CheckpointManagerOptions(
+            step_prefix="checkpoint",
+            max_to_keep=config.keep,
+            cleanup_tmp_directories=True,
+            enable_async_checkpointing=True,
+        ),
+    )
+
+  def latest_step(self) -> int | None:
+    return self._manager.latest_step()
+
+  def save(self, step: int, params, opt_state, data: dict[str, Any]) -> None:
+    """Starts a save; waits for an earlier one first. A saved step is left."""
+    if self._manager.latest_step() == step:
+      return
+    self._manager.save(
+        step,
+        args=ocp.args.Composite(
+            params=ocp.args.StandardSave(unstack_layers(params)),
+            optimizer=ocp.args.StandardSave(unstack_layers(opt_state)),
+            data=ocp.args.JsonSave(data),
+        ),
+    )
+
+  def restore(self, step: int, params, opt_state, scan_layers: bool):
+    """(params, opt_state, data) of a step, given abstract ones as they run."""
+    found = self._manager.restore(
+        step,
+        args=ocp.args.Composite(
+            params=ocp.args.StandardRestore(_as_on_disk(params)),
+            optimizer=ocp.args.StandardRestore(_as_on_disk(opt_state)),
+            data=ocp.args.JsonRestore(),
+        ),
+    )
+    return (
+        _as_running(found["params"], scan_layers),
+        _as_running(found["optimizer"], scan_layers),
+        found["data"],
+    )
+
+  def wait(self) -> None:
+    """Until the last save is complete on disk."""
+    self._manager.wait_until_finished()
+
+  def close(self) -> None:
+    self._manager.close()
+
+
+# ---- Weights to start from ---------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Source:
+  """A checkpoint to read: which kind, where, and at which step."""
+
+  kind: str  # "hf" or "fat5"
+  path: str
+  step: int = 0
+
+  @property
+  def run_dir(self) -> str:
+    return os.path.dirname(self.path) if self.kind == "fat5" else self.path
+
+
+def find(path: str) -> Source:
+  """What lies at a path: an HF folder, a run folder (its latest checkpoint), or
+  one checkpoint of a run.
+
+  Raises:
+    UserError: if it is none of these.
+  """
+  path = os.path.abspath(os.path.expanduser(path))
+  if not os.path.isdir(path):
+    raise UserError(f"{path}: no such checkpoint folder")
+  match = _STEP_FOLDER.match(os.path.basename(path))
+  if match and os.path.isdir(os.path.join(path, "params")):
+    return Source("fat5", path, int(match[1]))
+  if steps(path):
+    step = steps(path)[-1]
+    return Source("fat5", os.path.join(path, f"checkpoint_{step}"), step)
+  if os.path.exists(os.path.join(path, "config.json")):
+    return Source("hf", path)
+  raise UserError(
+      f"{path}: neither a Hugging Face folder (config.json) nor a fat5_jax run"
+      " (model.json and checkpoint_<step>)"
+  )
+
+
+def read_config(source: Source) -> T5Config:
+  """The T5Config of a checkpoint."""
+  if source.kind == "hf":
+    return hf.read_config(source.path)
+  found = read_model_json(source.run_dir)
+  if found is None:
+    raise UserError(f"{source.run_dir}: model.json is missing")
+  return T5Config(**found["model"])
+
+
+def model_config(path: str, **changes: Any) -> T5Config:
+  """The T5Config of the checkpoint at `path`, with run-time fields changed.
+
+  For gin: `T5Config` comes from the checkpoint instead of a size file.
+  """
+  return read_config(find(path)).replace(**changes)
+
+
+def load_params(source: Source) -> tuple[T5Config, dict[str, Any]]:
+  """The config and the parameters (layers unstacked, numpy) of a checkpoint."""
+  if source.kind == "hf":
+    return hf.from_pretrained(source.path)
+  with ocp.StandardCheckpointer() as checkpointer:
+    # A device-free restore: the arrays go wherever the caller puts them.
+    metadata = checkpointer.metadata(os.path.join(source.path, "params"))
+    target = jax.tree.map(
+        lambda x: np.empty(x.shape, x.dtype), metadata.item_metadata.tree
+    )
+    params = checkpointer.restore(os.path.join(source.path, "params"), target)
+  return read_config(source), params
+
+
+def check_params(config: T5Config, params: Any, abstract: Any, where: str):
+  """Raises UserError with a `-`/`+` list unless `params` fit the model."""
+  expected = table.flatten(_as_on_disk(abstract))
+  found = table.flatten(params)
+  name = "/".join
+  table.check_names(map(name, expected), map(name, found), where)
+  table.check_shapes(
+      {name(k): v.shape for k, v in expected.items()},
+      {name(k): v.shape for k, v in found.items()},
+      where,
+  )
+
+
+def initial_params(
+    path: str, config: T5Config, abstract_params: Any
+) -> tuple[Any, Source]:
+  """Parameters to start a run from, in its layout and as float32.
+
+  Raises:
+    UserError: if the checkpoint is not of the run's architecture.
+  """
+  source = find(path)
+  found_config, params = load_params(source)
+  before, now = found_config.architecture(), config.architecture()
+  ignored = ("model_type", "pad_token_id", "eos_token_id",
+             "decoder_start_token_id")
+  lines = [
+      f"  - {key} = {before[key]!r}\n  + {key} = {now[key]!r}"
+      for key in now
+      if before[key] != now[key] and key not in ignored
+  ]
+  if lines:
+    raise UserError(
+        f"INITIAL_CHECKPOINT_PATH {path} is not the model of the gin file"
+        " (- checkpoint, + gin):\n" + "\n".join(lines) + "\nInclude"
+        " 'models/from_checkpoint.gin' to take the model from the checkpoint"
+    )
+  check_params(config, params, abstract_params, path)
+  params = jax.tree.map(
+      lambda x, like: jnp.asarray(x, like.dtype),
+      _as_running(params, config.scan_layers),
+      abstract_params,
+  )
+  return params, source
+
+
+def initial_optimizer(source: Source, abstract: Any, scan_layers: bool) -> Any:
+  """Optimizer state of a fat5_jax checkpoint to start a run from.
+
+  Raises:
+    UserError: if it is that of another optimizer.
+  """
+  path = os.path.join(source.path, "optimizer")
+  try:
+    with ocp.StandardCheckpointer() as checkpointer:
+      found = checkpointer.restore(path, _as_on_disk(abstract))
+  except (ValueError, KeyError, TypeError) as e:
+    raise UserError(
+        f"{source.path} holds the state of another optimizer than the gin file"
+        f" asks for ({str(e).splitlines()[0]}). Export it with"
+        " tools/convert_checkpoint.py and start from the weights alone"
+    ) from None
+  return _as_running(found, scan_layers)

@@ -1,0 +1,386 @@
+"""Flags, gin files and errors for people; the only module that imports gin."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import importlib
+import inspect
+import logging
+import os
+import re
+import sys
+
+from fat5_jax.errors import UserError, nearest
+
+_COMMANDS = {
+    # Command: module, function, the run file that fills what the user's files
+    # leave open. train has none: pretrain or finetune is the user's choice.
+    "train": ("fat5_jax.train", "train", None),
+    "eval": ("fat5_jax.eval", "evaluate", "runs/eval.gin"),
+    "infer": ("fat5_jax.infer", "infer", "runs/infer.gin"),
+}
+_HELP = {
+    "train": (
+        "Train a model. Needs a gin file, for example:\n\n"
+        "  python -m fat5_jax.train --gin_file=recipes/quickstart.gin \\\n"
+        "    --gin.MODEL_DIR=/tmp/quickstart"
+    ),
+    "eval": (
+        "Score a checkpoint on a task, with the gin file it was trained by:\n\n"
+        "  python -m fat5_jax.eval --gin_file=recipes/quickstart.gin \\\n"
+        "    --gin.MODEL_DIR=/tmp/quickstart"
+    ),
+    "infer": (
+        "Predict lines of text (from INPUT, or standard input) or a task:\n\n"
+        "  python -m fat5_jax.infer --gin.MODEL_DIR=/tmp/quickstart \\\n"
+        "    --gin.INPUT=lines.txt --gin.OUTPUT=predictions.jsonl"
+    ),
+}
+_PACKAGE = os.path.dirname(os.path.abspath(__file__))
+# In a checkout the gin folder lies beside the package, in a wheel inside it.
+GIN_ROOTS = [
+    folder
+    for folder in (
+        os.path.join(os.path.dirname(_PACKAGE), "gin"),
+        os.path.join(_PACKAGE, "gin"),
+    )
+    if os.path.isdir(os.path.join(folder, "runs"))
+]
+_INCLUDE = re.compile(r"^\s*include\s+['\"]([^'\"]+)['\"]", re.MULTILINE)
+_MACRO_SET = re.compile(r"^\s*([A-Z][A-Z0-9_]*)\s*=", re.MULTILINE)
+_MACRO_USED = re.compile(r"%([A-Z][A-Z0-9_]*)")
+
+
+def _parser(command: str) -> argparse.ArgumentParser:
+  parser = argparse.ArgumentParser(
+      prog=f"python -m fat5_jax.{command}",
+      description=_HELP[command],
+      formatter_class=argparse.RawDescriptionHelpFormatter,
+      epilog=(
+          "--gin.NAME=VALUE  sets one macro or parameter, after all files;\n"
+          "                  plain text needs no quotes:"
+          " --gin.MODEL_DIR=/tmp/run"
+      ),
+      allow_abbrev=False,
+  )
+  parser.add_argument(
+      "--gin_file",
+      action="append",
+      default=[],
+      metavar="FILE",
+      help="gin file, repeatable, later ones win; looked for in the shipped"
+      " gin folder, here, and in --gin_search_paths",
+  )
+  parser.add_argument(
+      "--gin_bindings",
+      action="append",
+      default=[],
+      metavar="'NAME = VALUE'",
+      help="one binding in gin's syntax, repeatable",
+  )
+  parser.add_argument(
+      "--gin_search_paths",
+      default="",
+      metavar="DIR,DIR",
+      help="more folders for gin files, comma-separated",
+  )
+  parser.add_argument(
+      "--dry_run",
+      action="store_true",
+      help="build everything, print parameters, configuration and a batch, stop",
+  )
+  return parser
+
+
+def _quote_plain_text(value: str) -> str:
+  """A value in gin's syntax: plain text is quoted, literals stay."""
+  import ast
+
+  text = value.strip()
+  if text[:1] in "@%'\"[({":
+    return value
+  try:
+    ast.literal_eval(text)
+    return value
+  except (ValueError, SyntaxError):
+    return repr(value)
+
+
+def _split_gin_flags(arguments: list[str]) -> tuple[list[str], list[str]]:
+  """(other arguments, bindings from --gin.NAME=VALUE)."""
+  rest, bindings = [], []
+  for argument in arguments:
+    match = re.match(r"--gin\.([^=]+)=(.*)$", argument, re.DOTALL)
+    if match:
+      bindings.append(f"{match[1]} = {_quote_plain_text(match[2])}")
+    elif argument.startswith("--gin."):
+      raise UserError(f"{argument}: write {argument}=VALUE")
+    else:
+      rest.append(argument)
+  return rest, bindings
+
+
+class _GinFiles:
+  """The gin files of a run: found, their includes followed, their macros."""
+
+  def __init__(self, search_paths: list[str]):
+    self.search_paths = search_paths
+    self.texts: dict[str, str] = {}
+
+  def find(self, name: str, asked_by: str = "") -> str:
+    for folder in ["", *self.search_paths]:
+      path = os.path.join(folder, name)
+      if os.path.isfile(path):
+        return os.path.abspath(path)
+    known = [
+        os.path.relpath(os.path.join(folder, file), root)
+        for root in GIN_ROOTS
+        for folder, _, files in os.walk(root)
+        for file in files
+    ]
+    raise UserError(
+        f"{asked_by}gin file {name!r} not found.{nearest(name, known)} Looked"
+        f" in: {', '.join(self.search_paths)}"
+    )
+
+  def add(self, name: str, asked_by: str = "") -> str:
+    path = self.find(name, asked_by)
+    if path in self.texts:
+      return path
+    with open(path, encoding="utf-8") as file:
+      self.texts[path] = file.read()
+    folder = os.path.dirname(path)
+    if folder not in self.search_paths:
+      self.search_paths.append(folder)
+    for match in _INCLUDE.finditer(self.texts[path]):
+      line = self.texts[path].count("\n", 0, match.start()) + 1
+      self.add(match[1], f"{path}, line {line}: ")
+    return path
+
+
+def _without_comments(text: str) -> str:
+  return re.sub(r"#.*", "", text)
+
+
+def _check_macros(files: _GinFiles, bindings: list[str]) -> None:
+  """Raises for a macro that nothing uses and no shipped file knows.
+
+  gin itself accepts any: a misspelt --gin.TRAIN_STEP=10 would do nothing.
+  """
+  texts = {path: _without_comments(t) for path, t in files.texts.items()}
+  known: set[str] = set()
+  for root in GIN_ROOTS:
+    for folder, _, names in os.walk(root):
+      for name in names:
+        with open(os.path.join(folder, name), encoding="utf-8") as file:
+          text = _without_comments(file.read())
+        known |= set(_MACRO_SET.findall(text)) | set(_MACRO_USED.findall(text))
+  for text in [*texts.values(), *bindings]:
+    known |= set(_MACRO_USED.findall(text))
+  for where, text in [
+      *((f"{path}: ", text) for path, text in texts.items()),
+      *(("", binding) for binding in bindings),
+  ]:
+    for name in _MACRO_SET.findall(text):
+      if name not in known:
+        raise UserError(
+            f"{where}unknown gin name {name!r}: no file uses it."
+            f"{nearest(name, known)}"
+        )
+
+
+def _parse(files: list[str], bindings: list[str], search_paths: list[str]):
+  """Parses everything into gin's global configuration."""
+  import importlib.util  # gin 0.5 uses it without importing it  # noqa: F401
+
+  import gin
+
+  # gin logs an error for every folder in which a file is not.
+  logging.getLogger().addFilter(
+      lambda record: "Path not found" not in record.getMessage()
+  )
+  found = _GinFiles([*GIN_ROOTS, os.path.abspath(os.curdir), *search_paths])
+  paths = [found.add(name) for name in files]
+  _check_macros(found, bindings)
+  for folder in found.search_paths:
+    gin.add_config_file_search_path(folder)
+  try:
+    gin.parse_config_files_and_bindings(
+        paths, bindings, skip_unknown=False, finalize_config=False
+    )
+  except UserError:
+    raise
+  except (ImportError, AttributeError) as e:
+    raise UserError(f"gin: {e}") from None
+  except (ValueError, TypeError, SyntaxError, RuntimeError, OSError) as e:
+    raise UserError(_explain_gin_error(str(e))) from None
+  _check_required(gin)
+
+
+def _check_required(gin) -> None:
+  """Raises for macros left at %gin.REQUIRED that the configuration uses."""
+  config = gin.config._CONFIG  # gin has no public view of its bindings.
+  macros = {
+      scope: values.get("value")
+      for (scope, selector), values in config.items()
+      if selector == "gin.macro"
+  }
+  used = set()
+  for values in config.values():
+    for value in values.values():
+      used |= set(_MACRO_USED.findall(repr(value)))
+  missing = sorted(
+      name
+      for name, value in macros.items()
+      if "REQUIRED" in repr(value) and name in used
+  )
+  if missing:
+    flags = " ".join(f"--gin.{name}=..." for name in missing)
+    raise UserError(
+        f"{', '.join(missing)} must be set: in a gin file, or with {flags}"
+    )
+
+
+def _explain_gin_error(message: str) -> str:
+  """gin's message with the nearest known name added."""
+  match = re.search(
+      r"Configurable '([\w.]+)' doesn't have a parameter named '(\w+)'", message
+  )
+  if match:
+    return message.strip() + _nearest_parameter(*match.groups())
+  match = re.search(r"[Nn]o configurable matching '([\w./]+)'", message)
+  if match:
+    return message.strip() + nearest(match[1], _configurables())
+  return message.strip()
+
+
+def _configurables() -> list[str]:
+  import gin
+
+  names = []
+  for name in gin.config._REGISTRY:
+    parts = name.split(".")
+    names += [".".join(parts[-n:]) for n in (1, 2)]
+  return names
+
+
+def _nearest_parameter(configurable: str, parameter: str) -> str:
+  import gin
+
+  try:
+    function = gin.config._REGISTRY.get_match(configurable).wrapped
+    names = list(inspect.signature(function).parameters)
+  except (KeyError, AttributeError, ValueError, TypeError):
+    return ""
+  return nearest(parameter, names) + f" It has: {', '.join(names)}"
+
+
+@contextlib.contextmanager
+def _quiet_stderr():
+  """Drops what native code writes while TensorFlow loads (no flag does)."""
+  saved = os.dup(2)
+  sink = os.open(os.devnull, os.O_WRONLY)
+  os.dup2(sink, 2)
+  try:
+    yield
+  finally:
+    os.dup2(saved, 2)
+    os.close(saved)
+    os.close(sink)
+
+
+def _run(command: str, arguments: list[str]) -> None:
+  rest, bindings = _split_gin_flags(arguments)
+  flags = _parser(command).parse_args(rest)
+  module_name, function_name, run_file = _COMMANDS[command]
+  files = [*([run_file] if run_file else []), *flags.gin_file]
+  if not files:
+    raise UserError(
+        "no --gin_file given. To start: --gin_file=recipes/quickstart.gin"
+        " --gin.MODEL_DIR=/tmp/quickstart"
+    )
+  # Quiet by default: TensorFlow and absl speak to their own developers.
+  os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+  logging.basicConfig(format="%(message)s", level=logging.WARNING)
+  logging.getLogger("fat5_jax").setLevel(logging.INFO)
+  logging.getLogger("absl").setLevel(logging.ERROR)
+  import gin
+
+  with _quiet_stderr():
+    import tensorflow  # noqa: F401
+
+  module = importlib.import_module(module_name)
+  search_paths = [p for p in flags.gin_search_paths.split(",") if p]
+  _parse(files, [*flags.gin_bindings, *bindings], search_paths)
+  function = gin.get_configurable(getattr(module, function_name))
+  try:
+    function(config_text=gin.config_str, dry_run=flags.dry_run)
+  except (RuntimeError, TypeError, ValueError) as e:
+    # Only gin's own complaints are the user's; others keep their traceback.
+    cause = _gin_call_error(e, function_name)
+    if cause is None:
+      raise
+    raise UserError(cause) from None
+
+
+def _gin_call_error(error: Exception, function_name: str) -> str | None:
+  """A short text for an error that gin raised while building arguments."""
+  text = str(error)
+  match = re.search(
+      r"Required bindings for `([\w.]+)` not provided in config: (\[.*?\])", text
+  )
+  if match:
+    return (
+        f"the gin files leave {match[1]} without {match[2]}: include a run file"
+        " (runs/finetune.gin, runs/pretrain.gin) and a model file"
+    )
+  match = re.search(
+      rf"{function_name}\(\) missing \d+ required keyword-only arguments?: (.*)",
+      text,
+  )
+  if match:
+    return (
+        f"the gin files leave {function_name} without {match[1].splitlines()[0]}:"
+        " include a run file (runs/finetune.gin, runs/pretrain.gin)"
+    )
+  return None
+
+
+def main(command: str, arguments: list[str] | None = None) -> int:
+  """Runs a command; the process's exit status.
+
+  0 is success or a saved stop, 1 a mistake of the user's, told in one message.
+  """
+  try:
+    _run(command, sys.argv[1:] if arguments is None else arguments)
+  except UserError as e:
+    print(f"error: {_without_gin_trail(str(e))}", file=sys.stderr)
+    return 1
+  except BrokenPipeError:
+    # Standard output was closed by `| head`.
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+  except ValueError as e:
+    message = _user_value_error(e)
+    if message is None:
+      raise
+    print(f"error: {message}", file=sys.stderr)
+    return 1
+  return 0
+
+
+def _without_gin_trail(message: str) -> str:
+  """The message without the calls that gin appends as it passes it on."""
+  return message.split("\n  In call to configurable")[0]
+
+
+def _user_value_error(error: ValueError) -> str | None:
+  """The message of a T5Config that refused its values, else None.
+
+  gin appends "In call to configurable ..." to what it passes through.
+  """
+  text = str(error)
+  for name in ("T5Config", "create_learning_rate_scheduler", "DatasetConfig"):
+    if f"In call to configurable '{name}'" in text:
+      return f"{name}: {_without_gin_trail(text)}"
+  return None

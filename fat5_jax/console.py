@@ -1,0 +1,116 @@
+"""What a person sees while a command runs: progress, tables, samples."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+import sys
+import time
+from typing import Any
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+# Standard output is for results (infer writes there), this is for people.
+console = Console(stderr=True, highlight=False, soft_wrap=True)
+
+
+def say(text: str) -> None:
+  """A line for a person."""
+  console.print(escape(text))
+
+
+def duration(seconds: float) -> str:
+  """"1h02m", "3m07s" or "12s"."""
+  seconds = max(0, round(seconds))
+  if seconds >= 3600:
+    return f"{seconds // 3600}h{seconds % 3600 // 60:02d}m"
+  if seconds >= 60:
+    return f"{seconds // 60}m{seconds % 60:02d}s"
+  return f"{seconds}s"
+
+
+class Progress:
+  """A line that is rewritten on a terminal, and printed now and then in a log.
+
+  Rates count the time since the previous report of sums, evaluations and saves
+  left out.
+  """
+
+  def __init__(self, first_step: int, last_step: int):
+    self._step, self._last = first_step, last_step
+    self._begin_step, self._busy = first_step, 0.0
+    self._mark = time.monotonic()
+    self._text = ""
+    self._live = console.is_terminal
+    self._shown = 0.0
+
+  def pause(self) -> None:
+    """Stops the clock (evaluation, saving)."""
+    self._busy += time.monotonic() - self._mark
+    if self._live and self._text:
+      console.print()
+      self._text = ""
+
+  def resume(self) -> None:
+    self._mark = time.monotonic()
+
+  def elapsed(self) -> float:
+    """Seconds of training so far."""
+    return self._busy + time.monotonic() - self._mark
+
+  def update(
+      self,
+      step: int,
+      *,
+      loss: float,
+      learning_rate: float,
+      tokens_per_second: float,
+      padding: float,
+      force: bool,
+  ) -> None:
+    """Shows a step; in a log only where `force`."""
+    self._step = step
+    now = time.monotonic()
+    if not force and (not self._live or now - self._shown < 0.2):
+      return
+    self._shown = now
+    done = max(1, step - self._begin_step)
+    left = self.elapsed() / done * (self._last - step)
+    self._text = (
+        f"step {step}/{self._last}  loss {loss:.4f}  lr {learning_rate:.2e}"
+        f"  {tokens_per_second:,.0f} target tokens/s  padding {padding:.0%}"
+        f"  {duration(left)} left"
+    )
+    if self._live:
+      sys.stderr.write(f"\r\x1b[2K{self._text}")
+      sys.stderr.flush()
+    else:
+      say(self._text)
+
+
+def metrics_table(title: str, rows: Iterable[tuple[str, str, float]]) -> None:
+  """A table of (data set, metric, value)."""
+  table = Table(title=title, title_justify="left")
+  table.add_column("data set")
+  table.add_column("metric")
+  table.add_column("value", justify="right")
+  for dataset, metric, value in rows:
+    table.add_row(escape(dataset), escape(metric), f"{value:.4g}")
+  console.print(table)
+
+
+def samples_table(rows: Iterable[Mapping[str, Any]]) -> None:
+  """Predictions beside targets."""
+  table = Table(title="sample predictions", title_justify="left")
+  for name in ("input", "target", "prediction"):
+    table.add_column(name, overflow="fold", max_width=60)
+  for row in rows:
+    same = row["target"] == row["prediction"]
+    color = "green" if same else "red"
+    table.add_row(
+        escape(row["input"]),
+        escape(row["target"]),
+        f"[{color}]{escape(row['prediction'])}[/{color}]",
+    )
+  console.print(table)

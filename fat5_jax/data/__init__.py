@@ -1,0 +1,1 @@
+"""Rows to batches: sources, tasks and the input pipeline. SeqIO lives here."""

@@ -1,0 +1,215 @@
+"""From a task to batches of numpy arrays, at a position that can be resumed.
+
+The order of the data is a function of the task and the seed alone, so a
+position is a number of batches: a resumed run builds the same stream and skips
+what it has already seen.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+import dataclasses
+import importlib
+from typing import Any
+
+import jax
+import numpy as np
+import seqio
+import tensorflow as tf
+import tensorflow_datasets as tfds
+
+from fat5_jax.data import sources, tasks
+from fat5_jax.errors import UserError, nearest
+
+# TensorFlow reads data; the accelerator is JAX's.
+tf.config.set_visible_devices([], "GPU")
+
+Batch = dict[str, np.ndarray]
+
+
+@dataclasses.dataclass(frozen=True)
+class DatasetConfig:
+  """One split of a task, cut to lengths and batched. Names are T5X's.
+
+  Attributes:
+    mixture_or_task_name: a registered name, one of T5's (tasks.READY), or a
+      task.
+    task_feature_lengths: {"inputs": ..., "targets": ...} in tokens, the end of
+      sequence included; None (evaluation only) takes the longest of the split.
+    split: of the task.
+    batch_size: rows, over all hosts.
+    shuffle: whether to shuffle, from `seed`.
+    seed: fixes the order.
+    use_cached: read SeqIO's offline cache.
+    pack: put several examples in a row.
+    module: imported first, for the tasks it registers.
+    vocabulary: for the tasks that are built by name.
+    data_dir: local files of those tasks.
+  """
+
+  mixture_or_task_name: Any
+  task_feature_lengths: Mapping[str, int] | None
+  split: str
+  batch_size: int
+  shuffle: bool = False
+  seed: int = 42
+  use_cached: bool = False
+  pack: bool = False
+  module: str | None = None
+  vocabulary: seqio.Vocabulary | None = None
+  data_dir: str | None = None
+
+  def __post_init__(self):
+    if self.batch_size < 1:
+      raise UserError(f"batch_size={self.batch_size} must be at least 1")
+    for key, length in (self.task_feature_lengths or {}).items():
+      if not isinstance(length, int) or length < 1:
+        raise UserError(
+            f"TASK_FEATURE_LENGTHS[{key!r}] = {length!r} must be a positive"
+            " number of tokens"
+        )
+
+  def task(self) -> seqio.Task | seqio.Mixture:
+    """The task, with `split` checked.
+
+    Raises:
+      UserError: for an unknown task, split or module.
+    """
+    if self.module:
+      try:
+        importlib.import_module(self.module)
+      except ImportError as e:
+        raise UserError(f"MIXTURE_OR_TASK_MODULE {self.module}: {e}") from None
+    task = tasks.resolve(
+        self.mixture_or_task_name, self.vocabulary, self.data_dir
+    )
+    splits = {s for t in seqio.get_subtasks(task) for s in t.splits}
+    if self.split not in splits:
+      raise UserError(
+          f"task {task.name!r} has no split {self.split!r}."
+          f"{nearest(self.split, splits)} It has: {', '.join(sorted(splits))}"
+      )
+    lengths = self.task_feature_lengths
+    if lengths is not None and set(lengths) != set(task.output_features):
+      raise UserError(
+          f"TASK_FEATURE_LENGTHS names {', '.join(sorted(lengths))}; task"
+          f" {task.name!r} has {', '.join(sorted(task.output_features))}"
+      )
+    return task
+
+  def fingerprint(self) -> dict[str, Any]:
+    """What a position in the stream depends on, as JSON."""
+    return {
+        "task": self.task().name,
+        "split": self.split,
+        "task_feature_lengths": dict(self.task_feature_lengths or {}),
+        "batch_size": self.batch_size,
+        "shuffle": self.shuffle,
+        "seed": self.seed,
+        "pack": self.pack,
+    }
+
+
+def feature_converter(pack: bool) -> seqio.FeatureConverter:
+  """Encoder-decoder features under T5X's names."""
+  return seqio.EncDecFeatureConverter(pack=pack)
+
+
+def _dataset(config: DatasetConfig, num_epochs: int | None) -> tf.data.Dataset:
+  task = config.task()
+  hosts = jax.process_count()
+  if config.batch_size % hosts:
+    raise UserError(
+        f"batch_size={config.batch_size} does not divide over {hosts} hosts"
+    )
+  dataset = task.get_dataset(
+      sequence_length=config.task_feature_lengths,
+      split=config.split,
+      use_cached=config.use_cached,
+      shuffle=config.shuffle,
+      seed=config.seed,
+      shard_info=seqio.ShardInfo(jax.process_index(), hosts),
+      num_epochs=num_epochs,
+  )
+  return feature_converter(config.pack)(dataset, config.task_feature_lengths)
+
+
+def _check_ids(batch: Batch, vocab_size: int, config: DatasetConfig) -> None:
+  for feature in ("encoder_input_tokens", "decoder_target_tokens"):
+    largest = int(batch[feature].max(initial=0))
+    if largest >= vocab_size:
+      raise UserError(
+          f"{feature} of task {config.task().name!r} holds token id {largest},"
+          f" beyond the model's embedding (vocab_size = {vocab_size}); task and"
+          " model need the same vocabulary"
+      )
+
+
+def train_batches(
+    config: DatasetConfig, vocab_size: int, skip: int = 0
+) -> Iterator[Batch]:
+  """Batches without end, from the one numbered `skip` on.
+
+  Args:
+    config: must name task_feature_lengths.
+    vocab_size: rows of the model's embedding.
+    skip: batches already seen.
+
+  Raises:
+    UserError: for bad data (place and row named), or a token id beyond the
+      embedding.
+  """
+  if config.task_feature_lengths is None:
+    raise UserError(
+        "training needs TASK_FEATURE_LENGTHS, for example"
+        " {'inputs': 512, 'targets': 114}"
+    )
+  with sources.reraise():
+    dataset = _dataset(config, num_epochs=None)
+    dataset = dataset.batch(
+        config.batch_size // jax.process_count(), drop_remainder=True
+    )
+    dataset = dataset.skip(skip).prefetch(tf.data.AUTOTUNE)
+    for batch in tfds.as_numpy(dataset):
+      _check_ids(batch, vocab_size, config)
+      yield batch
+
+
+def eval_batches(
+    config: DatasetConfig, vocab_size: int, max_batches: int | None
+) -> Iterator[Batch]:
+  """One pass over a split, the last batch filled with empty rows."""
+  with sources.reraise():
+    dataset = _dataset(config, num_epochs=1)
+    dataset = dataset.batch(config.batch_size // jax.process_count())
+    if max_batches is not None:
+      dataset = dataset.take(max_batches)
+    for batch in tfds.as_numpy(dataset):
+      _check_ids(batch, vocab_size, config)
+      yield fill_rows(batch, config.batch_size // jax.process_count())
+
+
+def fill_rows(batch: Batch, rows: int) -> Batch:
+  """The batch with rows of zeros appended, up to `rows`."""
+  return {
+      key: np.pad(x, [(0, rows - len(x))] + [(0, 0)] * (x.ndim - 1))
+      for key, x in batch.items()
+  }
+
+
+def check_vocabulary(config: DatasetConfig, vocab_size: int) -> None:
+  """Raises UserError if the task has more ids than the model's embedding."""
+  task = config.task()
+  for name, feature in task.output_features.items():
+    if feature.vocabulary.vocab_size > vocab_size:
+      raise UserError(
+          f"task {task.name!r}: the vocabulary of {name!r} has"
+          f" {feature.vocabulary.vocab_size} ids, the model's embedding"
+          f" {vocab_size} rows; token ids beyond it would have no embedding. Set"
+          " T5Config.vocab_size or use the model's own vocabulary"
+      )
+
+
+def decode(feature: seqio.Feature, tokens: np.ndarray) -> str:
+  """Text of a row of ids, up to its end-of-sequence."""
+  return feature.vocabulary.decode([int(t) for t in tokens])

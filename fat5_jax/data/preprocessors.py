@@ -1,0 +1,189 @@
+"""Rows to `inputs` and `targets` text, as the T5 paper formats them.
+
+Plain Python: a function here takes a row and returns the task's features. The
+results equal those of the original code (tests/test_golden_text.py).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+import json
+import re
+import string
+from typing import Any
+
+import numpy as np
+
+from fat5_jax.data.sources import Row, RowFn, column
+from fat5_jax.errors import UserError
+
+
+def template(inputs: str, targets: str) -> RowFn:
+  """Fills `{column}` fields: template("say: {text}", "{label}")."""
+  formatter = string.Formatter()
+  fields = {
+      name: [field for _, field, _, _ in formatter.parse(text) if field]
+      for name, text in (("inputs", inputs), ("targets", targets))
+  }
+
+  def format_row(row: Row) -> Row:
+    for names in fields.values():
+      for name in names:
+        value = column(row, name)
+        if value is None or not str(value).strip():
+          raise UserError(f"column {name!r} is empty")
+    return {"inputs": inputs.format(**row), "targets": targets.format(**row)}
+
+  return format_row
+
+
+def glue(
+    name: str, features: Sequence[str], label_names: Sequence[str]
+) -> RowFn:
+  """`sst2 sentence: ...` to a label word (T5 paper, appendix D).
+
+  Features come in alphabetical order; label -1 (a test set) is `<unk>`. The
+  label may be a class number or its name.
+  """
+  classes = {label: label for label in label_names}
+  classes |= {str(i): label for i, label in enumerate(label_names)}
+  classes["-1"] = "<unk>"
+
+  def format_row(row: Row) -> Row:
+    label = str(column(row, "label"))
+    if label not in classes:
+      raise UserError(
+          f"label {label!r} is neither one of {', '.join(label_names)} nor a"
+          " class number"
+      )
+    parts = [f"{key}: {column(row, key)}" for key in sorted(features)]
+    return {"inputs": " ".join([name, *parts]), "targets": classes[label]}
+
+  return format_row
+
+
+def stsb(row: Row) -> Row:
+  """STS-B as text: the similarity rounded to the nearest 0.2."""
+  try:
+    score = np.float32(column(row, "label"))
+  except ValueError:
+    raise UserError(f"label {row['label']!r} is not a number") from None
+  rounded = np.round(score * np.float32(5)) / np.float32(5)
+  return {
+      "inputs": (
+          f"stsb sentence1: {column(row, 'sentence1')}"
+          f" sentence2: {column(row, 'sentence2')}"
+      ),
+      "targets": f"{rounded:.1f}",
+  }
+
+
+def pad_punctuation(text: str) -> str:
+  """A space around each ASCII punctuation mark, runs of white space as one."""
+  text = re.sub(f"([{re.escape(string.punctuation)}])", r" \1 ", text)
+  return re.sub("[\t\n\f\r ]+", " ", text)
+
+
+def squad(row: Row) -> Row:
+  """`question: ... context: ...` to the first answer.
+
+  Reads HF's and TFDS's row (`answers: {"text": [...]}`) or a flat list.
+  """
+  answers = column(row, "answers")
+  if isinstance(answers, dict):
+    answers = answers["text"]
+  if not answers:
+    raise UserError("no answer")
+  answers = [pad_punctuation(answer) for answer in answers]
+  question = pad_punctuation(column(row, "question"))
+  context = pad_punctuation(column(row, "context"))
+  return {
+      "inputs": f"question: {question} context: {context}",
+      "targets": answers[0],
+      "answers": answers,
+      "id": str(row.get("id", "")),
+  }
+
+
+_LANGUAGES = {"en": "English", "de": "German", "fr": "French",
+              "ro": "Romanian", "cs": "Czech"}
+
+
+def translate(source: str, target: str) -> RowFn:
+  """`translate English to German: ...`, for language codes source and target.
+
+  Reads flat columns named by language, or HF's `translation` dictionary.
+  """
+  names = [_LANGUAGES.get(code, code) for code in (source, target)]
+
+  def format_row(row: Row) -> Row:
+    pair = row.get("translation", row)
+    return {
+        "inputs": (
+            f"translate {names[0]} to {names[1]}: {column(pair, source)}"
+        ),
+        "targets": column(pair, target),
+    }
+
+  return format_row
+
+
+def summarize(article: str, summary: str) -> RowFn:
+  """`summarize: ...` to the summary, given the two column names."""
+
+  def format_row(row: Row) -> Row:
+    return {
+        "inputs": f"summarize: {column(row, article)}",
+        "targets": column(row, summary),
+    }
+
+  return format_row
+
+
+# ---- What metrics compare: decoded text to a value. --------------------------
+
+
+def label_to_class(label_names: Sequence[str]) -> Callable[..., int]:
+  """The class number of a label word; -1 for any other text."""
+
+  def postprocess(text: str, **unused: Any) -> int:
+    return label_names.index(text) if text in label_names else -1
+
+  return postprocess
+
+
+def to_float(text: str, **unused: Any) -> float:
+  """The number a text holds; -1 for any other text."""
+  try:
+    return float(text)
+  except ValueError:
+    return -1.0
+
+
+def all_answers(text: str, example=None, is_target: bool = False, **unused):
+  """Every accepted answer of a target; a prediction as it is."""
+  if not is_target:
+    return text
+  return [answer.decode("utf-8") for answer in example["answers"]]
+
+
+def read_squad_json(path: str):
+  """Yields a row a question of an official SQuAD 1.1 JSON file.
+
+  Raises:
+    UserError: if the file is not of that layout.
+  """
+  try:
+    with open(path, encoding="utf-8") as file:
+      articles = json.load(file)["data"]
+    for article in articles:
+      for paragraph in article["paragraphs"]:
+        for qa in paragraph["qas"]:
+          yield {
+              "id": qa["id"],
+              "question": qa["question"],
+              "context": paragraph["context"],
+              "answers": [answer["text"] for answer in qa["answers"]],
+          }
+  except (json.JSONDecodeError, KeyError, TypeError) as e:
+    raise UserError(f"{path}: not an official SQuAD 1.1 file: {e!r}") from None

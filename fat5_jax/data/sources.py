@@ -1,0 +1,503 @@
+"""Where rows come from: local files, HF datasets, TFDS, or a Python function.
+
+A source yields plain Python dictionaries. What a task does with a row (see
+preprocessors.py) is plain Python too; TensorFlow begins after it, with SeqIO.
+"""
+
+from __future__ import annotations
+
+import bz2
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+import contextlib
+import csv
+import glob
+import gzip
+import json
+import logging
+import lzma
+import os
+from typing import Any
+
+import numpy as np
+import seqio
+import tensorflow as tf
+
+from fat5_jax.errors import UserError, nearest
+
+logger = logging.getLogger("fat5_jax")
+
+# Sources below this many bytes are shuffled as a whole, others by SeqIO's
+# buffer alone.
+WHOLE_SHUFFLE_BYTES = 1 << 30
+_OPENERS = {".gz": gzip.open, ".xz": lzma.open, ".bz2": bz2.open}
+
+Row = dict[str, Any]
+LocatedRow = tuple[str, Row]
+RowFn = Callable[[Row], Row]
+
+# tf.data turns a generator's exception into an anonymous one; see `reraise`.
+_failures: list[UserError] = []
+
+
+@contextlib.contextmanager
+def reraise():
+  """Lets a UserError raised inside a tf.data pipeline through as itself."""
+  _failures.clear()
+  try:
+    yield
+  except tf.errors.OpError as e:
+    if _failures:
+      raise _failures[0] from None
+    raise e
+
+
+def _suffix(path: str) -> tuple[str, Callable]:
+  """(format suffix, opener) of a possibly compressed file."""
+  base, suffix = os.path.splitext(path)
+  if suffix in _OPENERS:
+    return os.path.splitext(base)[1], _OPENERS[suffix]
+  return suffix, open
+
+
+def _located(path: str, number: int) -> str:
+  return f"{path}, row {number}"
+
+
+def _read_lines(path: str, opener) -> Iterator[tuple[int, str]]:
+  """(1-based line number, text); a byte-order mark and line ends are removed."""
+  with opener(path, "rb") as file:
+    for number, line in enumerate(file, 1):
+      try:
+        text = line.decode("utf-8-sig" if number == 1 else "utf-8")
+      except UnicodeDecodeError as e:
+        raise UserError(
+            f"{_located(path, number)}: not valid UTF-8 ({e.reason} at byte"
+            f" {e.start}); convert the file to UTF-8"
+        ) from None
+      yield number, text.rstrip("\r\n")
+
+
+def _read_jsonl(path: str, opener) -> Iterator[LocatedRow]:
+  for number, line in _read_lines(path, opener):
+    where = _located(path, number)
+    if not line.strip():
+      raise UserError(f"{where}: empty line")
+    try:
+      row = json.loads(line)
+    except json.JSONDecodeError as e:
+      raise UserError(f"{where}: not valid JSON: {e}") from None
+    if not isinstance(row, dict):
+      raise UserError(f"{where}: expected a JSON object, found {line[:40]!r}")
+    yield where, row
+
+
+def _read_delimited(
+    path: str,
+    opener,
+    delimiter: str,
+    quoting: bool,
+    columns: Sequence[str] | None,
+) -> Iterator[LocatedRow]:
+  lines = _read_lines(path, opener)
+  if quoting:
+    # Quoted fields may hold line ends, so the csv reader needs them back.
+    records = csv.reader((text + "\n" for _, text in lines), delimiter=delimiter)
+    numbered = ((records.line_num, record) for record in records)
+  else:
+    numbered = ((n, text.split(delimiter) if text else []) for n, text in lines)
+  try:
+    for number, record in numbered:
+      where = _located(path, number)
+      if columns is None:
+        columns = record
+        if not any(columns):
+          raise UserError(f"{where}: the header is empty")
+        continue
+      if not record:
+        raise UserError(f"{where}: empty line")
+      if len(record) != len(columns):
+        raise UserError(
+            f"{where}: {len(record)} columns, expected {len(columns)}"
+            f" ({', '.join(columns)})"
+        )
+      yield where, dict(zip(columns, record))
+  except csv.Error as e:
+    raise UserError(f"{path}, row {records.line_num}: {e}") from None
+
+
+def _read_parquet(path: str) -> Iterator[LocatedRow]:
+  import pyarrow as pa
+  from pyarrow import parquet
+
+  try:
+    file = parquet.ParquetFile(path)
+    number = 0
+    for batch in file.iter_batches():
+      for row in batch.to_pylist():
+        number += 1
+        yield _located(path, number), row
+  except pa.ArrowException as e:
+    raise UserError(f"{path}: not a complete Parquet file: {e}") from None
+
+
+def read_file(
+    path: str,
+    *,
+    columns: Sequence[str] | None = None,
+    quoting: bool | None = None,
+) -> Iterator[LocatedRow]:
+  """(place, row) of every row of a TSV, CSV, JSONL or Parquet file.
+
+  Args:
+    path: its ending tells the format: .tsv .csv .jsonl .json .parquet .txt (one
+      column named `text`), all but Parquet also .gz .xz .bz2.
+    columns: names where the file has no header.
+    quoting: whether double quotes group fields; None is yes for CSV, no for
+      TSV.
+
+  Raises:
+    UserError: naming file and row, for a missing or unknown file, a row that
+      does not parse, has another number of columns, or is empty.
+  """
+  suffix, opener = _suffix(path)
+  if not os.path.exists(path):
+    raise UserError(f"{path}: no such data file")
+  if suffix in (".jsonl", ".json"):
+    return _read_jsonl(path, opener)
+  if suffix in (".tsv", ".csv"):
+    is_csv = suffix == ".csv"
+    return _read_delimited(
+        path,
+        opener,
+        "," if is_csv else "\t",
+        is_csv if quoting is None else quoting,
+        columns,
+    )
+  if suffix == ".parquet":
+    return _read_parquet(path)
+  if suffix == ".txt":
+    return (
+        (_located(path, number), {"text": line})
+        for number, line in _read_lines(path, opener)
+    )
+  raise UserError(
+      f"{path}: unknown format {suffix!r}; known are .tsv .csv .jsonl .json"
+      " .parquet .txt"
+  )
+
+
+def expand(patterns: str | Sequence[str]) -> list[str]:
+  """The files of one or more glob patterns, sorted.
+
+  Raises:
+    UserError: if a pattern matches no file.
+  """
+  files = []
+  for pattern in [patterns] if isinstance(patterns, str) else patterns:
+    matches = sorted(glob.glob(os.path.expanduser(pattern), recursive=True))
+    if not matches:
+      raise UserError(
+          f"{pattern}: no such data file"
+          f" (looked from {os.path.abspath(os.curdir)})"
+      )
+    files.extend(matches)
+  return files
+
+
+class Files:
+  """Local files, one or more glob patterns a split.
+
+  Attributes:
+    splits: split name to pattern or patterns.
+  """
+
+  def __init__(
+      self,
+      splits: Mapping[str, str | Sequence[str]],
+      columns: Sequence[str] | None = None,
+      quoting: bool | None = None,
+  ):
+    self.splits = {name: expand(pattern) for name, pattern in splits.items()}
+    self._columns, self._quoting = columns, quoting
+
+  def rows(self, split: str) -> Iterator[LocatedRow]:
+    for path in self.splits[split]:
+      yield from read_file(path, columns=self._columns, quoting=self._quoting)
+
+  def describe(self, split: str) -> str:
+    return ", ".join(self.splits[split])
+
+  def size_bytes(self, split: str) -> int:
+    return sum(os.path.getsize(path) for path in self.splits[split])
+
+
+class ParallelFiles:
+  """Line-aligned text files, one a column, as translation corpora come.
+
+  Attributes:
+    splits: split name to {column: file}.
+  """
+
+  def __init__(self, splits: Mapping[str, Mapping[str, str]]):
+    self.splits = {
+        name: {column: expand(path)[0] for column, path in columns.items()}
+        for name, columns in splits.items()
+    }
+
+  def rows(self, split: str) -> Iterator[LocatedRow]:
+    columns = self.splits[split]
+    readers = [_read_lines(p, _suffix(p)[1]) for p in columns.values()]
+    first = next(iter(columns.values()))
+    number = 0
+    while True:
+      lines = [next(reader, None) for reader in readers]
+      number += 1
+      if all(line is None for line in lines):
+        return
+      for path, line in zip(columns.values(), lines):
+        if line is None:
+          raise UserError(
+              f"{path}: ends after {number - 1} rows, before the files beside it"
+          )
+      texts = [line[1] for line in lines]
+      yield _located(first, number), dict(zip(columns, texts))
+
+  def describe(self, split: str) -> str:
+    return ", ".join(self.splits[split].values())
+
+  def size_bytes(self, split: str) -> int:
+    return sum(os.path.getsize(path) for path in self.splits[split].values())
+
+
+class HuggingFace:
+  """A dataset of the Hugging Face `datasets` library: hub name or local folder.
+
+  Attributes:
+    splits: our split name to the dataset's.
+  """
+
+  def __init__(
+      self,
+      path: str,
+      name: str | None = None,
+      splits: Mapping[str, str] | None = None,
+  ):
+    self._path, self._name = path, name
+    self.splits = dict(
+        splits or {s: s for s in ("train", "validation", "test")}
+    )
+    self._loaded: dict[str, Any] = {}
+
+  def _load(self, split: str):
+    if split not in self._loaded:
+      import datasets
+
+      try:
+        if os.path.exists(os.path.join(self._path, "dataset_dict.json")):
+          found = datasets.load_from_disk(self._path)[self.splits[split]]
+        else:
+          found = datasets.load_dataset(
+              self._path, self._name, split=self.splits[split]
+          )
+      except Exception as e:  # the library raises a dozen unrelated types
+        raise UserError(f"{self.describe(split)}: {e}") from None
+      self._loaded[split] = found
+    return self._loaded[split]
+
+  def rows(self, split: str) -> Iterator[LocatedRow]:
+    where = self.describe(split)
+    for number, row in enumerate(self._load(split), 1):
+      yield f"{where}, row {number}", row
+
+  def describe(self, split: str) -> str:
+    name = f"{self._path}/{self._name}" if self._name else self._path
+    return f"HF dataset {name}, split {self.splits[split]}"
+
+  def size_bytes(self, split: str) -> int:
+    return self._load(split).data.nbytes
+
+
+class Tfds:
+  """A TensorFlow Datasets builder, prepared on this machine.
+
+  Attributes:
+    splits: our split name to TFDS's (slices allowed).
+  """
+
+  def __init__(
+      self,
+      name: str,
+      splits: Mapping[str, str] | None = None,
+      data_dir: str | None = None,
+  ):
+    self._name, self._data_dir = name, data_dir
+    self.splits = dict(
+        splits or {s: s for s in ("train", "validation", "test")}
+    )
+
+  def _builder(self):
+    import tensorflow_datasets as tfds
+
+    try:
+      return tfds.builder(self._name, data_dir=self._data_dir)
+    except Exception as e:
+      raise UserError(f"TFDS {self._name}: {e}") from None
+
+  def rows(self, split: str) -> Iterator[LocatedRow]:
+    import tensorflow_datasets as tfds
+
+    where = self.describe(split)
+    try:
+      data = self._builder().as_dataset(split=self.splits[split])
+    except Exception as e:
+      raise UserError(f"{where}: {e}") from None
+    for number, row in enumerate(tfds.as_numpy(data), 1):
+      yield f"{where}, row {number}", _to_python(row)
+
+  def describe(self, split: str) -> str:
+    return f"TFDS {self._name}, split {self.splits[split]}"
+
+  def size_bytes(self, split: str) -> int:
+    return self._builder().info.splits[self.splits[split]].num_bytes
+
+
+def _to_python(value):
+  if isinstance(value, dict):
+    return {k: _to_python(v) for k, v in value.items()}
+  if isinstance(value, bytes):
+    return value.decode("utf-8")
+  if isinstance(value, np.ndarray):
+    return [_to_python(v) for v in value.tolist()]
+  return value.item() if isinstance(value, np.generic) else value
+
+
+class Function:
+  """Rows that a Python function makes.
+
+  Attributes:
+    splits: split name to a function without arguments.
+  """
+
+  def __init__(self, splits: Mapping[str, Callable[[], Iterable[Row]]]):
+    self.splits = dict(splits)
+
+  def rows(self, split: str) -> Iterator[LocatedRow]:
+    for number, row in enumerate(self.splits[split](), 1):
+      yield f"split {split}, row {number}", row
+
+  def describe(self, split: str) -> str:
+    return f"split {split}"
+
+  def size_bytes(self, split: str) -> int:
+    return 0
+
+
+def column(row: Row, name: str) -> Any:
+  """A value of a row; a missing column is a UserError that lists the others."""
+  if name not in row:
+    raise UserError(
+        f"no column {name!r}.{nearest(name, row)} Columns: {', '.join(row)}"
+    )
+  return row[name]
+
+
+class SeqioSource(seqio.DataSource):
+  """A source and a row function as SeqIO sees them.
+
+  The row function gives `inputs` and `targets` strings, and what a metric
+  needs besides: strings, numbers, or lists of strings. None drops a row.
+  """
+
+  def __init__(
+      self,
+      source,
+      row_fn: RowFn,
+      extra_features: Mapping[str, tf.TensorSpec] | None = None,
+      skip_bad_rows: bool = False,
+  ):
+    self._source, self._row_fn = source, row_fn
+    self._skip_bad_rows = skip_bad_rows
+    self._signature = {
+        "inputs": tf.TensorSpec([], tf.string),
+        "targets": tf.TensorSpec([], tf.string),
+        **(extra_features or {}),
+    }
+    super().__init__(
+        splits=tuple(source.splits), caching_permitted=False
+    )
+
+  @property
+  def supports_arbitrary_sharding(self) -> bool:
+    return True
+
+  def list_shards(self, split: str) -> Sequence[str]:
+    return [self._source.describe(split)]
+
+  def examples(self, split: str) -> Iterator[Row]:
+    """Every row as the task's features, checked.
+
+    Raises:
+      UserError: naming the place, for a bad row; or if there is no row.
+    """
+    count = skipped = 0
+    for where, row in self._source.rows(split):
+      try:
+        example = self._row_fn(row)
+        if example is None:
+          continue
+        for key in ("inputs", "targets"):
+          if not example[key].strip():
+            raise UserError(f"{key} is empty")
+      except UserError as e:
+        if not self._skip_bad_rows:
+          raise UserError(
+              f"{where}: {e}. (skip_bad_rows = True leaves such rows out)"
+          ) from None
+        skipped += 1
+        continue
+      count += 1
+      yield {key: example[key] for key in self._signature}
+    if skipped:
+      logger.warning(
+          "%s: left out %d bad rows of %d",
+          self._source.describe(split),
+          skipped,
+          skipped + count,
+      )
+    if not count:
+      raise UserError(f"{self._source.describe(split)}: no rows, nothing to read")
+
+  def get_dataset(
+      self,
+      split: str = "train",
+      shuffle: bool = True,
+      seed: int | None = None,
+      shard_info: seqio.ShardInfo | None = None,
+      *,
+      sequence_length=None,
+      use_cached: bool = False,
+      num_epochs: int | None = 1,
+  ) -> tf.data.Dataset:
+    del sequence_length, use_cached
+
+    def generate():
+      try:
+        examples = self.examples(split)
+        if shuffle and self._source.size_bytes(split) < WHOLE_SHUFFLE_BYTES:
+          rows = list(examples)
+          order = np.random.default_rng(seed).permutation(len(rows))
+          examples = (rows[i] for i in order)
+        for i, example in enumerate(examples):
+          if shard_info is None or i % shard_info.num_shards == shard_info.index:
+            yield example
+      except UserError as e:
+        _failures.append(e)
+        raise
+
+    dataset = tf.data.Dataset.from_generator(
+        generate, output_signature=self._signature
+    )
+    return dataset if num_epochs == 1 else dataset.repeat(num_epochs)
+
+  def num_input_examples(self, split: str) -> int | None:
+    return None

@@ -1,0 +1,59 @@
+"""SeqIO vocabularies as files beside a checkpoint, and from HF folders."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from typing import Any
+
+import seqio
+
+from fat5_jax.errors import UserError
+
+
+def save(vocabulary: seqio.Vocabulary, folder: str) -> dict[str, Any] | None:
+  """Copies a vocabulary into `folder`; its description, or None if unknown."""
+  if isinstance(vocabulary, seqio.ByteVocabulary):
+    return {"kind": "byte", "extra_ids": vocabulary.extra_ids}
+  path = getattr(vocabulary, "sentencepiece_model_file", None)
+  if path is None:
+    return None
+  target = os.path.join(folder, "spiece.model")
+  if not os.path.exists(target) or not os.path.samefile(path, target):
+    shutil.copyfile(path, target)
+  return {"kind": "sentencepiece", "extra_ids": vocabulary.extra_ids}
+
+
+def load(description: dict[str, Any], folder: str) -> seqio.Vocabulary:
+  """The vocabulary that `save` described."""
+  if description["kind"] == "byte":
+    return seqio.ByteVocabulary(description["extra_ids"])
+  return seqio.SentencePieceVocabulary(
+      os.path.join(folder, "spiece.model"), description["extra_ids"]
+  )
+
+
+def from_hf(folder: str) -> seqio.Vocabulary:
+  """The vocabulary of an HF folder's tokenizer.
+
+  Raises:
+    UserError: if the folder holds neither a SentencePiece model nor says that
+      it is a byte tokenizer.
+  """
+  spiece = os.path.join(folder, "spiece.model")
+  path = os.path.join(folder, "tokenizer_config.json")
+  config = {}
+  if os.path.exists(path):
+    with open(path, encoding="utf-8") as file:
+      config = json.load(file)
+  extra_ids = config.get("extra_ids", 100)
+  if os.path.exists(spiece):
+    return seqio.SentencePieceVocabulary(spiece, extra_ids)
+  if config.get("tokenizer_class", "").startswith("ByT5"):
+    # The sentinels of ByT5 reuse byte ids, so they add none.
+    return seqio.ByteVocabulary(config.get("extra_ids", 125))
+  raise UserError(
+      f"{folder}: no spiece.model and no byte tokenizer; copy the SentencePiece"
+      " model of this checkpoint there, or bind VOCABULARY in gin"
+  )

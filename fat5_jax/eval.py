@@ -1,0 +1,219 @@
+"""Evaluates a checkpoint: `python -m fat5_jax.eval --gin_file=... `."""
+
+if __name__ == "__main__":
+  # Before the heavy imports, so that --help answers at once.
+  from fat5_jax import cli
+
+  raise SystemExit(cli.main("eval"))
+
+from collections.abc import Callable, Iterator
+import dataclasses
+import json
+import os
+from typing import Any
+
+import jax
+import numpy as np
+import seqio
+import tensorflow_datasets as tfds
+
+from fat5_jax import checkpoints, console, decoding, metrics, steps
+from fat5_jax.data import pipeline, sources
+from fat5_jax.errors import UserError
+
+
+class InferenceEvaluator:
+  """SeqIO's Evaluator over every task of a split, compiled once a shape.
+
+  Writes `inference_eval/<task>-metrics.jsonl`, `<task>-<step>.jsonl` and
+  TensorBoard events, as T5X does.
+  """
+
+  def __init__(self, model, config: pipeline.DatasetConfig, output_dir: str):
+    self._config, self._model = config, model
+    self._folder = os.path.join(output_dir, "inference_eval")
+    os.makedirs(self._folder, exist_ok=True)
+    task = config.task()
+    if task.name not in [
+        *seqio.TaskRegistry.names(),
+        *seqio.MixtureRegistry.names(),
+    ]:
+      raise UserError(f"task {task.name!r} is not registered with SeqIO")
+    with sources.reraise():
+      self._evaluator = seqio.Evaluator(
+          task.name,
+          pipeline.feature_converter(pack=False),
+          eval_split=config.split,
+          sequence_length=config.task_feature_lengths,
+          seed=config.seed,
+          use_cached=config.use_cached,
+          logger_cls=[seqio.JSONLogger, seqio.TensorBoardLogger],
+          log_dir=self._folder,
+          async_compute_metrics=False,
+      )
+    if self._evaluator.eval_tasks:
+      pipeline.check_vocabulary(config, model.config.vocab_size)
+      shapes = self._evaluator.model_feature_shapes
+      max_length = shapes["decoder_target_tokens"][0]
+      self._predict = jax.jit(
+          lambda params, tokens: decoding.generate(
+              model, params, tokens, max_length
+          )
+      )
+
+  @property
+  def task_names(self) -> list[str]:
+    return [task.name for task in self._evaluator.eval_tasks]
+
+  def _predictions(self, dataset, params) -> list[tuple[int, list[int]]]:
+    found = []
+    for indices, batch in _batched(dataset, self._config.batch_size):
+      tokens = np.asarray(self._predict(params, batch["encoder_input_tokens"]))
+      found += [(i, row.tolist()) for i, row in zip(indices, tokens)]
+    return found
+
+  def evaluate(self, params, step: int) -> dict[str, dict[str, float]]:
+    """Metrics by task name."""
+    if not self._evaluator.eval_tasks:
+      return {}
+    with sources.reraise():
+      results, _ = self._evaluator.evaluate(
+          compute_metrics=True,
+          step=step,
+          predict_fn=lambda dataset: self._predictions(dataset, params),
+      )
+    if hasattr(results, "result"):
+      results = results.result()
+    return {
+        task: {name: _number(value) for name, value in values.items()}
+        for task, values in results.items()
+    }
+
+  def samples(self, step: int, count: int) -> Iterator[dict[str, str]]:
+    """The first predictions of a step, from the file that was written."""
+    for task in self.task_names:
+      path = os.path.join(self._folder, f"{task}-{step:06d}.jsonl")
+      if not os.path.exists(path):
+        continue
+      with open(path, encoding="utf-8") as file:
+        for _, line in zip(range(count), file):
+          row = json.loads(line)
+          yield {
+              "input": str(row["input"].get("inputs_pretokenized", "")),
+              "target": str(
+                  row["input"].get("targets_pretokenized", row["target"])
+              ),
+              "prediction": str(row["output" if "output" in row else
+                                    "prediction"]),
+          }
+
+
+def _number(value: Any) -> float:
+  return float(np.asarray(getattr(value, "value", value)))
+
+
+def _batched(dataset, batch_size: int):
+  """(indices, batch of full size) of an enumerated dataset."""
+  for indices, batch in tfds.as_numpy(dataset.batch(batch_size)):
+    yield [int(i) for i in indices], pipeline.fill_rows(batch, batch_size)
+
+
+def loss_metrics(
+    eval_step: Callable[..., Any],
+    params: Any,
+    config: pipeline.DatasetConfig,
+    vocab_size: int,
+    max_batches: int | None,
+) -> dict[str, float]:
+  """Loss and token accuracy over a split, teacher-forced."""
+  total: dict[str, float] = {}
+  for batch in pipeline.eval_batches(config, vocab_size, max_batches):
+    metrics.add(total, jax.device_get(eval_step(params, batch)))
+  return metrics.scalars(total) if total else {}
+
+
+def evaluate(
+    *,
+    dataset_cfg: pipeline.DatasetConfig,
+    checkpoint_path: str,
+    output_dir: str | None = None,
+    model: Any = None,
+    config_text: Callable[[], str] | None = None,
+    dry_run: bool = False,
+) -> dict[str, dict[str, float]]:
+  """Predicts a split with a checkpoint and writes metrics and predictions.
+
+  Args:
+    dataset_cfg: the split; its vocabulary may be None for a checkpoint that
+      brings its own.
+    checkpoint_path: run folder, one checkpoint, or HF folder.
+    output_dir: where results go; `eval` inside the checkpoint's run folder by
+      default.
+    model: overrides the checkpoint's own T5Config (same architecture).
+    config_text: gives the operative configuration for `config.gin`.
+    dry_run: stop once everything is built.
+
+  Returns:
+    {task: {metric: value}}.
+
+  Raises:
+    UserError: for a mistake in the checkpoint, the data or the task.
+  """
+  model, params, vocabulary, source = load_model(checkpoint_path, model)
+  if dataset_cfg.vocabulary is None:
+    dataset_cfg = dataclasses.replace(dataset_cfg, vocabulary=vocabulary)
+  output_dir = checkpoints.prepare_model_dir(
+      output_dir or os.path.join(source.run_dir, "eval")
+  )
+  evaluator = InferenceEvaluator(model, dataset_cfg, output_dir)
+  if not evaluator.task_names:
+    raise UserError(
+        f"task {dataset_cfg.task().name!r} has no metrics for split"
+        f" {dataset_cfg.split!r}"
+    )
+  if config_text is not None:
+    checkpoints.write_atomically(
+        os.path.join(output_dir, "config.gin"), config_text()
+    )
+  if dry_run:
+    console.say(f"dry run: {source.path} and {dataset_cfg.task().name} are fine")
+    return {}
+  results = evaluator.evaluate(jax.device_put(params), source.step)
+  console.metrics_table(
+      f"{source.path}, split {dataset_cfg.split}",
+      [(t, m, v) for t, values in results.items() for m, v in values.items()],
+  )
+  console.samples_table(evaluator.samples(source.step, 5))
+  console.say(f"predictions and metrics: {output_dir}/inference_eval")
+  return results
+
+
+def load_model(path: str, model: Any = None):
+  """(model, params, vocabulary or None, source) of a checkpoint.
+
+  `model` may change run-time choices; its architecture must be the
+  checkpoint's.
+  """
+  from fat5_jax.data import vocabularies
+  from fat5_jax.models.t5 import Transformer
+
+  source = checkpoints.find(path)
+  if model is None:
+    config = checkpoints.read_config(source).replace(
+        scan_layers=False, remat_policy="none"
+    )
+    model = Transformer(config)
+  abstract = jax.eval_shape(lambda: steps.init_params(model, 0))
+  params, source = checkpoints.initial_params(path, model.config, abstract)
+  vocabulary = None
+  if source.kind == "hf":
+    if any(
+        os.path.exists(os.path.join(source.path, name))
+        for name in ("spiece.model", "tokenizer_config.json")
+    ):
+      vocabulary = vocabularies.from_hf(source.path)
+  else:
+    found = checkpoints.read_model_json(source.run_dir) or {}
+    if found.get("vocabulary"):
+      vocabulary = vocabularies.load(found["vocabulary"], source.run_dir)
+  return model, params, vocabulary, source

@@ -1,0 +1,219 @@
+"""Predicts lines or a task: `python -m fat5_jax.infer --gin.MODEL_DIR=...`."""
+
+if __name__ == "__main__":
+  # Before the heavy imports, so that --help answers at once.
+  from fat5_jax import cli
+
+  raise SystemExit(cli.main("infer"))
+
+from collections.abc import Callable, Iterable, Iterator
+import contextlib
+import dataclasses
+import itertools
+import json
+import os
+import sys
+from typing import Any, Literal
+
+import jax
+import numpy as np
+import seqio
+
+from fat5_jax import console, decoding
+from fat5_jax.data import pipeline, sources
+from fat5_jax.errors import UserError
+from fat5_jax.eval import load_model
+
+# Input lengths are rounded up to a multiple, so that few programs are compiled.
+_LENGTH_STEP = 64
+
+
+def infer(
+    *,
+    checkpoint_path: str,
+    input: str | None = None,
+    output: str = "-",
+    output_format: Literal["jsonl", "tsv"] | None = None,
+    dataset_cfg: pipeline.DatasetConfig | None = None,
+    batch_size: int = 32,
+    max_input_length: int | None = None,
+    max_output_length: int = 256,
+    model: Any = None,
+    vocabulary: seqio.Vocabulary | None = None,
+    config_text: Callable[[], str] | None = None,
+    dry_run: bool = False,
+) -> None:
+  """Writes a prediction for every line, or every example of a task.
+
+  Args:
+    checkpoint_path: run folder, one checkpoint, or HF folder.
+    input: a text file with one input a line, a .tsv, .csv or .jsonl file with
+      a column `inputs`, or "-" for lines on standard input; None predicts the
+      task of `dataset_cfg`, or reads standard input where there is none.
+    output: a file, or "-" for standard output.
+    output_format: "jsonl" or "tsv"; by default what the ending of `output`
+      says, else JSONL. Keys are inputs, prediction, and targets for a task.
+    dataset_cfg: the task and split to predict, where there is no input.
+    batch_size: rows a batch.
+    max_input_length: longer inputs are cut to this many tokens; None cuts none.
+    max_output_length: most tokens of a prediction.
+    model: overrides the checkpoint's own T5Config (same architecture).
+    vocabulary: overrides the checkpoint's own.
+    config_text: unused, for symmetry of the commands.
+    dry_run: stop once everything is built.
+
+  Raises:
+    UserError: for a mistake in the checkpoint, the input or the task.
+  """
+  del config_text
+  model, params, own_vocabulary, source = load_model(checkpoint_path, model)
+  vocabulary = own_vocabulary or vocabulary
+  if vocabulary is None:
+    raise UserError(f"{source.path} brings no vocabulary; set VOCABULARY in gin")
+  output_format = _choose_format(output, output_format)
+  if input is None and dataset_cfg is not None:
+    if dataset_cfg.vocabulary is None:
+      dataset_cfg = dataclasses.replace(dataset_cfg, vocabulary=vocabulary)
+    rows = _task_rows(dataset_cfg)
+  else:
+    rows = _input_rows(input or "-")
+  if dry_run:
+    console.say(f"dry run: {source.path} and its vocabulary are fine")
+    return
+  predict = jax.jit(
+      lambda params, tokens: decoding.generate(
+          model, params, tokens, max_output_length
+      )
+  )
+  params = jax.device_put(params)
+  if rows is not None and (input or "-") == "-" and dataset_cfg is None:
+    if sys.stdin.isatty():
+      console.say("one input a line, end with Ctrl-D:")
+  count = 0
+  with _open_output(output) as file:
+    for batch in _batches(rows, batch_size):
+      tokens = [
+          _encode(vocabulary, row["inputs"], max_input_length, model.config)
+          for row in batch
+      ]
+      predictions = np.asarray(predict(params, _pad(tokens, batch_size)))
+      for row, ids in zip(batch, predictions):
+        row["prediction"] = vocabulary.decode(ids.tolist())
+        file.write(_format(row, output_format, header=count == 0))
+        count += 1
+      file.flush()
+  if output != "-":
+    console.say(f"{count} predictions in {output}")
+
+
+def _choose_format(output: str, output_format: str | None) -> str:
+  if output_format is None:
+    return "tsv" if output.endswith(".tsv") else "jsonl"
+  if output_format not in ("jsonl", "tsv"):
+    raise UserError(f"OUTPUT_FORMAT = {output_format!r} is not jsonl or tsv")
+  return output_format
+
+
+def _input_rows(path: str) -> Iterator[dict[str, str]]:
+  if path == "-":
+    located = (
+        (f"standard input, row {n}", {"text": line.rstrip("\r\n")})
+        for n, line in enumerate(sys.stdin, 1)
+    )
+  elif os.path.splitext(path)[1] in ("", ".txt"):
+    if not os.path.exists(path):
+      raise UserError(f"{path}: no such input file")
+    located = (
+        (f"{path}, row {n}", {"text": line})
+        for n, line in sources._read_lines(path, open)
+    )
+  else:
+    located = sources.read_file(path)
+
+  def rows():
+    for where, row in located:
+      try:
+        text = row["text"] if "text" in row else sources.column(row, "inputs")
+      except UserError as e:
+        raise UserError(f"{where}: {e}") from None
+      if not text.strip():
+        raise UserError(f"{where}: empty")
+      yield {"inputs": text}
+
+  return rows()
+
+
+def _task_rows(config: pipeline.DatasetConfig) -> Iterator[dict[str, str]]:
+  task = config.task()
+  for part in seqio.get_subtasks(task):
+    if isinstance(part.source, sources.SeqioSource):
+      for example in part.source.examples(config.split):
+        yield {k: example[k] for k in ("inputs", "targets")}
+      continue
+    # A task of the user's own: its text as SeqIO keeps it.
+    dataset = part.get_dataset(
+        sequence_length=config.task_feature_lengths,
+        split=config.split,
+        shuffle=False,
+    )
+    for example in dataset.as_numpy_iterator():
+      yield {
+          key: pipeline.decode(part.output_features[key], example[key])
+          for key in ("inputs", "targets")
+      }
+
+
+def _batches(rows: Iterable[dict], size: int) -> Iterator[list[dict]]:
+  rows = iter(rows)
+  while batch := list(itertools.islice(rows, size)):
+    yield batch
+
+
+def _encode(vocabulary, text: str, max_length: int | None, config) -> list[int]:
+  ids = vocabulary.encode(text)
+  if max_length is not None:
+    ids = ids[: max_length - 1]
+  ids = [*ids, config.eos_token_id]
+  if max(ids) >= config.vocab_size:
+    raise UserError(
+        f"{text[:40]!r} holds token id {max(ids)}, beyond the model's embedding"
+        f" (vocab_size = {config.vocab_size}); is the vocabulary the model's?"
+    )
+  return ids
+
+
+def _pad(tokens: list[list[int]], rows: int) -> np.ndarray:
+  longest = max(map(len, tokens))
+  length = -(-longest // _LENGTH_STEP) * _LENGTH_STEP
+  padded = np.zeros((rows, length), np.int32)
+  for row, ids in zip(padded, tokens):
+    row[: len(ids)] = ids
+  return padded
+
+
+def _format(row: dict[str, str], output_format: str, header: bool) -> str:
+  if output_format == "jsonl":
+    return json.dumps(row, ensure_ascii=False) + "\n"
+  clean = lambda text: text.replace("\t", " ").replace("\n", " ")
+  lines = ["\t".join(row)] if header else []
+  return "\n".join([*lines, "\t".join(map(clean, row.values()))]) + "\n"
+
+
+@contextlib.contextmanager
+def _open_output(path: str):
+  """The output file, complete or not there; or standard output."""
+  if path == "-":
+    yield sys.stdout
+    return
+  partial = f"{path}.partial"
+  try:
+    file = open(partial, "w", encoding="utf-8")
+  except OSError as e:
+    raise UserError(f"OUTPUT {path} cannot be written: {e.strerror}") from None
+  try:
+    with file:
+      yield file
+    os.replace(partial, path)
+  finally:
+    if os.path.exists(partial):
+      os.remove(partial)

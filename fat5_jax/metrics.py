@@ -1,0 +1,185 @@
+"""Sums of a step to named scalars, and those to TensorBoard, CSV and a plot."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+import csv
+import json
+import os
+from typing import Any
+
+from clu import metric_writers
+import numpy as np
+
+from fat5_jax import checkpoints
+
+_COLUMNS = ("step", "dataset", "metric", "value")
+
+
+def scalars(sums: Mapping[str, float]) -> dict[str, float]:
+  """T5X's metrics from sums over one or more steps.
+
+  `loss` and its parts are as normalised, a step's mean; the per-token values
+  are natural logarithms.
+  """
+  tokens = max(sums["target_tokens"], 1.0)
+  count = max(sums["steps"], 1.0)
+  result = {
+      "loss": sums["loss"] / count,
+      "cross_ent_loss": sums["cross_entropy"] / count,
+      "z_loss": sums["z_loss"] / count,
+      "loss_per_nonpadding_target_token": sums["token_loss"] / tokens,
+      "accuracy": sums["correct"] / tokens,
+      "non_padding_fraction/encoder": sums["encoder_tokens"]
+      / max(sums["encoder_positions"], 1.0),
+      "non_padding_fraction/decoder": sums["target_tokens"]
+      / max(sums["target_positions"], 1.0),
+      "non_padding_fraction/overall": (
+          sums["encoder_tokens"] + sums["target_tokens"]
+      )
+      / max(sums["encoder_positions"] + sums["target_positions"], 1.0),
+  }
+  if "gradient_norm" in sums:
+    result["gradient_norm"] = sums["gradient_norm"] / count
+  return result
+
+
+def add(total: dict[str, float], step: Mapping[str, Any]) -> None:
+  """Adds a step's sums, in place."""
+  for key, value in step.items():
+    total[key] = total.get(key, 0.0) + float(value)
+
+
+class MetricsLog:
+  """metrics.csv and TensorBoard events of a run folder.
+
+  A resumed run first drops what a killed one wrote after its last checkpoint.
+  """
+
+  def __init__(self, model_dir: str, first_step: int):
+    self._model_dir = model_dir
+    self._path = os.path.join(model_dir, "metrics.csv")
+    self._writers: dict[str, metric_writers.SummaryWriter] = {}
+    self._rows = [row for row in read_csv(self._path) if row[0] <= first_step]
+    self._rewrite()
+    _drop_later_lines(model_dir, first_step)
+
+  def _rewrite(self) -> None:
+    lines = [",".join(_COLUMNS)]
+    lines += [f"{s},{d},{m},{v!r}" for s, d, m, v in self._rows]
+    checkpoints.write_atomically(self._path, "\n".join(lines) + "\n")
+
+  def write(
+      self,
+      step: int,
+      dataset: str,
+      values: Mapping[str, float],
+      events: str | None = None,
+  ) -> None:
+    """Adds scalars to the CSV and, where `events` names a folder, there too."""
+    values = {key: float(np.asarray(v)) for key, v in values.items()}
+    rows = [(step, dataset, key, value) for key, value in values.items()]
+    self._rows += rows
+    with open(self._path, "a", encoding="utf-8", newline="") as file:
+      csv.writer(file, lineterminator="\n").writerows(rows)
+    if events is not None:
+      if events not in self._writers:
+        self._writers[events] = metric_writers.SummaryWriter(
+            os.path.join(self._model_dir, events)
+        )
+      self._writers[events].write_scalars(step, values)
+      self._writers[events].flush()
+
+  def latest(self) -> dict[str, dict[str, float]]:
+    """The last value of every metric, by data set."""
+    found: dict[str, dict[str, float]] = {}
+    for _, dataset, metric, value in self._rows:
+      found.setdefault(dataset, {})[metric] = value
+    return found
+
+  def plot(self) -> str:
+    """Draws curves.png; its path."""
+    path = os.path.join(self._model_dir, "curves.png")
+    plot(self._rows, path)
+    return path
+
+  def close(self) -> None:
+    for writer in self._writers.values():
+      writer.close()
+
+
+def read_csv(path: str) -> list[tuple[int, str, str, float]]:
+  """Rows (step, data set, metric, value) of a metrics.csv; none if absent."""
+  if not os.path.exists(path):
+    return []
+  rows = []
+  with open(path, encoding="utf-8", newline="") as file:
+    for record in csv.DictReader(file):
+      try:
+        rows.append(
+            (
+                int(record["step"]),
+                record["dataset"],
+                record["metric"],
+                float(record["value"]),
+            )
+        )
+      except (TypeError, ValueError):
+        # The last line of a killed run may be cut short.
+        continue
+  return rows
+
+
+def _drop_later_lines(model_dir: str, first_step: int) -> None:
+  """Removes later steps from SeqIO's `<task>-metrics.jsonl` files."""
+  folder = os.path.join(model_dir, "inference_eval")
+  if not os.path.isdir(folder):
+    return
+  for name in os.listdir(folder):
+    if not name.endswith("-metrics.jsonl"):
+      continue
+    path = os.path.join(folder, name)
+    with open(path, encoding="utf-8") as file:
+      lines = [line for line in file if json.loads(line)["step"] <= first_step]
+    checkpoints.write_atomically(path, "".join(lines))
+
+
+def plot(rows: Iterable[tuple[int, str, str, float]], path: str) -> None:
+  """Loss, learning rate, and evaluation metrics over steps, as a PNG."""
+  import matplotlib
+
+  matplotlib.use("Agg")
+  from matplotlib import pyplot as plt
+
+  curves: dict[tuple[str, str], tuple[list[int], list[float]]] = {}
+  for step, dataset, metric, value in rows:
+    xs, ys = curves.setdefault((dataset, metric), ([], []))
+    xs.append(step)
+    ys.append(value)
+  panels = [
+      ("loss per target token (nats)", "loss_per_nonpadding_target_token"),
+      ("token accuracy", "accuracy"),
+      ("learning rate", "learning_rate"),
+  ]
+  figure, axes = plt.subplots(2, 2, figsize=(11, 7), layout="constrained")
+  for axis, (title, metric) in zip(axes.flat, panels):
+    for (dataset, name), (xs, ys) in curves.items():
+      if name == metric and not dataset.startswith("inference_eval"):
+        axis.plot(xs, ys, label=dataset, marker="." if len(xs) < 30 else None)
+    axis.set_title(title)
+  # A loss that falls a hundredfold needs a logarithm to be seen.
+  axes.flat[0].set_yscale("log")
+  axis = axes.flat[3]
+  for (dataset, name), (xs, ys) in curves.items():
+    if dataset.startswith("inference_eval"):
+      axis.plot(xs, ys, label=f"{dataset.split('/')[-1]} {name}", marker="o")
+  axis.set_title("predictions")
+  for axis in axes.flat:
+    axis.set_xlabel("step")
+    axis.grid(alpha=0.3)
+    if axis.get_legend_handles_labels()[0]:
+      axis.legend(fontsize="small")
+  temporary = f"{path}.tmp.png"
+  figure.savefig(temporary, dpi=110)
+  os.replace(temporary, path)
+  plt.close(figure)

@@ -1,0 +1,456 @@
+"""Trains a model: `python -m fat5_jax.train --gin_file=... --gin.MODEL_DIR=...`.
+
+The loop is read from top to bottom. Everything it uses is built before (from
+gin, or by hand) and passed in.
+"""
+
+if __name__ == "__main__":
+  # Before the heavy imports, so that --help answers at once.
+  from fat5_jax import cli
+
+  raise SystemExit(cli.main("train"))
+
+import collections
+from collections.abc import Callable
+import contextlib
+import itertools
+import os
+import shlex
+import signal
+import sys
+import time
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from fat5_jax import checkpoints, console, metrics, steps
+from fat5_jax.data import pipeline, vocabularies
+from fat5_jax.errors import UserError
+from fat5_jax.eval import InferenceEvaluator, loss_metrics
+
+# Steps that may be in flight; bounds how late a NaN or a signal is seen.
+_IN_FLIGHT = 2
+
+
+def train(
+    *,
+    model: Any,
+    train_dataset_cfg: pipeline.DatasetConfig,
+    train_eval_dataset_cfg: pipeline.DatasetConfig | None,
+    infer_eval_dataset_cfg: pipeline.DatasetConfig | None,
+    checkpoint_cfg: checkpoints.CheckpointConfig,
+    optimizer: optax.GradientTransformation,
+    learning_rate_fn: Callable[[Any], Any],
+    model_dir: str,
+    total_steps: int | None = None,
+    relative_steps: int | None = None,
+    eval_steps: int | None = 20,
+    eval_period: int = 1000,
+    stats_period: int | None = None,
+    random_seed: int = 42,
+    z_loss: float = 0.0001,
+    label_smoothing: float = 0.0,
+    loss_normalizing_factor: float | str | None = None,
+    num_microbatches: int | None = None,
+    config_text: Callable[[], str] | None = None,
+    dry_run: bool = False,
+) -> steps.TrainState | None:
+  """Trains until `total_steps`, going on from what `model_dir` holds.
+
+  Args:
+    model: a `models.t5.Transformer`.
+    train_dataset_cfg: training data.
+    train_eval_dataset_cfg: data whose teacher-forced loss is reported, or None.
+    infer_eval_dataset_cfg: data that is predicted and scored with the task's
+      metrics, or None.
+    checkpoint_cfg: when to save, what to start from.
+    optimizer: an optax transformation, its learning rate inside.
+    learning_rate_fn: the same schedule, for the log.
+    model_dir: the run folder.
+    total_steps: the step to reach; counts those of the checkpoint started from.
+    relative_steps: instead, steps after that checkpoint.
+    eval_steps: batches of train_eval_dataset_cfg an evaluation reads; None all.
+    eval_period: steps between evaluations; 0 for one at the end only.
+    stats_period: steps between rows of the metrics; 100 or eval_period if less.
+    random_seed: of initial parameters and dropout.
+    z_loss: coefficient of log(Z)^2.
+    label_smoothing: in [0, 1).
+    loss_normalizing_factor: see losses.normalise.
+    num_microbatches: parts a batch is split into to save memory.
+    config_text: gives the operative configuration for `config.gin`.
+    dry_run: print what would run, decode one batch, and stop.
+
+  Returns:
+    The final state; None after a dry run or a SIGTERM (which saves first).
+
+  Raises:
+    UserError: for a mistake in the settings, the data or the checkpoint, and
+      for a loss or gradient that is not finite.
+  """
+  if (total_steps is None) == (relative_steps is None):
+    raise UserError(
+        "set one of TRAIN_STEPS (counted from step 0 of the checkpoint) and"
+        " TRAIN_STEPS_RELATIVE"
+    )
+  if not isinstance(random_seed, int):
+    raise UserError(f"RANDOM_SEED = {random_seed!r} must be a whole number")
+  config = model.config
+  task = train_dataset_cfg.task()
+  pipeline.check_vocabulary(train_dataset_cfg, config.vocab_size)
+  train_step = jax.jit(
+      steps.make_train_step(
+          model,
+          optimizer,
+          seed=random_seed,
+          z_loss=z_loss,
+          label_smoothing=label_smoothing,
+          loss_normalizing_factor=loss_normalizing_factor,
+          num_microbatches=num_microbatches,
+      ),
+      donate_argnums=0,
+  )
+  eval_step = jax.jit(
+      steps.make_eval_step(
+          model,
+          z_loss=z_loss,
+          label_smoothing=label_smoothing,
+          loss_normalizing_factor=loss_normalizing_factor,
+      )
+  )
+
+  def init_state() -> steps.TrainState:
+    params = steps.init_params(model, random_seed)
+    return steps.TrainState(jnp.int32(0), params, optimizer.init(params))
+
+  abstract = jax.eval_shape(init_state)
+  if dry_run:
+    _dry_run(train_dataset_cfg, config, abstract, config_text)
+    return None
+
+  model_dir = checkpoints.prepare_model_dir(model_dir)
+  checkpoints.check_same_model(model_dir, config)
+  checkpointer = checkpoints.Checkpointer(model_dir, checkpoint_cfg.save)
+
+  # Where the state comes from, first match wins:
+  #   1. the latest checkpoint of this run;
+  #   2. INITIAL_CHECKPOINT_PATH, an HF folder: its weights, step 0;
+  #   3. INITIAL_CHECKPOINT_PATH, a fat5_jax checkpoint: weights, optimizer and
+  #      step, as T5X does;
+  #   4. scratch.
+  position = {"batches": 0, "dataset": train_dataset_cfg.fingerprint()}
+  own_step = checkpointer.latest_step()
+  initial_path = checkpoint_cfg.restore.path
+  if own_step is not None:
+    params, opt_state, found = checkpointer.restore(
+        own_step, abstract.params, abstract.opt_state, config.scan_layers
+    )
+    state = steps.TrainState(jnp.int32(own_step), params, opt_state)
+    begin_step = found["begin_step"]
+    if found["dataset"] == position["dataset"]:
+      position["batches"] = found["batches"]
+    else:
+      console.say(
+          "the training data's settings changed since the checkpoint; reading it"
+          " from its beginning"
+      )
+    console.say(f"going on from step {own_step} of {model_dir}")
+  elif initial_path:
+    params, source = checkpoints.initial_params(
+        initial_path, config, abstract.params
+    )
+    state = jax.jit(init_state)()
+    opt_state = state.opt_state
+    if source.kind == "fat5":
+      opt_state = checkpoints.initial_optimizer(
+          source, abstract.opt_state, config.scan_layers
+      )
+    state = steps.TrainState(jnp.int32(source.step), params, opt_state)
+    begin_step = source.step
+    console.say(f"starting from {source.path}, step {begin_step}")
+  else:
+    state = jax.jit(init_state)()
+    begin_step = 0
+    console.say(f"starting from scratch, seed {random_seed}")
+
+  step = first_step = int(state.step)
+  last_step = total_steps
+  if relative_steps is not None:
+    last_step = begin_step + relative_steps
+  if step > last_step:
+    raise UserError(
+        f"the run is at step {step}, past TRAIN_STEPS = {last_step}; steps of"
+        " the checkpoint count, so raise it or use TRAIN_STEPS_RELATIVE"
+    )
+  evaluator = None
+  if infer_eval_dataset_cfg is not None:
+    evaluator = InferenceEvaluator(model, infer_eval_dataset_cfg, model_dir)
+  batches = pipeline.train_batches(
+      train_dataset_cfg, config.vocab_size, skip=position["batches"]
+  )
+  # The first batch shows bad data before anything is written.
+  batches = itertools.chain([next(batches)], batches)
+
+  vocabulary = task.output_features["targets"].vocabulary
+  checkpoints.write_model_json(
+      model_dir,
+      config,
+      vocabularies.save(vocabulary, model_dir),
+      random_seed=random_seed,
+  )
+  _write_model_info(model_dir, abstract)
+  if config_text is not None:
+    checkpoints.write_atomically(
+        os.path.join(model_dir, "config.gin"), config_text()
+    )
+  log = metrics.MetricsLog(model_dir, first_step)
+  count = sum(x.size for x in jax.tree.leaves(abstract.params))
+  console.say(
+      f"{count:,} parameters on {jax.device_count()} {jax.default_backend()}"
+      f" device(s), {config.dtype}; results in {model_dir}"
+  )
+
+  def save() -> None:
+    checkpointer.save(
+        step,
+        state.params,
+        state.opt_state,
+        position | {"begin_step": begin_step},
+    )
+
+  def run_evaluation() -> None:
+    if train_eval_dataset_cfg is not None:
+      values = loss_metrics(
+          eval_step,
+          state.params,
+          train_eval_dataset_cfg,
+          config.vocab_size,
+          eval_steps,
+      )
+      name = f"training_eval/{train_eval_dataset_cfg.task().name}"
+      log.write(step, name, values, events=name)
+      console.say(
+          f"step {step}  {name}  "
+          + "  ".join(f"{k} {values[k]:.4f}" for k in
+                      ("loss_per_nonpadding_target_token", "accuracy"))
+      )
+    if evaluator is not None:
+      for name, values in evaluator.evaluate(state.params, step).items():
+        log.write(step, f"inference_eval/{name}", values)
+        console.say(
+            f"step {step}  inference_eval/{name}  "
+            + "  ".join(f"{k} {v:.4g}" for k, v in values.items())
+        )
+    log.plot()
+
+  stats_period = stats_period or min(100, eval_period or 100)
+  progress = console.Progress(first_step, last_step)
+  pending: collections.deque = collections.deque()
+  total: dict[str, float] = {}
+  mark, waited = time.monotonic(), 0.0
+  last_evaluated = None
+
+  def drain(limit: int) -> None:
+    """Takes the sums of finished steps in, until `limit` are in flight."""
+    nonlocal total, mark, waited
+    while len(pending) > limit:
+      done_step, sums = pending.popleft()
+      sums = jax.device_get(sums)
+      bad_leaf = sums.pop("bad_leaf")
+      if bad_leaf >= 0 or not np.isfinite(sums["loss"]):
+        raise UserError(
+            _divergence_message(
+                done_step, sums, bad_leaf, abstract.params, checkpointer
+            )
+        )
+      metrics.add(total, sums)
+      seconds = max(time.monotonic() - mark - waited, 1e-9)
+      values = metrics.scalars(total)
+      rate = float(learning_rate_fn(done_step - 1))
+      due = done_step % stats_period == 0 or done_step == last_step
+      progress.update(
+          done_step,
+          loss=values["loss_per_nonpadding_target_token"],
+          learning_rate=rate,
+          tokens_per_second=total["target_tokens"] / seconds,
+          padding=1 - values["non_padding_fraction/overall"],
+          force=due,
+      )
+      if due:
+        values |= {
+            "learning_rate": rate,
+            "timing/steps_per_second": total["steps"] / seconds,
+            "timing/target_tokens_per_second": total["target_tokens"] / seconds,
+            "timing/input_tokens_per_second": total["encoder_tokens"] / seconds,
+        }
+        log.write(done_step, "train", values, events="train")
+        total = {}
+        mark, waited = time.monotonic(), 0.0
+
+  @contextlib.contextmanager
+  def off_the_clock():
+    nonlocal waited
+    begin = time.monotonic()
+    progress.pause()
+    yield
+    progress.resume()
+    waited += time.monotonic() - begin
+
+  with _StopSignal() as stop:
+    if own_step is None:
+      save()
+    while step < last_step and not stop.received:
+      state, sums = train_step(state, next(batches))
+      step += 1
+      position["batches"] += 1
+      pending.append((step, sums))
+      drain(_IN_FLIGHT)
+      evaluate_now = eval_period and step % eval_period == 0
+      save_now = step % checkpoint_cfg.save.period == 0
+      if evaluate_now or save_now:
+        drain(0)
+        with off_the_clock():
+          if save_now:
+            save()
+          if evaluate_now:
+            run_evaluation()
+            last_evaluated = step
+    drain(0)
+    progress.pause()
+    save()
+    if not stop.received and last_evaluated != step:
+      run_evaluation()
+    checkpointer.wait()
+    checkpointer.close()
+  if stop.received:
+    log.close()
+    console.say(
+        f"stopped by {stop.name} at step {step}, which is saved in {model_dir}."
+        " Run the same command again to go on:\n  " + _command_line()
+    )
+    return None
+  _closing_words(log, evaluator, model_dir, step)
+  log.close()
+  return state
+
+
+class _StopSignal:
+  """Turns SIGTERM, and a first Ctrl-C, into a request to stop after a step."""
+
+  def __init__(self):
+    self.received = False
+    self.name = ""
+    self._previous: dict[int, Any] = {}
+
+  def __enter__(self):
+    try:
+      for number in (signal.SIGTERM, signal.SIGINT):
+        self._previous[number] = signal.signal(number, self._handle)
+    except ValueError:
+      pass  # Signals belong to the main thread; elsewhere there are none.
+    return self
+
+  def _handle(self, number, frame):
+    del frame
+    if self.received and number == signal.SIGINT:
+      raise KeyboardInterrupt
+    self.received, self.name = True, signal.Signals(number).name
+    console.say(f"\n{self.name}: saving after this step ...")
+
+  def __exit__(self, *exception):
+    for number, handler in self._previous.items():
+      signal.signal(number, handler)
+
+
+def _command_line() -> str:
+  return shlex.join(getattr(sys, "orig_argv", sys.argv))
+
+
+def _divergence_message(step, sums, bad_leaf, abstract_params, checkpointer):
+  checkpointer.wait()
+  where = (
+      "the loss"
+      if bad_leaf < 0
+      else f"the gradient of {steps.leaf_name(abstract_params, bad_leaf)}"
+  )
+  good = checkpointer.latest_step()
+  return (
+      f"step {step}: loss {float(sums['loss']):.6g}; first not finite: {where}."
+      f" The last good checkpoint is step {good} and untouched. Usual mends: a"
+      " lower learning rate or more warm-up, global_norm_clip_threshold = 1.0,"
+      " dtype = 'float32'"
+  )
+
+
+def _closing_words(log, evaluator, model_dir: str, step: int) -> None:
+  """The table, samples, plot, and what to try next."""
+  console.metrics_table(
+      f"metrics at step {step}",
+      [
+          (dataset, metric, value)
+          for dataset, values in log.latest().items()
+          for metric, value in values.items()
+          if not metric.startswith("timing/")
+      ],
+  )
+  if evaluator is not None:
+    console.samples_table(evaluator.samples(step, 8))
+  console.say(f"curves: {log.plot()}")
+  console.say(
+      "try your own lines next:\n"
+      f"  python -m fat5_jax.infer --gin.MODEL_DIR={shlex.quote(model_dir)}"
+  )
+
+
+def _parameter_lines(abstract: steps.TrainState) -> list[str]:
+  """A line a parameter, the totals, then the optimizer's state."""
+  lines = []
+  for title, tree in (
+      ("parameter", abstract.params),
+      ("optimizer", abstract.opt_state),
+  ):
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    for path, leaf in leaves:
+      name = jax.tree_util.keystr(path, simple=True, separator="/")
+      lines.append(
+          f"{title} {name:<72} size {leaf.size:>12,} shape {leaf.shape}"
+      )
+    total = sum(leaf.size for _, leaf in leaves)
+    size = sum(leaf.size * leaf.dtype.itemsize for _, leaf in leaves)
+    lines.append(f"total {title}s: {total:,} ({size / 2**20:,.1f} MiB)\n")
+  return lines
+
+
+def _write_model_info(model_dir: str, abstract: steps.TrainState) -> None:
+  checkpoints.write_atomically(
+      os.path.join(model_dir, "model-info.txt"),
+      "\n".join(_parameter_lines(abstract)),
+  )
+
+
+def _dry_run(dataset_cfg, config, abstract, config_text) -> None:
+  """Prints parameters, the configuration, and a batch decoded to text."""
+  console.say("\n".join(_parameter_lines(abstract)))
+  if config_text is not None:
+    console.say(config_text())
+  batch = next(pipeline.train_batches(dataset_cfg, config.vocab_size))
+  features = dataset_cfg.task().output_features
+  console.say("one batch:")
+  for key, array in batch.items():
+    console.say(f"  {key} {array.shape} {array.dtype}")
+  for row in range(min(3, dataset_cfg.batch_size)):
+    for key, feature in (
+        ("encoder_input_tokens", "inputs"),
+        ("decoder_target_tokens", "targets"),
+    ):
+      segments = batch.get(key.split("_")[0] + "_segment_ids")
+      tokens = batch[key][row]
+      parts = [tokens]
+      if segments is not None:
+        ids = segments[row]
+        parts = [tokens[ids == i] for i in range(1, ids.max(initial=0) + 1)]
+      texts = [pipeline.decode(features[feature], part) for part in parts]
+      console.say(f"  row {row} {feature}: " + " | ".join(texts[:4]))
+  console.say("dry run: nothing was trained or written")
