@@ -143,16 +143,14 @@ def adafactor(
     return axes[-2], axes[-1]
 
   def init_leaf(p):
-    none = jnp.zeros((1,), jnp.float32)
-    m = none if beta1 is None else jnp.zeros(p.shape, jnp.float32)
+    zeros = lambda shape: jnp.zeros(shape, jnp.float32)
+    m = zeros((1,) if beta1 is None else p.shape)
     axes = factored_axes(p.shape)
     if axes is None:
-      return m, none, none, jnp.zeros(p.shape, jnp.float32)
+      return m, zeros((1,)), zeros((1,)), zeros(p.shape)
     row, column = axes
-    reduced = lambda axis: jnp.zeros(
-        [n for i, n in enumerate(p.shape) if i != axis], jnp.float32
-    )
-    return m, reduced(column), reduced(row), none
+    without = lambda axis: [n for i, n in enumerate(p.shape) if i != axis]
+    return m, zeros(without(column)), zeros(without(row)), zeros((1,))
 
   def update_leaf(g, p, m, v_row, v_col, v, decay):
     g = g.astype(jnp.float32)

@@ -78,10 +78,16 @@ def stsb(row: Row) -> Row:
   }
 
 
-def pad_punctuation(text: str) -> str:
-  """A space around each ASCII punctuation mark, runs of white space as one."""
-  text = re.sub(f"([{re.escape(string.punctuation)}])", r" \1 ", text)
+def _collapse_spaces(text: str) -> str:
+  """Runs of ASCII white space as one space."""
   return re.sub("[\t\n\f\r ]+", " ", text)
+
+
+def pad_punctuation(text: str) -> str:
+  """A space around each ASCII punctuation mark."""
+  return _collapse_spaces(
+      re.sub(f"([{re.escape(string.punctuation)}])", r" \1 ", text)
+  )
 
 
 def squad(row: Row) -> Row:
@@ -98,7 +104,7 @@ def squad(row: Row) -> Row:
   question = pad_punctuation(column(row, "question"))
   context = pad_punctuation(column(row, "context"))
   return {
-      "inputs": f"question: {question} context: {context}",
+      "inputs": _collapse_spaces(f"question: {question} context: {context}"),
       "targets": answers[0],
       "answers": answers,
       "id": str(row.get("id", "")),

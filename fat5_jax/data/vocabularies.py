@@ -9,6 +9,7 @@ from typing import Any
 
 import seqio
 
+from fat5_jax import checkpoints
 from fat5_jax.errors import UserError
 
 
@@ -57,3 +58,20 @@ def from_hf(folder: str) -> seqio.Vocabulary:
       f"{folder}: no spiece.model and no byte tokenizer; copy the SentencePiece"
       " model of this checkpoint there, or bind VOCABULARY in gin"
   )
+
+
+def of_checkpoint(path: str) -> seqio.Vocabulary:
+  """The vocabulary that a checkpoint brings: an HF folder or a fat5_jax run.
+
+  Raises:
+    UserError: if it brings none.
+  """
+  source = checkpoints.find(path)
+  if source.kind == "hf":
+    return from_hf(source.path)
+  found = checkpoints.read_model_json(source.run_dir) or {}
+  if not found.get("vocabulary"):
+    raise UserError(
+        f"{source.run_dir}: model.json names no vocabulary; set VOCABULARY in gin"
+    )
+  return load(found["vocabulary"], source.run_dir)

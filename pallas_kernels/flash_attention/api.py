@@ -63,6 +63,7 @@ def flash_attention(
     ValueError: if the shapes do not fit together, naming the argument.
     NotImplementedError: if the named implementation does not exist.
   """
+  q_BQHD, k_BKHD, v_BKHD = map(jnp.asarray, (q_BQHD, k_BKHD, v_BKHD))
   _check_shapes(
       q_BQHD, k_BKHD, v_BKHD, position, q_segment_ids, kv_segment_ids
   )

@@ -94,7 +94,7 @@ class RelativeBuckets:
     buckets_R = distance_buckets(
         self.table_HN.shape[1], self.max_distance, self.bidirectional
     )
-    return self.table_HN.astype(jnp.float32)[:, buckets_R]
+    return jnp.asarray(self.table_HN, jnp.float32)[:, buckets_R]
 
 
 def tile_distances(first_distance, queries: int, keys: int) -> jax.Array:

@@ -1,0 +1,26 @@
+"""Shared by all tests: a CPU, strict shapes, and paths to optional data."""
+
+import os
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+import jax
+import pytest
+
+jax.config.update("jax_numpy_rank_promotion", "allow")
+
+ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> str:
+  """The folder of real data beside the checkout; skips where there is none."""
+  for path in (
+      os.environ.get("FAT5_JAX_DATA", ""),
+      os.path.join(ROOT, "..", "shared", "data"),
+  ):
+    if path and os.path.isdir(path):
+      return os.path.abspath(path)
+  pytest.skip("no real data: set FAT5_JAX_DATA or check out ../shared/data")
