@@ -372,3 +372,18 @@ def initial_optimizer(source: Source, abstract: Any, scan_layers: bool) -> Any:
         " tools/convert_checkpoint.py and start from the weights alone"
     ) from None
   return _as_running(found, scan_layers)
+
+
+def write_params(
+    folder: str, config: T5Config, params: Any, vocabulary: Any = None
+) -> None:
+  """Writes weights as a run folder at step 0, to start other runs from."""
+  from fat5_jax.data import vocabularies  # only here: it brings TensorFlow
+
+  folder = prepare_model_dir(folder)
+  description = None
+  if vocabulary is not None:
+    description = vocabularies.save(vocabulary, folder)
+  write_model_json(folder, config, description)
+  with ocp.StandardCheckpointer() as checkpointer:
+    checkpointer.save(os.path.join(folder, "checkpoint_0", "params"), params)

@@ -5,11 +5,12 @@ import os
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 os.environ["HF_HUB_OFFLINE"] = "1"
+# Tests compile much and compute little.
+os.environ["XLA_FLAGS"] = (
+    os.environ.get("XLA_FLAGS", "") + " --xla_backend_optimization_level=0"
+)
 
-import jax
 import pytest
-
-jax.config.update("jax_numpy_rank_promotion", "allow")
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 

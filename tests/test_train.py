@@ -1,0 +1,437 @@
+"""Whole runs through the commands that a user types, and how they can end."""
+
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import jax
+import numpy as np
+import pytest
+
+from conftest import ROOT
+from fat5_jax import checkpoints, cli, metrics
+
+TINY = """
+from __gin__ import dynamic_registration
+
+import fat5_jax.data.sources as sources
+import fat5_jax.data.tasks as tasks
+import fat5_jax.models.config as config
+import fat5_jax.optimizers as optimizers
+
+include 'models/byt5/base.gin'
+include 'runs/pretrain.gin'
+
+MIXTURE_OR_TASK_NAME = @tasks.text_to_text()
+tasks.text_to_text:
+  source = @sources.Files()
+  inputs = 'say {text}'
+  targets = '{label}'
+  vocabulary = %VOCABULARY
+  name = 'tiny'
+sources.Files.splits = {'train': %TRAIN_FILE, 'validation': %TRAIN_FILE}
+TRAIN_FILE = 'rows.tsv'
+TASK_FEATURE_LENGTHS = {'inputs': 40, 'targets': 16}
+BATCH_SIZE = 4
+TRAIN_STEPS = 12
+EVAL_PERIOD = 6
+CHECKPOINT_PERIOD = 3
+STATS_PERIOD = 2
+DTYPE = 'float32'
+DROPOUT_RATE = 0.1
+
+config.T5Config:
+  emb_dim = 16
+  num_heads = 2
+  head_dim = 8
+  num_encoder_layers = 2
+  num_decoder_layers = 1
+  mlp_dim = 16
+
+optimizers.create_learning_rate_scheduler:
+  factors = 'constant'
+  base_learning_rate = 0.01
+"""
+
+
+@pytest.fixture
+def folder(tmp_path):
+  """A working directory with a gin file and data, as a user has."""
+  rows = "".join(f"number {i}\t{i * 7 % 100}\n" for i in range(60))
+  (tmp_path / "rows.tsv").write_text("text\tlabel\n" + rows)
+  (tmp_path / "tiny.gin").write_text(TINY)
+  return tmp_path
+
+
+def command(name, *flags):
+  return [sys.executable, "-m", f"fat5_jax.{name}", *flags]
+
+
+def environment():
+  return os.environ | {"PYTHONPATH": ROOT, "COLUMNS": "200"}
+
+
+def run(folder, name, *flags, **options):
+  return subprocess.run(
+      command(name, *flags),
+      cwd=folder,
+      env=environment(),
+      capture_output=True,
+      text=True,
+      timeout=300,
+      **options,
+  )
+
+
+TRAIN = ("--gin_file=tiny.gin", "--gin.MODEL_DIR=run")
+
+
+def final_state(folder, step=12):
+  path = os.path.join(folder, f"checkpoint_{step}")
+  _, params = checkpoints.load_params(checkpoints.find(path))
+  import orbax.checkpoint as ocp
+
+  with ocp.StandardCheckpointer() as reader:
+    shapes = reader.metadata(f"{path}/optimizer").item_metadata.tree
+    target = jax.tree.map(lambda x: np.empty(x.shape, x.dtype), shapes)
+    return params, reader.restore(f"{path}/optimizer", target)
+
+
+def assert_equal_bit_for_bit(a, b):
+  assert jax.tree.structure(a) == jax.tree.structure(b)
+  for (path, x), y in zip(
+      jax.tree_util.tree_leaves_with_path(a), jax.tree.leaves(b)
+  ):
+    assert np.array_equal(np.asarray(x), np.asarray(y)), path
+
+
+@pytest.mark.slow
+def test_a_killed_run_goes_on_to_the_same_bits(folder):
+  """kill -9 between checkpoints, packing and dropout on; then the same command."""
+  done = run(folder, "train", *TRAIN)
+  assert done.returncode == 0, done.stderr
+  run_dir = folder / "run"
+
+  # What MODEL_DIR holds, under the names that T5X users know.
+  for name in (
+      "config.gin",
+      "model-info.txt",
+      "model.json",
+      "metrics.csv",
+      "curves.png",
+      "train",
+      "training_eval/tiny",
+      "inference_eval/tiny-metrics.jsonl",
+      "inference_eval/tiny-000012.jsonl",
+      "checkpoint_12",
+  ):
+    assert (run_dir / name).exists(), name
+  assert checkpoints.steps(run_dir) == [6, 9, 12], "KEEP = 3"
+
+  # Slow the process down a little so that the kill lands inside.
+  process = subprocess.Popen(
+      command("train", "--gin_file=tiny.gin", "--gin.MODEL_DIR=killed"),
+      cwd=folder,
+      env=environment(),
+      stderr=subprocess.DEVNULL,
+  )
+  deadline = time.monotonic() + 200
+  while not [s for s in checkpoints.steps(folder / "killed") if s >= 3]:
+    assert process.poll() is None and time.monotonic() < deadline
+    time.sleep(0.01)
+  process.send_signal(signal.SIGKILL)
+  process.wait()
+  killed_at = checkpoints.steps(folder / "killed")
+  assert killed_at and killed_at[-1] < 12, "the run ended before the kill"
+  done = run(folder, "train", "--gin_file=tiny.gin", "--gin.MODEL_DIR=killed")
+  assert done.returncode == 0, done.stderr
+  assert "going on from step" in done.stderr
+  assert_equal_bit_for_bit(final_state(run_dir), final_state(folder / "killed"))
+
+  # No step is recorded twice, and what both recorded is the same.
+  keep = lambda rows: {r[:3]: r[3] for r in rows if "timing" not in r[2]}
+  first = metrics.read_csv(run_dir / "metrics.csv")
+  second = metrics.read_csv(folder / "killed" / "metrics.csv")
+  assert len({r[:3] for r in second}) == len(second)
+  assert keep(second) == keep(first)
+  lines = (run_dir / "inference_eval" / "tiny-metrics.jsonl").read_text()
+  assert [json.loads(line)["step"] for line in lines.splitlines()] == [6, 12]
+
+  # The same gin file evaluates; the run folder alone predicts lines.
+  done = run(folder, "eval", *TRAIN)
+  assert done.returncode == 0, done.stderr
+  evaluated = json.loads(
+      (run_dir / "eval/inference_eval/tiny-metrics.jsonl").read_text()
+  )
+  assert evaluated["step"] == 12
+  assert evaluated["exact_match"] == json.loads(lines.splitlines()[-1])[
+      "exact_match"
+  ]
+  done = run(folder, "infer", "--gin.MODEL_DIR=run", input="say a\nsay b\nsay c\n")
+  assert done.returncode == 0, done.stderr
+  rows = [json.loads(line) for line in done.stdout.splitlines()]
+  assert [row["inputs"] for row in rows] == ["say a", "say b", "say c"]
+  assert all(isinstance(row["prediction"], str) for row in rows)
+
+
+@pytest.mark.slow
+def test_sigterm_saves_and_says_how_to_go_on(folder):
+  process = subprocess.Popen(
+      command("train", *TRAIN, "--gin.TRAIN_STEPS=100000"),
+      cwd=folder,
+      env=environment(),
+      stderr=subprocess.PIPE,
+      text=True,
+  )
+  while not checkpoints.steps(folder / "run"):
+    assert process.poll() is None
+    time.sleep(0.05)
+  time.sleep(5)
+  process.terminate()
+  _, text = process.communicate(timeout=120)
+  assert process.returncode == 0, text
+  step = int(re.search(r"stopped by SIGTERM at step (\d+)", text)[1])
+  assert checkpoints.steps(folder / "run")[-1] == step
+  assert "--gin.TRAIN_STEPS=100000" in text
+
+
+# ---- Mistakes: one short message each, nothing half-written. -----------------
+
+
+@pytest.fixture
+def fails(folder, monkeypatch, capfd):
+  """Runs `train` in this process; the error message."""
+  import gin
+
+  monkeypatch.chdir(folder)
+
+  def check(*flags, name="train"):
+    gin.clear_config()
+    status = cli.main(name, list(flags))
+    text = capfd.readouterr().err
+    assert status == 1
+    message = text[text.index("error: ") :]
+    assert "Traceback" not in text
+    assert len(message) < 2500, message
+    return message
+
+  yield check
+  gin.clear_config()
+
+
+def test_no_gin_file(fails):
+  assert "recipes/quickstart.gin" in fails()
+
+
+def test_a_missing_gin_file_names_the_nearest(fails):
+  message = fails("--gin_file=recipes/quickstrt.gin")
+  assert "Did you mean 'recipes/quickstart.gin'" in message
+
+
+def test_a_missing_include_names_file_and_line(fails, folder):
+  (folder / "bad.gin").write_text("\ninclude 'runs/finetun.gin'\n")
+  message = fails("--gin_file=bad.gin")
+  assert "bad.gin, line 2" in message and "runs/finetune.gin" in message
+
+
+def test_includes_resolve_beside_the_including_file(fails, folder):
+  (folder / "sub").mkdir()
+  (folder / "sub" / "a.gin").write_text("include 'b.gin'\n")
+  (folder / "sub" / "b.gin").write_text("include 'no_such_file.gin'\n")
+  assert "sub/b.gin, line 1" in fails("--gin_file=sub/a.gin")
+
+
+def test_an_unknown_macro_names_the_nearest(fails):
+  message = fails(*TRAIN, "--gin.TRAIN_STEP=5")
+  assert "'TRAIN_STEP'" in message and "'TRAIN_STEPS'" in message
+
+
+def test_an_unknown_macro_in_a_file_names_the_file(fails, folder):
+  (folder / "bad.gin").write_text("include 'tiny.gin'\nEVAL_PEROID = 5\n")
+  message = fails("--gin_file=bad.gin", "--gin.MODEL_DIR=run")
+  assert "bad.gin" in message and "'EVAL_PERIOD'" in message
+
+
+def test_an_unknown_parameter_names_the_nearest(fails):
+  message = fails(*TRAIN, "--gin.config.T5Config.num_head=2")
+  assert "num_heads" in message
+
+
+def test_an_unknown_configurable_names_the_nearest(fails):
+  message = fails(*TRAIN, "--gin.config.T5Confg.num_heads=2")
+  assert "T5Config" in message
+
+
+def test_missing_required_macros_are_listed_with_their_flags(fails):
+  message = fails("--gin_file=tiny.gin")
+  assert "MODEL_DIR must be set" in message
+  assert "--gin.MODEL_DIR=" in message
+
+
+def test_an_unknown_task_names_the_nearest(fails):
+  message = fails(*TRAIN, "--gin.MIXTURE_OR_TASK_NAME=glue_sst_v002")
+  assert "glue_sst2_v002" in message
+
+
+def test_a_missing_data_file_is_named(fails, folder):
+  assert "nothing.tsv" in fails(*TRAIN, "--gin.TRAIN_FILE=nothing.tsv")
+  assert not (folder / "run").exists()
+
+
+def test_a_malformed_row_is_named_with_file_and_row(fails, folder):
+  (folder / "rows.tsv").write_text("text\tlabel\na\t1\nb\n")
+  message = fails(*TRAIN)
+  assert "rows.tsv, row 3" in message
+  assert not (folder / "run" / "metrics.csv").exists()
+
+
+def test_an_empty_row_is_named(fails, folder):
+  (folder / "rows.tsv").write_text("text\tlabel\na\t1\n\t2\n")
+  assert "rows.tsv, row 3: column 'text' is empty" in fails(*TRAIN)
+
+
+def test_an_empty_data_set(fails, folder):
+  (folder / "rows.tsv").write_text("text\tlabel\n")
+  assert "rows.tsv: no rows" in fails(*TRAIN)
+
+
+def test_token_ids_beyond_the_embedding(fails):
+  message = fails(*TRAIN, "--gin.config.T5Config.vocab_size=100")
+  assert "384 ids" in message and "100 rows" in message
+
+
+def test_an_hf_folder_with_a_missing_tensor(fails, folder):
+  import hf_models
+  import safetensors.numpy
+
+  hf_models.make("t5_1_1", folder / "hf")
+  path = folder / "hf" / "model.safetensors"
+  tensors = safetensors.numpy.load_file(path)
+  tensors["extra.weight"] = tensors.pop("decoder.final_layer_norm.weight")
+  safetensors.numpy.save_file(tensors, path, metadata={"format": "pt"})
+  message = fails(name="infer", *("--gin.MODEL_DIR=hf", "--gin.INPUT=rows.tsv"))
+  assert "- decoder.final_layer_norm.weight" in message
+  assert "+ extra.weight" in message
+
+
+def test_an_initial_checkpoint_of_another_model(fails, folder):
+  import hf_models
+
+  hf_models.make("t5_1_1", folder / "hf")
+  message = fails(*TRAIN, "--gin.INITIAL_CHECKPOINT_PATH=hf")
+  assert "- emb_dim = 32" in message and "+ emb_dim = 16" in message
+  assert "models/from_checkpoint.gin" in message
+
+
+def test_a_model_dir_of_another_model(fails, folder):
+  from fat5_jax.models.config import T5Config
+
+  os.makedirs(folder / "run")
+  other = T5Config(vocab_size=384, emb_dim=24)
+  checkpoints.write_model_json(str(folder / "run"), other, None)
+  before = (folder / "run" / "model.json").read_text()
+  message = fails(*TRAIN)
+  assert "- emb_dim = 24" in message and "+ emb_dim = 16" in message
+  assert (folder / "run" / "model.json").read_text() == before
+
+
+def test_a_model_dir_that_cannot_be_written(fails, folder):
+  (folder / "run").write_text("a file, not a folder")
+  assert "cannot be written" in fails(*TRAIN)
+
+
+def test_float16_is_refused(fails):
+  message = fails(*TRAIN, "--gin.DTYPE=float16")
+  assert "65504" in message and "bfloat16" in message
+
+
+def test_neither_or_both_kinds_of_steps(fails):
+  assert "TRAIN_STEPS_RELATIVE" in fails(
+      *TRAIN, "--gin.TRAIN_STEPS_RELATIVE=5"
+  )
+
+
+def test_a_nan_names_step_and_parameter_and_keeps_the_checkpoint(fails, folder):
+  message = fails(
+      *TRAIN,
+      "--gin.optimizers.create_learning_rate_scheduler.base_learning_rate=1e30",
+  )
+  assert re.search(r"step [123]: loss", message)
+  assert "the gradient of " in message or "the loss" in message
+  assert "last good checkpoint is step 0" in message
+  assert checkpoints.steps(folder / "run") == [0]
+
+
+def test_plain_text_on_the_command_line_needs_no_quotes():
+  quote = cli._quote_plain_text
+  assert quote("/tmp/run") == "'/tmp/run'"
+  assert quote("'/tmp/run'") == "'/tmp/run'"
+  for literal in ("1_000", "1e-4", "None", "True", "{'a': 1}", "@f()", "%M"):
+    assert quote(literal) == literal
+
+
+def test_dry_run_shows_the_run_and_writes_nothing(folder, monkeypatch, capfd):
+  import gin
+
+  gin.clear_config()
+  monkeypatch.chdir(folder)
+  assert cli.main("train", [*TRAIN, "--dry_run"]) == 0
+  text = capfd.readouterr().err
+  assert "encoder/layers_0/attention/query/kernel" in text
+  assert "total parameters" in text
+  assert "BATCH_SIZE = 4" in text.replace("gin.macro.value", "")
+  assert "say number" in text
+  assert not (folder / "run").exists()
+  gin.clear_config()
+
+
+def test_a_run_starts_from_a_run_and_counts_its_steps(folder, monkeypatch, capfd):
+  """T5X: weights, optimizer and step come along; RELATIVE counts after it."""
+  import gin
+
+  monkeypatch.chdir(folder)
+  quick = ("--gin.EVAL_PERIOD=0",)
+
+  def train(*flags):
+    gin.clear_config()
+    status = cli.main("train", ["--gin_file=tiny.gin", *quick, *flags])
+    text = capfd.readouterr().err
+    assert status == 0, text
+    return text
+
+  train("--gin.MODEL_DIR=first", "--gin.TRAIN_STEPS=4")
+  text = train(
+      "--gin.MODEL_DIR=second",
+      "--gin.INITIAL_CHECKPOINT_PATH=first",
+      "--gin.TRAIN_STEPS=None",
+      "--gin.TRAIN_STEPS_RELATIVE=2",
+  )
+  assert "checkpoint_4, step 4" in text
+  assert checkpoints.steps("second")[-1] == 6
+  # The optimizer's count came along.
+  optimizer = final_state("second", 6)[1]
+  counts = [x for x in jax.tree.leaves(optimizer) if np.shape(x) == ()]
+  assert counts and all(int(c) == 6 for c in counts)
+  # Scanned layers read and write the same checkpoints.
+  shutil.copytree("first", "scanned")
+  train(
+      "--gin.MODEL_DIR=scanned",
+      "--gin.TRAIN_STEPS=5",
+      "--gin.SCAN_LAYERS=True",
+      "--gin.DROPOUT_RATE=0.0",
+  )
+  shutil.copytree("first", "looped")
+  train(
+      "--gin.MODEL_DIR=looped", "--gin.TRAIN_STEPS=5", "--gin.DROPOUT_RATE=0.0"
+  )
+  for a, b in zip(
+      jax.tree.leaves(final_state("scanned", 5)),
+      jax.tree.leaves(final_state("looped", 5)),
+  ):
+    np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6)
+  gin.clear_config()
