@@ -47,8 +47,8 @@ GIN_ROOTS = [
     )
     if os.path.isdir(os.path.join(folder, "runs"))
 ]
-_INCLUDE = re.compile(r"^\s*include\s+['\"]([^'\"]+)['\"]", re.MULTILINE)
-_MACRO_SET = re.compile(r"^\s*([A-Z][A-Z0-9_]*)\s*=", re.MULTILINE)
+_INCLUDE = re.compile(r"^[ \t]*include[ \t]+['\"]([^'\"]+)['\"]", re.MULTILINE)
+_MACRO_SET = re.compile(r"^[ \t]*([A-Z][A-Z0-9_]*)\s*=", re.MULTILINE)
 _MACRO_USED = re.compile(r"%([A-Z][A-Z0-9_]*)")
 
 
@@ -259,7 +259,7 @@ def _configurables() -> list[str]:
   import gin
 
   names = []
-  for name in gin.config._REGISTRY:
+  for name, _ in gin.config._REGISTRY.items():
     parts = name.split(".")
     names += [".".join(parts[-n:]) for n in (1, 2)]
   return names

@@ -141,6 +141,7 @@ def train(
   #      step, as T5X does;
   #   4. scratch.
   position = {"batches": 0, "dataset": train_dataset_cfg.fingerprint()}
+  total: dict[str, float] = {}
   own_step = checkpointer.latest_step()
   initial_path = checkpoint_cfg.restore.path
   if own_step is not None:
@@ -148,7 +149,7 @@ def train(
         own_step, abstract.params, abstract.opt_state, config.scan_layers
     )
     state = steps.TrainState(jnp.int32(own_step), params, opt_state)
-    begin_step = found["begin_step"]
+    begin_step, total = found["begin_step"], found["sums"]
     if found["dataset"] == position["dataset"]:
       position["batches"] = found["batches"]
     else:
@@ -217,7 +218,8 @@ def train(
         step,
         state.params,
         state.opt_state,
-        position | {"begin_step": begin_step},
+        # The sums of a row of metrics that is not complete yet.
+        position | {"begin_step": begin_step, "sums": total},
     )
 
   def run_evaluation() -> None:
@@ -248,7 +250,6 @@ def train(
   stats_period = stats_period or min(100, eval_period or 100)
   progress = console.Progress(first_step, last_step)
   pending: collections.deque = collections.deque()
-  total: dict[str, float] = {}
   mark, waited = time.monotonic(), 0.0
   last_evaluated = None
 

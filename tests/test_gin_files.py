@@ -40,7 +40,6 @@ PUBLISHED = {
     "byt5/large": 1228.0,
     "byt5/xl": 3739.5,
     "byt5/xxl": 12908.0,
-    "ul2/base": 19459.0,
 }
 
 

@@ -92,7 +92,7 @@ TRAIN = ("--gin_file=tiny.gin", "--gin.MODEL_DIR=run")
 
 
 def final_state(folder, step=12):
-  path = os.path.join(folder, f"checkpoint_{step}")
+  path = os.path.abspath(os.path.join(folder, f"checkpoint_{step}"))
   _, params = checkpoints.load_params(checkpoints.find(path))
   import orbax.checkpoint as ocp
 
