@@ -2,7 +2,8 @@
 
 The decoder's key/value cache is an explicit pytree, in and out, so that
 decoding is a pure function. One entry a layer (stacked where layers are
-scanned): `{"self": {key, value}, "cross": {key, value}}`.
+scanned): `{"self": {key, value}, "cross": {key, value}}`, each (B, H, L, D), so
+that no step transposes what the steps before have written.
 """
 
 from __future__ import annotations
@@ -78,12 +79,13 @@ class DecoderLayer(nn.Module):
     attention = layers.Attention(config, on, name="self_attention")
     memory = attention.project_memory(h)
     if self.cache_length:
-      memory = _write_cache(
+      new_cache = _write_cache(
           None if cache is None else cache["self"],
-          memory,
+          _heads_first(memory),
           index,
           self.cache_length,
       )
+      memory = _heads_first(new_cache)
     h = attention(
         h,
         memory,
@@ -100,7 +102,7 @@ class DecoderLayer(nn.Module):
     if cache is None:
       cross = attention.project_memory(encoded_BKM)
     else:
-      cross = cache["cross"]
+      cross = _heads_first(cache["cross"])
     h = attention(
         h,
         cross,
@@ -112,18 +114,25 @@ class DecoderLayer(nn.Module):
     h = layers.RMSNorm(config, name="pre_mlp_layer_norm")(x_BLM)
     h = layers.Mlp(config, on, name="mlp")(h)
     x_BLM = x_BLM + layers.Dropout(config, on)(h)
-    return x_BLM, {"self": memory, "cross": cross} if self.cache_length else None
+    if not self.cache_length:
+      return x_BLM, None
+    return x_BLM, {"self": new_cache, "cross": _heads_first(cross)}
+
+
+def _heads_first(memory):
+  """(B, L, H, D) keys and values as (B, H, L, D), or back."""
+  return jax.tree.map(lambda x: jnp.swapaxes(x, 1, 2), memory)
 
 
 def _write_cache(cache, new, index, length):
   """`new` keys and values written at `index`; an empty cache where None."""
 
-  def write(rows_BLHD, new_BQHD):
-    return jax.lax.dynamic_update_slice_in_dim(rows_BLHD, new_BQHD, index, 1)
+  def write(rows_BHLD, new_BHQD):
+    return jax.lax.dynamic_update_slice_in_dim(rows_BHLD, new_BHQD, index, 2)
 
   if cache is None:
     cache = jax.tree.map(
-        lambda x: jnp.zeros((x.shape[0], length, *x.shape[2:]), x.dtype), new
+        lambda x: jnp.zeros((*x.shape[:2], length, x.shape[3]), x.dtype), new
     )
   return jax.tree.map(write, cache, new)
 
