@@ -14,64 +14,64 @@ def _read(*path):
 
 
 setup(
-    name="fat5_jax",
-    version=re.search(
-        r'__version__ = "(.*)"', _read("fat5_jax", "__init__.py")
-    )[1],
-    description="Fine-tune and pre-train T5-family models in JAX",
-    long_description=_read("README.md"),
-    long_description_content_type="text/markdown",
-    license="Apache-2.0",
-    python_requires=">=3.11",
-    # The gin files lie at the top of the repository and inside the wheel.
-    packages=[
-        *find_packages(include=["fat5_jax*", "pallas_kernels*"]),
-        "fat5_jax.gin",
+  name="fat5_jax",
+  version=re.search(r'__version__ = "(.*)"', _read("fat5_jax", "__init__.py"))[
+    1
+  ],
+  description="Fine-tune and pre-train T5-family models in JAX",
+  long_description=_read("README.md"),
+  long_description_content_type="text/markdown",
+  license="Apache-2.0",
+  python_requires=">=3.11",
+  # The gin files lie at the top of the repository and inside the wheel.
+  packages=[
+    *find_packages(include=["fat5_jax*", "pallas_kernels*"]),
+    "fat5_jax.gin",
+  ],
+  package_dir={"fat5_jax.gin": "gin"},
+  package_data={
+    "fat5_jax.gin": ["**/*.gin"],
+    "pallas_kernels": ["**/README.md"],
+  },
+  install_requires=[
+    "clu>=0.0.12",
+    "datasets>=3.0",
+    "flax>=0.12",
+    "gin-config>=0.5.0",
+    "jax>=0.10.2,<0.13",
+    "matplotlib>=3.8",
+    "ml_dtypes>=0.5",
+    "numpy",
+    "optax>=0.2.5",
+    "orbax-checkpoint>=0.11.33",
+    "pyarrow",
+    "rich>=13",
+    "rouge-score>=0.1.2",
+    "sacrebleu>=2.4",
+    "safetensors>=0.5",
+    "scikit-learn>=1.4",
+    "scipy",
+    "sentencepiece>=0.2",
+    "seqio>=0.0.20",
+    # clu writes TensorBoard events through it and does not ask for it.
+    "tensorboard",
+    "tensorflow>=2.18",
+    "tensorflow-datasets>=4.9",
+    "transformers>=4.57",
+  ],
+  extras_require={
+    "gpu": ["jax[cuda13]>=0.10.2,<0.13"],
+    "tpu": ["jax[tpu]>=0.10.2,<0.13"],
+    "dev": [
+      "peft>=0.17",
+      "pre-commit",
+      "pytest>=8",
+      "pytest-xdist",
+      "ruff==0.14.5",
+      # An oracle in tests; this very version has a CPU build that is
+      # found without an index of its own.
+      "torch==2.13.0",
+      "transformers>=5.23,<6",
     ],
-    package_dir={"fat5_jax.gin": "gin"},
-    package_data={
-        "fat5_jax.gin": ["**/*.gin"],
-        "pallas_kernels": ["**/README.md"],
-    },
-    install_requires=[
-        "clu>=0.0.12",
-        "datasets>=3.0",
-        "flax>=0.12",
-        "gin-config>=0.5.0",
-        "jax>=0.10.2,<0.13",
-        "matplotlib>=3.8",
-        "ml_dtypes>=0.5",
-        "numpy",
-        "optax>=0.2.5",
-        "orbax-checkpoint>=0.11.33",
-        "pyarrow",
-        "rich>=13",
-        "rouge-score>=0.1.2",
-        "sacrebleu>=2.4",
-        "safetensors>=0.5",
-        "scikit-learn>=1.4",
-        "scipy",
-        "sentencepiece>=0.2",
-        "seqio>=0.0.20",
-        # clu writes TensorBoard events through it and does not ask for it.
-        "tensorboard",
-        "tensorflow>=2.18",
-        "tensorflow-datasets>=4.9",
-        "transformers>=4.57",
-    ],
-    extras_require={
-        "gpu": ["jax[cuda13]>=0.10.2,<0.13"],
-        "tpu": ["jax[tpu]>=0.10.2,<0.13"],
-        "dev": [
-            "peft>=0.17",
-            "pre-commit",
-            "pytest>=8",
-            "pytest-xdist",
-            "ruff==0.14.5",
-            # An oracle in tests; this very version has a CPU build that is
-            # found without an index of its own.
-            "torch==2.13.0",
-            "transformers>=5.23,<6",
-        ],
-    },
+  },
 )

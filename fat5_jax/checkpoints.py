@@ -83,8 +83,8 @@ def unstack_layers(tree: Any) -> Any:
     rest = {k: v for k, v in node.items() if k != "layers"}
     count = len(jax.tree.leaves(node["layers"])[0])
     return rest | {
-        f"layers_{i}": jax.tree.map(lambda x, i=i: x[i], node["layers"])
-        for i in range(count)
+      f"layers_{i}": jax.tree.map(lambda x, i=i: x[i], node["layers"])
+      for i in range(count)
     }
 
   return jax.tree.map(unstack, tree, is_leaf=is_stack)
@@ -106,7 +106,7 @@ def write_atomically(path: str, text: str) -> None:
   """Writes a file so that a reader, or a crash, sees all of it or nothing."""
   folder = os.path.dirname(path)
   with tempfile.NamedTemporaryFile(
-      "w", dir=folder, delete=False, encoding="utf-8"
+    "w", dir=folder, delete=False, encoding="utf-8"
   ) as file:
     file.write(text)
   os.chmod(file.name, 0o644)
@@ -122,8 +122,8 @@ def prepare_model_dir(model_dir: str) -> str:
       pass
   except OSError as e:
     raise UserError(
-        f"MODEL_DIR {model_dir} cannot be written: {e.strerror}. Choose another"
-        " with --gin.MODEL_DIR=..."
+      f"MODEL_DIR {model_dir} cannot be written: {e.strerror}. Choose another"
+      " with --gin.MODEL_DIR=..."
     ) from None
   return model_dir
 
@@ -148,29 +148,31 @@ def check_same_model(model_dir: str, config: T5Config) -> None:
   before = T5Config(**found["model"]).architecture()
   now = config.architecture()
   lines = [
-      f"  - {key} = {before[key]!r}\n  + {key} = {now[key]!r}"
-      for key in now
-      if before[key] != now[key]
+    f"  - {key} = {before[key]!r}\n  + {key} = {now[key]!r}"
+    for key in now
+    if before[key] != now[key]
   ]
   if lines:
     raise UserError(
-        f"MODEL_DIR {model_dir} holds a different model (- there, + asked"
-        " for):\n" + "\n".join(lines) + "\nUse another --gin.MODEL_DIR=..."
+      f"MODEL_DIR {model_dir} holds a different model (- there, + asked"
+      " for):\n" + "\n".join(lines) + "\nUse another --gin.MODEL_DIR=..."
     )
 
 
 def write_model_json(
-    model_dir: str,
-    config: T5Config,
-    vocabulary: dict[str, Any] | None,
-    **more: Any,
+  model_dir: str,
+  config: T5Config,
+  vocabulary: dict[str, Any] | None,
+  **more: Any,
 ) -> None:
   """Records what a reader of the checkpoints needs to know."""
   value = {
-      "model": dataclasses.asdict(config), "vocabulary": vocabulary, **more
+    "model": dataclasses.asdict(config),
+    "vocabulary": vocabulary,
+    **more,
   }
   write_atomically(
-      os.path.join(model_dir, "model.json"), json.dumps(value, indent=2) + "\n"
+    os.path.join(model_dir, "model.json"), json.dumps(value, indent=2) + "\n"
   )
 
 
@@ -187,14 +189,14 @@ class Checkpointer:
 
   def __init__(self, model_dir: str, config: SaveCheckpointConfig):
     self._manager = ocp.CheckpointManager(
-        model_dir,
-        item_names=("params", "optimizer", "data"),
-        options=ocp.CheckpointManagerOptions(
-            step_prefix="checkpoint",
-            max_to_keep=config.keep,
-            cleanup_tmp_directories=True,
-            enable_async_checkpointing=True,
-        ),
+      model_dir,
+      item_names=("params", "optimizer", "data"),
+      options=ocp.CheckpointManagerOptions(
+        step_prefix="checkpoint",
+        max_to_keep=config.keep,
+        cleanup_tmp_directories=True,
+        enable_async_checkpointing=True,
+      ),
     )
 
   def latest_step(self) -> int | None:
@@ -205,28 +207,28 @@ class Checkpointer:
     if self._manager.latest_step() == step:
       return
     self._manager.save(
-        step,
-        args=ocp.args.Composite(
-            params=ocp.args.StandardSave(unstack_layers(params)),
-            optimizer=ocp.args.StandardSave(unstack_layers(opt_state)),
-            data=ocp.args.JsonSave(data),
-        ),
+      step,
+      args=ocp.args.Composite(
+        params=ocp.args.StandardSave(unstack_layers(params)),
+        optimizer=ocp.args.StandardSave(unstack_layers(opt_state)),
+        data=ocp.args.JsonSave(data),
+      ),
     )
 
   def restore(self, step: int, params, opt_state, scan_layers: bool):
     """(params, opt_state, data) of a step, given abstract ones as they run."""
     found = self._manager.restore(
-        step,
-        args=ocp.args.Composite(
-            params=ocp.args.StandardRestore(_as_on_disk(params)),
-            optimizer=ocp.args.StandardRestore(_as_on_disk(opt_state)),
-            data=ocp.args.JsonRestore(),
-        ),
+      step,
+      args=ocp.args.Composite(
+        params=ocp.args.StandardRestore(_as_on_disk(params)),
+        optimizer=ocp.args.StandardRestore(_as_on_disk(opt_state)),
+        data=ocp.args.JsonRestore(),
+      ),
     )
     return (
-        _as_running(found["params"], scan_layers),
-        _as_running(found["optimizer"], scan_layers),
-        found["data"],
+      _as_running(found["params"], scan_layers),
+      _as_running(found["optimizer"], scan_layers),
+      found["data"],
     )
 
   def wait(self) -> None:
@@ -272,8 +274,8 @@ def find(path: str) -> Source:
   if os.path.exists(os.path.join(path, "config.json")):
     return Source("hf", path)
   raise UserError(
-      f"{path}: neither a Hugging Face folder (config.json) nor a fat5_jax run"
-      " (model.json and checkpoint_<step>)"
+    f"{path}: neither a Hugging Face folder (config.json) nor a fat5_jax run"
+    " (model.json and checkpoint_<step>)"
   )
 
 
@@ -303,7 +305,7 @@ def load_params(source: Source) -> tuple[T5Config, dict[str, Any]]:
     # A device-free restore: the arrays go wherever the caller puts them.
     metadata = checkpointer.metadata(os.path.join(source.path, "params"))
     target = jax.tree.map(
-        lambda x: np.empty(x.shape, x.dtype), metadata.item_metadata.tree
+      lambda x: np.empty(x.shape, x.dtype), metadata.item_metadata.tree
     )
     params = checkpointer.restore(os.path.join(source.path, "params"), target)
   return read_config(source), params
@@ -316,14 +318,14 @@ def check_params(config: T5Config, params: Any, abstract: Any, where: str):
   name = "/".join
   table.check_names(map(name, expected), map(name, found), where)
   table.check_shapes(
-      {name(k): v.shape for k, v in expected.items()},
-      {name(k): v.shape for k, v in found.items()},
-      where,
+    {name(k): v.shape for k, v in expected.items()},
+    {name(k): v.shape for k, v in found.items()},
+    where,
   )
 
 
 def initial_params(
-    path: str, config: T5Config, abstract_params: Any
+  path: str, config: T5Config, abstract_params: Any
 ) -> tuple[Any, Source]:
   """Parameters to start a run from, in its layout and as float32.
 
@@ -333,24 +335,28 @@ def initial_params(
   source = find(path)
   found_config, params = load_params(source)
   before, now = found_config.architecture(), config.architecture()
-  ignored = ("model_type", "pad_token_id", "eos_token_id",
-             "decoder_start_token_id")
+  ignored = (
+    "model_type",
+    "pad_token_id",
+    "eos_token_id",
+    "decoder_start_token_id",
+  )
   lines = [
-      f"  - {key} = {before[key]!r}\n  + {key} = {now[key]!r}"
-      for key in now
-      if before[key] != now[key] and key not in ignored
+    f"  - {key} = {before[key]!r}\n  + {key} = {now[key]!r}"
+    for key in now
+    if before[key] != now[key] and key not in ignored
   ]
   if lines:
     raise UserError(
-        f"INITIAL_CHECKPOINT_PATH {path} is not the model of the gin file"
-        " (- checkpoint, + gin):\n" + "\n".join(lines) + "\nInclude"
-        " 'models/from_checkpoint.gin' to take the model from the checkpoint"
+      f"INITIAL_CHECKPOINT_PATH {path} is not the model of the gin file"
+      " (- checkpoint, + gin):\n" + "\n".join(lines) + "\nInclude"
+      " 'models/from_checkpoint.gin' to take the model from the checkpoint"
     )
   check_params(config, params, abstract_params, path)
   params = jax.tree.map(
-      lambda x, like: jnp.asarray(x, like.dtype),
-      _as_running(params, config.scan_layers),
-      abstract_params,
+    lambda x, like: jnp.asarray(x, like.dtype),
+    _as_running(params, config.scan_layers),
+    abstract_params,
   )
   return params, source
 
@@ -367,15 +373,15 @@ def initial_optimizer(source: Source, abstract: Any, scan_layers: bool) -> Any:
       found = checkpointer.restore(path, _as_on_disk(abstract))
   except (ValueError, KeyError, TypeError) as e:
     raise UserError(
-        f"{source.path} holds the state of another optimizer than the gin file"
-        f" asks for ({str(e).splitlines()[0]}). Export it with"
-        " tools/convert_checkpoint.py and start from the weights alone"
+      f"{source.path} holds the state of another optimizer than the gin file"
+      f" asks for ({str(e).splitlines()[0]}). Export it with"
+      " tools/convert_checkpoint.py and start from the weights alone"
     ) from None
   return _as_running(found, scan_layers)
 
 
 def write_params(
-    folder: str, config: T5Config, params: Any, vocabulary: Any = None
+  folder: str, config: T5Config, params: Any, vocabulary: Any = None
 ) -> None:
   """Writes weights as a run folder at step 0, to start other runs from."""
   from fat5_jax.data import vocabularies  # only here: it brings TensorFlow

@@ -14,38 +14,38 @@ import sys
 from fat5_jax.errors import UserError, nearest
 
 _COMMANDS = {
-    # Command: module, function, the run file that fills what the user's files
-    # leave open. train has none: pretrain or finetune is the user's choice.
-    "train": ("fat5_jax.train", "train", None),
-    "eval": ("fat5_jax.eval", "evaluate", "runs/eval.gin"),
-    "infer": ("fat5_jax.infer", "infer", "runs/infer.gin"),
+  # Command: module, function, the run file that fills what the user's files
+  # leave open. train has none: pretrain or finetune is the user's choice.
+  "train": ("fat5_jax.train", "train", None),
+  "eval": ("fat5_jax.eval", "evaluate", "runs/eval.gin"),
+  "infer": ("fat5_jax.infer", "infer", "runs/infer.gin"),
 }
 _HELP = {
-    "train": (
-        "Train a model. Needs a gin file, for example:\n\n"
-        "  python -m fat5_jax.train --gin_file=recipes/quickstart.gin \\\n"
-        "    --gin.MODEL_DIR=/tmp/quickstart"
-    ),
-    "eval": (
-        "Score a checkpoint on a task, with the gin file it was trained by:\n\n"
-        "  python -m fat5_jax.eval --gin_file=recipes/quickstart.gin \\\n"
-        "    --gin.MODEL_DIR=/tmp/quickstart"
-    ),
-    "infer": (
-        "Predict lines of text (from INPUT, or standard input) or a task:\n\n"
-        "  python -m fat5_jax.infer --gin.MODEL_DIR=/tmp/quickstart \\\n"
-        "    --gin.INPUT=lines.txt --gin.OUTPUT=predictions.jsonl"
-    ),
+  "train": (
+    "Train a model. Needs a gin file, for example:\n\n"
+    "  python -m fat5_jax.train --gin_file=recipes/quickstart.gin \\\n"
+    "    --gin.MODEL_DIR=/tmp/quickstart"
+  ),
+  "eval": (
+    "Score a checkpoint on a task, with the gin file it was trained by:\n\n"
+    "  python -m fat5_jax.eval --gin_file=recipes/quickstart.gin \\\n"
+    "    --gin.MODEL_DIR=/tmp/quickstart"
+  ),
+  "infer": (
+    "Predict lines of text (from INPUT, or standard input) or a task:\n\n"
+    "  python -m fat5_jax.infer --gin.MODEL_DIR=/tmp/quickstart \\\n"
+    "    --gin.INPUT=lines.txt --gin.OUTPUT=predictions.jsonl"
+  ),
 }
 _PACKAGE = os.path.dirname(os.path.abspath(__file__))
 # In a checkout the gin folder lies beside the package, in a wheel inside it.
 GIN_ROOTS = [
-    folder
-    for folder in (
-        os.path.join(os.path.dirname(_PACKAGE), "gin"),
-        os.path.join(_PACKAGE, "gin"),
-    )
-    if os.path.isdir(os.path.join(folder, "runs"))
+  folder
+  for folder in (
+    os.path.join(os.path.dirname(_PACKAGE), "gin"),
+    os.path.join(_PACKAGE, "gin"),
+  )
+  if os.path.isdir(os.path.join(folder, "runs"))
 ]
 _INCLUDE = re.compile(r"^[ \t]*include[ \t]+['\"]([^'\"]+)['\"]", re.MULTILINE)
 _MACRO_SET = re.compile(r"^[ \t]*([A-Z][A-Z0-9_]*)\s*=", re.MULTILINE)
@@ -54,41 +54,41 @@ _MACRO_USED = re.compile(r"%([A-Z][A-Z0-9_]*)")
 
 def _parser(command: str) -> argparse.ArgumentParser:
   parser = argparse.ArgumentParser(
-      prog=f"python -m fat5_jax.{command}",
-      description=_HELP[command],
-      formatter_class=argparse.RawDescriptionHelpFormatter,
-      epilog=(
-          "--gin.NAME=VALUE  sets one macro or parameter, after all files;\n"
-          "                  plain text needs no quotes:"
-          " --gin.MODEL_DIR=/tmp/run"
-      ),
-      allow_abbrev=False,
+    prog=f"python -m fat5_jax.{command}",
+    description=_HELP[command],
+    formatter_class=argparse.RawDescriptionHelpFormatter,
+    epilog=(
+      "--gin.NAME=VALUE  sets one macro or parameter, after all files;\n"
+      "                  plain text needs no quotes:"
+      " --gin.MODEL_DIR=/tmp/run"
+    ),
+    allow_abbrev=False,
   )
   parser.add_argument(
-      "--gin_file",
-      action="append",
-      default=[],
-      metavar="FILE",
-      help="gin file, repeatable, later ones win; looked for in the shipped"
-      " gin folder, here, and in --gin_search_paths",
+    "--gin_file",
+    action="append",
+    default=[],
+    metavar="FILE",
+    help="gin file, repeatable, later ones win; looked for in the shipped"
+    " gin folder, here, and in --gin_search_paths",
   )
   parser.add_argument(
-      "--gin_bindings",
-      action="append",
-      default=[],
-      metavar="'NAME = VALUE'",
-      help="one binding in gin's syntax, repeatable",
+    "--gin_bindings",
+    action="append",
+    default=[],
+    metavar="'NAME = VALUE'",
+    help="one binding in gin's syntax, repeatable",
   )
   parser.add_argument(
-      "--gin_search_paths",
-      default="",
-      metavar="DIR,DIR",
-      help="more folders for gin files, comma-separated",
+    "--gin_search_paths",
+    default="",
+    metavar="DIR,DIR",
+    help="more folders for gin files, comma-separated",
   )
   parser.add_argument(
-      "--dry_run",
-      action="store_true",
-      help="build everything, print parameters, configuration and a batch, stop",
+    "--dry_run",
+    action="store_true",
+    help="build everything, print parameters, configuration and a batch, stop",
   )
   return parser
 
@@ -134,14 +134,14 @@ class _GinFiles:
       if os.path.isfile(path):
         return os.path.abspath(path)
     known = [
-        os.path.relpath(os.path.join(folder, file), root)
-        for root in GIN_ROOTS
-        for folder, _, files in os.walk(root)
-        for file in files
+      os.path.relpath(os.path.join(folder, file), root)
+      for root in GIN_ROOTS
+      for folder, _, files in os.walk(root)
+      for file in files
     ]
     raise UserError(
-        f"{asked_by}gin file {name!r} not found.{nearest(name, known)} Looked"
-        f" in: {', '.join(self.search_paths)}"
+      f"{asked_by}gin file {name!r} not found.{nearest(name, known)} Looked"
+      f" in: {', '.join(self.search_paths)}"
     )
 
   def add(self, name: str, asked_by: str = "") -> str:
@@ -179,14 +179,14 @@ def _check_macros(files: _GinFiles, bindings: list[str]) -> None:
   for text in [*texts.values(), *bindings]:
     known |= set(_MACRO_USED.findall(text))
   for where, text in [
-      *((f"{path}: ", text) for path, text in texts.items()),
-      *(("", binding) for binding in bindings),
+    *((f"{path}: ", text) for path, text in texts.items()),
+    *(("", binding) for binding in bindings),
   ]:
     for name in _MACRO_SET.findall(text):
       if name not in known:
         raise UserError(
-            f"{where}unknown gin name {name!r}: no file uses it."
-            f"{nearest(name, known)}"
+          f"{where}unknown gin name {name!r}: no file uses it."
+          f"{nearest(name, known)}"
         )
 
 
@@ -198,7 +198,7 @@ def _parse(files: list[str], bindings: list[str], search_paths: list[str]):
 
   # gin logs an error for every folder in which a file is not.
   logging.getLogger().addFilter(
-      lambda record: "Path not found" not in record.getMessage()
+    lambda record: "Path not found" not in record.getMessage()
   )
   found = _GinFiles([*GIN_ROOTS, os.path.abspath(os.curdir), *search_paths])
   paths = [found.add(name) for name in files]
@@ -207,7 +207,7 @@ def _parse(files: list[str], bindings: list[str], search_paths: list[str]):
     gin.add_config_file_search_path(folder)
   try:
     gin.parse_config_files_and_bindings(
-        paths, bindings, skip_unknown=False, finalize_config=False
+      paths, bindings, skip_unknown=False, finalize_config=False
     )
   except UserError:
     raise
@@ -222,30 +222,30 @@ def _check_required(gin) -> None:
   """Raises for macros left at %gin.REQUIRED that the configuration uses."""
   config = gin.config._CONFIG  # gin has no public view of its bindings.
   macros = {
-      scope: values.get("value")
-      for (scope, selector), values in config.items()
-      if selector == "gin.macro"
+    scope: values.get("value")
+    for (scope, selector), values in config.items()
+    if selector == "gin.macro"
   }
   used = set()
   for values in config.values():
     for value in values.values():
       used |= set(_MACRO_USED.findall(repr(value)))
   missing = sorted(
-      name
-      for name, value in macros.items()
-      if "REQUIRED" in repr(value) and name in used
+    name
+    for name, value in macros.items()
+    if "REQUIRED" in repr(value) and name in used
   )
   if missing:
     flags = " ".join(f"--gin.{name}=..." for name in missing)
     raise UserError(
-        f"{', '.join(missing)} must be set: in a gin file, or with {flags}"
+      f"{', '.join(missing)} must be set: in a gin file, or with {flags}"
     )
 
 
 def _explain_gin_error(message: str) -> str:
   """gin's message with the nearest known name added."""
   match = re.search(
-      r"Configurable '([\w.]+)' doesn't have a parameter named '(\w+)'", message
+    r"Configurable '([\w.]+)' doesn't have a parameter named '(\w+)'", message
   )
   if match:
     return message.strip() + _nearest_parameter(*match.groups())
@@ -297,8 +297,8 @@ def _run(command: str, arguments: list[str]) -> None:
   files = [*([run_file] if run_file else []), *flags.gin_file]
   if not files:
     raise UserError(
-        "no --gin_file given. To start: --gin_file=recipes/quickstart.gin"
-        " --gin.MODEL_DIR=/tmp/quickstart"
+      "no --gin_file given. To start: --gin_file=recipes/quickstart.gin"
+      " --gin.MODEL_DIR=/tmp/quickstart"
     )
   # Quiet by default: TensorFlow and absl speak to their own developers.
   os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
@@ -328,21 +328,21 @@ def _gin_call_error(error: Exception, function_name: str) -> str | None:
   """A short text for an error that gin raised while building arguments."""
   text = str(error)
   match = re.search(
-      r"Required bindings for `([\w.]+)` not provided in config: (\[.*?\])", text
+    r"Required bindings for `([\w.]+)` not provided in config: (\[.*?\])", text
   )
   if match:
     return (
-        f"the gin files leave {match[1]} without {match[2]}: include a run file"
-        " (runs/finetune.gin, runs/pretrain.gin) and a model file"
+      f"the gin files leave {match[1]} without {match[2]}: include a run file"
+      " (runs/finetune.gin, runs/pretrain.gin) and a model file"
     )
   match = re.search(
-      rf"{function_name}\(\) missing \d+ required keyword-only arguments?: (.*)",
-      text,
+    rf"{function_name}\(\) missing \d+ required keyword-only arguments?: (.*)",
+    text,
   )
   if match:
     return (
-        f"the gin files leave {function_name} without {match[1].splitlines()[0]}:"
-        " include a run file (runs/finetune.gin, runs/pretrain.gin)"
+      f"the gin files leave {function_name} without {match[1].splitlines()[0]}:"
+      " include a run file (runs/finetune.gin, runs/pretrain.gin)"
     )
   return None
 

@@ -21,7 +21,7 @@ def say(text: str) -> None:
 
 
 def duration(seconds: float) -> str:
-  """"1h02m", "3m07s" or "12s"."""
+  """ "1h02m", "3m07s" or "12s"."""
   seconds = max(0, round(seconds))
   if seconds >= 3600:
     return f"{seconds // 3600}h{seconds % 3600 // 60:02d}m"
@@ -60,14 +60,14 @@ class Progress:
     return self._busy + time.monotonic() - self._mark
 
   def update(
-      self,
-      step: int,
-      *,
-      loss: float,
-      learning_rate: float,
-      tokens_per_second: float,
-      padding: float,
-      force: bool,
+    self,
+    step: int,
+    *,
+    loss: float,
+    learning_rate: float,
+    tokens_per_second: float,
+    padding: float,
+    force: bool,
   ) -> None:
     """Shows a step; in a log only where `force`."""
     self._step = step
@@ -78,9 +78,9 @@ class Progress:
     done = max(1, step - self._begin_step)
     left = self.elapsed() / done * (self._last - step)
     self._text = (
-        f"step {step}/{self._last}  loss {loss:.4f}  lr {learning_rate:.2e}"
-        f"  {tokens_per_second:,.0f} target tokens/s  padding {padding:.0%}"
-        f"  {duration(left)} left"
+      f"step {step}/{self._last}  loss {loss:.4f}  lr {learning_rate:.2e}"
+      f"  {tokens_per_second:,.0f} target tokens/s  padding {padding:.0%}"
+      f"  {duration(left)} left"
     )
     if self._live:
       sys.stderr.write(f"\r\x1b[2K{self._text}")
@@ -109,8 +109,8 @@ def samples_table(rows: Iterable[Mapping[str, Any]]) -> None:
     same = row["target"] == row["prediction"]
     color = "green" if same else "red"
     table.add_row(
-        escape(row["input"]),
-        escape(row["target"]),
-        f"[{color}]{escape(row['prediction'])}[/{color}]",
+      escape(row["input"]),
+      escape(row["target"]),
+      f"[{color}]{escape(row['prediction'])}[/{color}]",
     )
   console.print(table)

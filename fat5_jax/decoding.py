@@ -16,13 +16,13 @@ Step = Callable[[jax.Array, Any, Any], tuple[jax.Array, Any]]
 
 
 def greedy_search(
-    step: Step,
-    batch_size: int,
-    max_length: int,
-    *,
-    start_id: int,
-    eos_id: int,
-    pad_id: int,
+  step: Step,
+  batch_size: int,
+  max_length: int,
+  *,
+  start_id: int,
+  eos_id: int,
+  pad_id: int,
 ) -> jax.Array:
   """The most likely token, one after the other.
 
@@ -62,7 +62,7 @@ def greedy_search(
     logits, cache = step(token_B[:, None], cache, index)
     token_B, done_B = choose(logits, done_B)
     tokens_BL = jax.lax.dynamic_update_slice_in_dim(
-        tokens_BL, token_B[:, None], index, axis=1
+      tokens_BL, token_B[:, None], index, axis=1
     )
     return index + 1, tokens_BL, token_B, done_B, cache
 
@@ -71,11 +71,11 @@ def greedy_search(
 
 
 def generate(
-    model: Any,
-    params: Any,
-    encoder_input_tokens: jax.Array,
-    max_length: int,
-    search: Callable[..., jax.Array] = greedy_search,
+  model: Any,
+  params: Any,
+  encoder_input_tokens: jax.Array,
+  max_length: int,
+  search: Callable[..., jax.Array] = greedy_search,
 ) -> jax.Array:
   """Output tokens (B, max_length) of an encoder-decoder.
 
@@ -92,29 +92,29 @@ def generate(
   config = model.config
   variables = {"params": params}
   encoder_segment_ids = (encoder_input_tokens != config.pad_token_id).astype(
-      jnp.int32
+    jnp.int32
   )
   encoded_BKM = model.apply(
-      variables, encoder_input_tokens, encoder_segment_ids, method="encode"
+    variables, encoder_input_tokens, encoder_segment_ids, method="encode"
   )
 
   def step(tokens_B1, cache, index):
     return model.apply(
-        variables,
-        encoded_BKM if cache is None else None,
-        encoder_segment_ids,
-        tokens_B1,
-        cache=cache,
-        cache_length=max_length,
-        index=index,
-        method="decode",
+      variables,
+      encoded_BKM if cache is None else None,
+      encoder_segment_ids,
+      tokens_B1,
+      cache=cache,
+      cache_length=max_length,
+      index=index,
+      method="decode",
     )
 
   return search(
-      step,
-      encoder_input_tokens.shape[0],
-      max_length,
-      start_id=config.decoder_start_token_id,
-      eos_id=config.eos_token_id,
-      pad_id=config.pad_token_id,
+    step,
+    encoder_input_tokens.shape[0],
+    max_length,
+    start_id=config.decoder_start_token_id,
+    eos_id=config.eos_token_id,
+    pad_id=config.pad_token_id,
   )

@@ -6,7 +6,7 @@ class UserError(ValueError):
 
 
 def nearest(name: str, known) -> str:
-  """" Did you mean ...?" for the closest of the known names, or nothing."""
+  """ " Did you mean ...?" for the closest of the known names, or nothing."""
   import difflib
 
   close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.6)

@@ -35,30 +35,30 @@ class InferenceEvaluator:
     os.makedirs(self._folder, exist_ok=True)
     task = config.task()
     if task.name not in [
-        *seqio.TaskRegistry.names(),
-        *seqio.MixtureRegistry.names(),
+      *seqio.TaskRegistry.names(),
+      *seqio.MixtureRegistry.names(),
     ]:
       raise UserError(f"task {task.name!r} is not registered with SeqIO")
     with sources.reraise():
       self._evaluator = seqio.Evaluator(
-          task.name,
-          pipeline.feature_converter(pack=False),
-          eval_split=config.split,
-          sequence_length=config.task_feature_lengths,
-          seed=config.seed,
-          use_cached=config.use_cached,
-          logger_cls=[seqio.JSONLogger, seqio.TensorBoardLogger],
-          log_dir=self._folder,
-          async_compute_metrics=False,
+        task.name,
+        pipeline.feature_converter(pack=False),
+        eval_split=config.split,
+        sequence_length=config.task_feature_lengths,
+        seed=config.seed,
+        use_cached=config.use_cached,
+        logger_cls=[seqio.JSONLogger, seqio.TensorBoardLogger],
+        log_dir=self._folder,
+        async_compute_metrics=False,
       )
     if self._evaluator.eval_tasks:
       pipeline.check_vocabulary(config, model.config.vocab_size)
       shapes = self._evaluator.model_feature_shapes
       max_length = shapes["decoder_target_tokens"][0]
       self._predict = jax.jit(
-          lambda params, tokens: decoding.generate(
-              model, params, tokens, max_length
-          )
+        lambda params, tokens: decoding.generate(
+          model, params, tokens, max_length
+        )
       )
 
   @property
@@ -78,15 +78,15 @@ class InferenceEvaluator:
       return {}
     with sources.reraise():
       results, _ = self._evaluator.evaluate(
-          compute_metrics=True,
-          step=step,
-          predict_fn=lambda dataset: self._predictions(dataset, params),
+        compute_metrics=True,
+        step=step,
+        predict_fn=lambda dataset: self._predictions(dataset, params),
       )
     if hasattr(results, "result"):
       results = results.result()
     return {
-        task: {name: _number(value) for name, value in values.items()}
-        for task, values in results.items()
+      task: {name: _number(value) for name, value in values.items()}
+      for task, values in results.items()
     }
 
   def samples(self, step: int, count: int) -> Iterator[dict[str, str]]:
@@ -99,12 +99,13 @@ class InferenceEvaluator:
         for _, line in zip(range(count), file):
           row = json.loads(line)
           yield {
-              "input": str(row["input"].get("inputs_pretokenized", "")),
-              "target": str(
-                  row["input"].get("targets_pretokenized", row["target"])
-              ),
-              "prediction": str(row["output" if "output" in row else
-                                    "prediction"]),
+            "input": str(row["input"].get("inputs_pretokenized", "")),
+            "target": str(
+              row["input"].get("targets_pretokenized", row["target"])
+            ),
+            "prediction": str(
+              row["output" if "output" in row else "prediction"]
+            ),
           }
 
 
@@ -119,11 +120,11 @@ def _batched(dataset, batch_size: int):
 
 
 def loss_metrics(
-    eval_step: Callable[..., Any],
-    params: Any,
-    config: pipeline.DatasetConfig,
-    vocab_size: int,
-    max_batches: int | None,
+  eval_step: Callable[..., Any],
+  params: Any,
+  config: pipeline.DatasetConfig,
+  vocab_size: int,
+  max_batches: int | None,
 ) -> dict[str, float]:
   """Loss and token accuracy over a split, teacher-forced."""
   total: dict[str, float] = {}
@@ -133,13 +134,13 @@ def loss_metrics(
 
 
 def evaluate(
-    *,
-    dataset_cfg: pipeline.DatasetConfig,
-    checkpoint_path: str,
-    output_dir: str | None = None,
-    model: Any = None,
-    config_text: Callable[[], str] | None = None,
-    dry_run: bool = False,
+  *,
+  dataset_cfg: pipeline.DatasetConfig,
+  checkpoint_path: str,
+  output_dir: str | None = None,
+  model: Any = None,
+  config_text: Callable[[], str] | None = None,
+  dry_run: bool = False,
 ) -> dict[str, dict[str, float]]:
   """Predicts a split with a checkpoint and writes metrics and predictions.
 
@@ -163,25 +164,27 @@ def evaluate(
   if dataset_cfg.vocabulary is None:
     dataset_cfg = dataclasses.replace(dataset_cfg, vocabulary=vocabulary)
   output_dir = checkpoints.prepare_model_dir(
-      output_dir or os.path.join(source.run_dir, "eval")
+    output_dir or os.path.join(source.run_dir, "eval")
   )
   evaluator = InferenceEvaluator(model, dataset_cfg, output_dir)
   if not evaluator.task_names:
     raise UserError(
-        f"task {dataset_cfg.task().name!r} has no metrics for split"
-        f" {dataset_cfg.split!r}"
+      f"task {dataset_cfg.task().name!r} has no metrics for split"
+      f" {dataset_cfg.split!r}"
     )
   if config_text is not None:
     checkpoints.write_atomically(
-        os.path.join(output_dir, "config.gin"), config_text()
+      os.path.join(output_dir, "config.gin"), config_text()
     )
   if dry_run:
-    console.say(f"dry run: {source.path} and {dataset_cfg.task().name} are fine")
+    console.say(
+      f"dry run: {source.path} and {dataset_cfg.task().name} are fine"
+    )
     return {}
   results = evaluator.evaluate(jax.device_put(params), source.step)
   console.metrics_table(
-      f"{source.path}, split {dataset_cfg.split}",
-      [(t, m, v) for t, values in results.items() for m, v in values.items()],
+    f"{source.path}, split {dataset_cfg.split}",
+    [(t, m, v) for t, values in results.items() for m, v in values.items()],
   )
   console.samples_table(evaluator.samples(source.step, 5))
   console.say(f"predictions and metrics: {output_dir}/inference_eval")
@@ -200,7 +203,7 @@ def load_model(path: str, model: Any = None):
   source = checkpoints.find(path)
   if model is None:
     config = checkpoints.read_config(source).replace(
-        scan_layers=False, remat_policy="none"
+      scan_layers=False, remat_policy="none"
     )
     model = Transformer(config)
   abstract = jax.eval_shape(lambda: steps.init_params(model, 0))
@@ -208,8 +211,8 @@ def load_model(path: str, model: Any = None):
   vocabulary = None
   if source.kind == "hf":
     if any(
-        os.path.exists(os.path.join(source.path, name))
-        for name in ("spiece.model", "tokenizer_config.json")
+      os.path.exists(os.path.join(source.path, name))
+      for name in ("spiece.model", "tokenizer_config.json")
     ):
       vocabulary = vocabularies.from_hf(source.path)
   else:

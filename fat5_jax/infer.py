@@ -29,19 +29,19 @@ _LENGTH_STEP = 64
 
 
 def infer(
-    *,
-    checkpoint_path: str,
-    input: str | None = None,
-    output: str = "-",
-    output_format: Literal["jsonl", "tsv"] | None = None,
-    dataset_cfg: pipeline.DatasetConfig | None = None,
-    batch_size: int = 32,
-    max_input_length: int | None = None,
-    max_output_length: int = 256,
-    model: Any = None,
-    vocabulary: seqio.Vocabulary | None = None,
-    config_text: Callable[[], str] | None = None,
-    dry_run: bool = False,
+  *,
+  checkpoint_path: str,
+  input: str | None = None,
+  output: str = "-",
+  output_format: Literal["jsonl", "tsv"] | None = None,
+  dataset_cfg: pipeline.DatasetConfig | None = None,
+  batch_size: int = 32,
+  max_input_length: int | None = None,
+  max_output_length: int = 256,
+  model: Any = None,
+  vocabulary: seqio.Vocabulary | None = None,
+  config_text: Callable[[], str] | None = None,
+  dry_run: bool = False,
 ) -> None:
   """Writes a prediction for every line, or every example of a task.
 
@@ -69,7 +69,9 @@ def infer(
   model, params, own_vocabulary, source = load_model(checkpoint_path, model)
   vocabulary = own_vocabulary or vocabulary
   if vocabulary is None:
-    raise UserError(f"{source.path} brings no vocabulary; set VOCABULARY in gin")
+    raise UserError(
+      f"{source.path} brings no vocabulary; set VOCABULARY in gin"
+    )
   output_format = _choose_format(output, output_format)
   if input is None and dataset_cfg is not None:
     if dataset_cfg.vocabulary is None:
@@ -81,9 +83,9 @@ def infer(
     console.say(f"dry run: {source.path} and its vocabulary are fine")
     return
   predict = jax.jit(
-      lambda params, tokens: decoding.generate(
-          model, params, tokens, max_output_length
-      )
+    lambda params, tokens: decoding.generate(
+      model, params, tokens, max_output_length
+    )
   )
   params = jax.device_put(params)
   if rows is not None and (input or "-") == "-" and dataset_cfg is None:
@@ -93,8 +95,8 @@ def infer(
   with _open_output(output) as file:
     for batch in _batches(rows, batch_size):
       tokens = [
-          _encode(vocabulary, row["inputs"], max_input_length, model.config)
-          for row in batch
+        _encode(vocabulary, row["inputs"], max_input_length, model.config)
+        for row in batch
       ]
       predictions = np.asarray(predict(params, _pad(tokens, batch_size)))
       for row, ids in zip(batch, predictions):
@@ -117,15 +119,15 @@ def _choose_format(output: str, output_format: str | None) -> str:
 def _input_rows(path: str) -> Iterator[dict[str, str]]:
   if path == "-":
     located = (
-        (f"standard input, row {n}", {"text": line.rstrip("\r\n")})
-        for n, line in enumerate(sys.stdin, 1)
+      (f"standard input, row {n}", {"text": line.rstrip("\r\n")})
+      for n, line in enumerate(sys.stdin, 1)
     )
   elif os.path.splitext(path)[1] in ("", ".txt"):
     if not os.path.exists(path):
       raise UserError(f"{path}: no such input file")
     located = (
-        (f"{path}, row {n}", {"text": line})
-        for n, line in sources._read_lines(path, open)
+      (f"{path}, row {n}", {"text": line})
+      for n, line in sources._read_lines(path, open)
     )
   else:
     located = sources.read_file(path)
@@ -152,14 +154,14 @@ def _task_rows(config: pipeline.DatasetConfig) -> Iterator[dict[str, str]]:
       continue
     # A task of the user's own: its text as SeqIO keeps it.
     dataset = part.get_dataset(
-        sequence_length=config.task_feature_lengths,
-        split=config.split,
-        shuffle=False,
+      sequence_length=config.task_feature_lengths,
+      split=config.split,
+      shuffle=False,
     )
     for example in dataset.as_numpy_iterator():
       yield {
-          key: pipeline.decode(part.output_features[key], example[key])
-          for key in ("inputs", "targets")
+        key: pipeline.decode(part.output_features[key], example[key])
+        for key in ("inputs", "targets")
       }
 
 
@@ -176,8 +178,8 @@ def _encode(vocabulary, text: str, max_length: int | None, config) -> list[int]:
   ids = [*ids, config.eos_token_id]
   if max(ids) >= config.vocab_size:
     raise UserError(
-        f"{text[:40]!r} holds token id {max(ids)}, beyond the model's embedding"
-        f" (vocab_size = {config.vocab_size}); is the vocabulary the model's?"
+      f"{text[:40]!r} holds token id {max(ids)}, beyond the model's embedding"
+      f" (vocab_size = {config.vocab_size}); is the vocabulary the model's?"
     )
   return ids
 

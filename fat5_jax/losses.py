@@ -8,18 +8,18 @@ import jax
 import jax.numpy as jnp
 
 SPECIAL_FACTORS = (
-    "NUM_REAL_TARGET_TOKENS",
-    "NUM_TOTAL_TARGET_TOKENS",
-    "AVERAGE_PER_SEQUENCE",
+  "NUM_REAL_TARGET_TOKENS",
+  "NUM_TOTAL_TARGET_TOKENS",
+  "AVERAGE_PER_SEQUENCE",
 )
 
 
 def cross_entropy(
-    logits_BLV: jax.Array,
-    targets_BL: jax.Array,
-    *,
-    z_loss: float = 0.0,
-    label_smoothing: float = 0.0,
+  logits_BLV: jax.Array,
+  targets_BL: jax.Array,
+  *,
+  z_loss: float = 0.0,
+  label_smoothing: float = 0.0,
 ) -> tuple[jax.Array, jax.Array]:
   """Cross-entropy and z-loss of every token, float32 (B, L) each.
 
@@ -41,7 +41,7 @@ def cross_entropy(
   vocab_size = logits_BLV.shape[-1]
   log_z_BL = jax.nn.logsumexp(logits_BLV, axis=-1)
   target_logits_BL = jnp.take_along_axis(
-      logits_BLV, targets_BL[..., None], axis=-1, mode="clip"
+    logits_BLV, targets_BL[..., None], axis=-1, mode="clip"
   )[..., 0]
   loss_BL = log_z_BL - target_logits_BL
   if label_smoothing:
@@ -50,8 +50,8 @@ def cross_entropy(
     # sum over the vocabulary of -log p.
     uniform_BL = vocab_size * log_z_BL - logits_BLV.sum(axis=-1)
     entropy = -(
-        confidence * jnp.log(confidence)
-        + (vocab_size - 1) * low * jnp.log(low + 1e-20)
+      confidence * jnp.log(confidence)
+      + (vocab_size - 1) * low * jnp.log(low + 1e-20)
     )
     loss_BL = (confidence - low) * loss_BL + low * uniform_BL - entropy
   return loss_BL, z_loss * jnp.square(log_z_BL)
@@ -63,7 +63,7 @@ def weighted_sum(values_BL: jax.Array, weights_BL: jax.Array) -> jax.Array:
 
 
 def normalise(
-    batch: Mapping[str, jax.Array], factor: float | str | None
+  batch: Mapping[str, jax.Array], factor: float | str | None
 ) -> tuple[jax.Array, jax.Array]:
   """Weights of the target tokens, and what their summed loss is divided by.
 
@@ -89,12 +89,12 @@ def normalise(
   if factor == "AVERAGE_PER_SEQUENCE":
     total_BL = _segment_totals(weights_BL, batch.get("decoder_segment_ids"))
     weights_BL = jnp.where(
-        weights_BL != 0, weights_BL / jnp.where(total_BL == 0, 1, total_BL), 0
+      weights_BL != 0, weights_BL / jnp.where(total_BL == 0, 1, total_BL), 0
     )
     return weights_BL, jnp.maximum(weights_BL.sum(), 1.0)
   raise ValueError(
-      f"LOSS_NORMALIZING_FACTOR = {factor!r} is neither None, nor a number, nor"
-      f" one of {', '.join(SPECIAL_FACTORS)}"
+    f"LOSS_NORMALIZING_FACTOR = {factor!r} is neither None, nor a number, nor"
+    f" one of {', '.join(SPECIAL_FACTORS)}"
   )
 
 

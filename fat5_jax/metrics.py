@@ -25,19 +25,19 @@ def scalars(sums: Mapping[str, float]) -> dict[str, float]:
   tokens = max(sums["target_tokens"], 1.0)
   count = max(sums["steps"], 1.0)
   result = {
-      "loss": sums["loss"] / count,
-      "cross_ent_loss": sums["cross_entropy"] / count,
-      "z_loss": sums["z_loss"] / count,
-      "loss_per_nonpadding_target_token": sums["token_loss"] / tokens,
-      "accuracy": sums["correct"] / tokens,
-      "non_padding_fraction/encoder": sums["encoder_tokens"]
-      / max(sums["encoder_positions"], 1.0),
-      "non_padding_fraction/decoder": sums["target_tokens"]
-      / max(sums["target_positions"], 1.0),
-      "non_padding_fraction/overall": (
-          sums["encoder_tokens"] + sums["target_tokens"]
-      )
-      / max(sums["encoder_positions"] + sums["target_positions"], 1.0),
+    "loss": sums["loss"] / count,
+    "cross_ent_loss": sums["cross_entropy"] / count,
+    "z_loss": sums["z_loss"] / count,
+    "loss_per_nonpadding_target_token": sums["token_loss"] / tokens,
+    "accuracy": sums["correct"] / tokens,
+    "non_padding_fraction/encoder": sums["encoder_tokens"]
+    / max(sums["encoder_positions"], 1.0),
+    "non_padding_fraction/decoder": sums["target_tokens"]
+    / max(sums["target_positions"], 1.0),
+    "non_padding_fraction/overall": (
+      sums["encoder_tokens"] + sums["target_tokens"]
+    )
+    / max(sums["encoder_positions"] + sums["target_positions"], 1.0),
   }
   if "gradient_norm" in sums:
     result["gradient_norm"] = sums["gradient_norm"] / count
@@ -70,11 +70,11 @@ class MetricsLog:
     checkpoints.write_atomically(self._path, "\n".join(lines) + "\n")
 
   def write(
-      self,
-      step: int,
-      dataset: str,
-      values: Mapping[str, float],
-      events: str | None = None,
+    self,
+    step: int,
+    dataset: str,
+    values: Mapping[str, float],
+    events: str | None = None,
   ) -> None:
     """Adds scalars to the CSV and, where `events` names a folder, there too."""
     values = {key: float(np.asarray(v)) for key, v in values.items()}
@@ -85,7 +85,7 @@ class MetricsLog:
     if events is not None:
       if events not in self._writers:
         self._writers[events] = metric_writers.SummaryWriter(
-            os.path.join(self._model_dir, events)
+          os.path.join(self._model_dir, events)
         )
       self._writers[events].write_scalars(step, values)
       self._writers[events].flush()
@@ -117,12 +117,12 @@ def read_csv(path: str) -> list[tuple[int, str, str, float]]:
     for record in csv.DictReader(file):
       try:
         rows.append(
-            (
-                int(record["step"]),
-                record["dataset"],
-                record["metric"],
-                float(record["value"]),
-            )
+          (
+            int(record["step"]),
+            record["dataset"],
+            record["metric"],
+            float(record["value"]),
+          )
         )
       except (TypeError, ValueError):
         # The last line of a killed run may be cut short.
@@ -157,9 +157,9 @@ def plot(rows: Iterable[tuple[int, str, str, float]], path: str) -> None:
     xs.append(step)
     ys.append(value)
   panels = [
-      ("loss per target token (nats)", "loss_per_nonpadding_target_token"),
-      ("token accuracy", "accuracy"),
-      ("learning rate", "learning_rate"),
+    ("loss per target token (nats)", "loss_per_nonpadding_target_token"),
+    ("token accuracy", "accuracy"),
+    ("learning rate", "learning_rate"),
   ]
   figure, axes = plt.subplots(2, 2, figsize=(11, 7), layout="constrained")
   for axis, (title, metric) in zip(axes.flat, panels):

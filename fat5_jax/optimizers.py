@@ -14,25 +14,25 @@ from fat5_jax.errors import nearest
 Schedule = Callable[[jax.Array], jax.Array]
 
 _FACTORS = (
-    "constant",
-    "linear_warmup",
-    "linear_decay",
-    "rsqrt_decay",
-    "rsqrt_normalized_decay",
-    "decay_every",
-    "cosine_decay",
+  "constant",
+  "linear_warmup",
+  "linear_decay",
+  "rsqrt_decay",
+  "rsqrt_normalized_decay",
+  "decay_every",
+  "cosine_decay",
 )
 
 
 def create_learning_rate_scheduler(
-    factors: str = "constant * linear_warmup * rsqrt_decay",
-    base_learning_rate: float = 0.5,
-    warmup_steps: int = 1000,
-    decay_factor: float = 0.5,
-    steps_per_decay: int = 20000,
-    steps_per_cycle: int = 100000,
-    step_offset: int = 0,
-    min_learning_rate: float = 1e-8,
+  factors: str = "constant * linear_warmup * rsqrt_decay",
+  base_learning_rate: float = 0.5,
+  warmup_steps: int = 1000,
+  decay_factor: float = 0.5,
+  steps_per_decay: int = 20000,
+  steps_per_cycle: int = 100000,
+  step_offset: int = 0,
+  min_learning_rate: float = 1e-8,
 ) -> Schedule:
   """A schedule as a product of named factors, with T5X's names and meaning.
 
@@ -55,8 +55,8 @@ def create_learning_rate_scheduler(
   for name in names:
     if name not in _FACTORS:
       raise ValueError(
-          f"learning-rate factor {name!r} is unknown.{nearest(name, _FACTORS)}"
-          f" Known: {', '.join(_FACTORS)}"
+        f"learning-rate factor {name!r} is unknown.{nearest(name, _FACTORS)}"
+        f" Known: {', '.join(_FACTORS)}"
       )
 
   def schedule(step):
@@ -70,7 +70,7 @@ def create_learning_rate_scheduler(
         rate *= jnp.minimum(1.0, step / warmup_steps)
       elif name == "linear_decay":
         rate *= base_learning_rate * jnp.minimum(
-            step / warmup_steps, 1.0 + decay_factor * (warmup_steps - step)
+          step / warmup_steps, 1.0 + decay_factor * (warmup_steps - step)
         )
       elif name == "rsqrt_decay":
         rate /= jnp.sqrt(past_warmup)
@@ -81,7 +81,7 @@ def create_learning_rate_scheduler(
       else:
         progress = jnp.maximum(0.0, (step - warmup_steps) / steps_per_cycle)
         rate *= jnp.maximum(
-            0.0, 0.5 * (1.0 + jnp.cos(jnp.pi * (progress % 1.0)))
+          0.0, 0.5 * (1.0 + jnp.cos(jnp.pi * (progress % 1.0)))
         )
     return jnp.maximum(rate, min_learning_rate)
 
@@ -99,17 +99,17 @@ class AdafactorState(NamedTuple):
 
 
 def adafactor(
-    learning_rate: Schedule | float,
-    decay_rate: float = 0.8,
-    step_offset: int = 0,
-    beta1: float | None = None,
-    clipping_threshold: float | None = 1.0,
-    multiply_by_parameter_scale: bool = True,
-    factored: bool = True,
-    min_dim_size_to_factor: int = 128,
-    epsilon1: float = 1e-30,
-    epsilon2: float = 1e-3,
-    global_norm_clip_threshold: float | None = None,
+  learning_rate: Schedule | float,
+  decay_rate: float = 0.8,
+  step_offset: int = 0,
+  beta1: float | None = None,
+  clipping_threshold: float | None = 1.0,
+  multiply_by_parameter_scale: bool = True,
+  factored: bool = True,
+  min_dim_size_to_factor: int = 128,
+  epsilon1: float = 1e-30,
+  epsilon2: float = 1e-3,
+  global_norm_clip_threshold: float | None = None,
 ) -> optax.GradientTransformation:
   """Adafactor (arXiv:1804.04235) with T5X's hyper-parameters.
 
@@ -185,36 +185,38 @@ def adafactor(
     t = jnp.maximum(state.count - step_offset, 0).astype(jnp.float32) + 1.0
     decay = 1.0 - t ** (-decay_rate)
     results = _by_layer(
-        lambda *leaf: update_leaf(*leaf, decay),
-        updates,
-        params,
-        state.m,
-        state.v_row,
-        state.v_col,
-        state.v,
+      lambda *leaf: update_leaf(*leaf, decay),
+      updates,
+      params,
+      state.m,
+      state.v_row,
+      state.v_col,
+      state.v,
     )
     updates, m, v_row, v_col, v = _transpose(params, results, 5)
     return updates, AdafactorState(state.count + 1, m, v_row, v_col, v)
 
   return _with_clip(
-      global_norm_clip_threshold,
-      optax.GradientTransformation(init, update),
-      optax.scale_by_learning_rate(learning_rate),
+    global_norm_clip_threshold,
+    optax.GradientTransformation(init, update),
+    optax.scale_by_learning_rate(learning_rate),
   )
 
 
 def adamw(
-    learning_rate: Schedule | float,
-    b1: float = 0.9,
-    b2: float = 0.999,
-    eps: float = 1e-8,
-    weight_decay: float = 0.0,
-    global_norm_clip_threshold: float | None = None,
+  learning_rate: Schedule | float,
+  b1: float = 0.9,
+  b2: float = 0.999,
+  eps: float = 1e-8,
+  weight_decay: float = 0.0,
+  global_norm_clip_threshold: float | None = None,
 ) -> optax.GradientTransformation:
   """optax.adamw, after clipping the norm of all gradients together."""
   return _with_clip(
-      global_norm_clip_threshold,
-      optax.adamw(learning_rate, b1=b1, b2=b2, eps=eps, weight_decay=weight_decay),
+    global_norm_clip_threshold,
+    optax.adamw(
+      learning_rate, b1=b1, b2=b2, eps=eps, weight_decay=weight_decay
+    ),
   )
 
 
@@ -242,6 +244,6 @@ def _by_layer(function, tree, *rest):
 def _transpose(like, tree_of_tuples, length):
   """A tree of equal tuples as a tuple of trees."""
   return tuple(
-      jax.tree.map(lambda _, leaf, i=i: leaf[i], like, tree_of_tuples)
-      for i in range(length)
+    jax.tree.map(lambda _, leaf, i=i: leaf[i], like, tree_of_tuples)
+    for i in range(length)
   )

@@ -34,48 +34,48 @@ def init_params(model, seed: int) -> Any:
 def _sums(model, params, batch, weights_BL, normaliser, rng, z_loss, smoothing):
   """(loss, sums of a (micro)batch); see metrics.scalars."""
   logits_BLV = model.apply(
-      {"params": params},
-      batch["encoder_input_tokens"],
-      batch["decoder_input_tokens"],
-      batch["decoder_target_tokens"],
-      encoder_segment_ids=batch.get("encoder_segment_ids"),
-      decoder_segment_ids=batch.get("decoder_segment_ids"),
-      enable_dropout=rng is not None,
-      rngs=None if rng is None else {"dropout": rng},
+    {"params": params},
+    batch["encoder_input_tokens"],
+    batch["decoder_input_tokens"],
+    batch["decoder_target_tokens"],
+    encoder_segment_ids=batch.get("encoder_segment_ids"),
+    decoder_segment_ids=batch.get("decoder_segment_ids"),
+    enable_dropout=rng is not None,
+    rngs=None if rng is None else {"dropout": rng},
   )
   targets_BL = batch["decoder_target_tokens"]
   loss_BL, z_BL = losses.cross_entropy(
-      logits_BLV, targets_BL, z_loss=z_loss, label_smoothing=smoothing
+    logits_BLV, targets_BL, z_loss=z_loss, label_smoothing=smoothing
   )
   cross_entropy = losses.weighted_sum(loss_BL, weights_BL) / normaliser
   z = losses.weighted_sum(z_BL, weights_BL) / normaliser
   real_BL = batch["decoder_loss_weights"] != 0
   count = lambda x: jnp.sum(x, dtype=jnp.float32)
   sums = {
-      "loss": cross_entropy + z,
-      "cross_entropy": cross_entropy,
-      "z_loss": z,
-      "token_loss": losses.weighted_sum(loss_BL, real_BL),
-      "correct": count(real_BL & (logits_BLV.argmax(axis=-1) == targets_BL)),
-      "target_tokens": count(real_BL),
-      "target_positions": jnp.float32(targets_BL.size),
-      "encoder_tokens": count(
-          batch["encoder_input_tokens"] != model.config.pad_token_id
-      ),
-      "encoder_positions": jnp.float32(batch["encoder_input_tokens"].size),
+    "loss": cross_entropy + z,
+    "cross_entropy": cross_entropy,
+    "z_loss": z,
+    "token_loss": losses.weighted_sum(loss_BL, real_BL),
+    "correct": count(real_BL & (logits_BLV.argmax(axis=-1) == targets_BL)),
+    "target_tokens": count(real_BL),
+    "target_positions": jnp.float32(targets_BL.size),
+    "encoder_tokens": count(
+      batch["encoder_input_tokens"] != model.config.pad_token_id
+    ),
+    "encoder_positions": jnp.float32(batch["encoder_input_tokens"].size),
   }
   return cross_entropy + z, sums
 
 
 def make_train_step(
-    model,
-    optimizer: optax.GradientTransformation,
-    *,
-    seed: int,
-    z_loss: float = 0.0,
-    label_smoothing: float = 0.0,
-    loss_normalizing_factor: float | str | None = None,
-    num_microbatches: int | None = None,
+  model,
+  optimizer: optax.GradientTransformation,
+  *,
+  seed: int,
+  z_loss: float = 0.0,
+  label_smoothing: float = 0.0,
+  loss_normalizing_factor: float | str | None = None,
+  num_microbatches: int | None = None,
 ) -> Callable[[TrainState, Batch], tuple[TrainState, dict[str, jax.Array]]]:
   """One update: (state, batch) -> (state, sums).
 
@@ -95,8 +95,14 @@ def make_train_step(
   def gradients(params, batch, weights_BL, normaliser, rng):
     def loss_fn(params):
       return _sums(
-          model, params, batch, weights_BL, normaliser, rng, z_loss,
-          label_smoothing,
+        model,
+        params,
+        batch,
+        weights_BL,
+        normaliser,
+        rng,
+        z_loss,
+        label_smoothing,
       )
 
     (_, sums), grads = jax.value_and_grad(loss_fn, has_aux=True)(params)
@@ -106,8 +112,8 @@ def make_train_step(
     rows = weights_BL.shape[0]
     if rows % microbatches:
       raise ValueError(
-          f"a batch of {rows} rows does not divide into {microbatches}"
-          " microbatches"
+        f"a batch of {rows} rows does not divide into {microbatches}"
+        " microbatches"
       )
     split = lambda x: x.reshape(microbatches, -1, *x.shape[1:])
     parts = jax.tree.map(split, (dict(batch), weights_BL))
@@ -119,9 +125,9 @@ def make_train_step(
       return jax.tree.map(jnp.add, carry, new), None
 
     shapes = jax.eval_shape(
-        lambda: gradients(
-            params, *jax.tree.map(lambda x: x[0], parts), normaliser, rng
-        )
+      lambda: gradients(
+        params, *jax.tree.map(lambda x: x[0], parts), normaliser, rng
+      )
     )
     zero = jax.tree.map(lambda s: jnp.zeros(s.shape, jnp.float32), shapes)
     return jax.lax.scan(add, zero, (jnp.arange(microbatches), *parts))[0]
@@ -134,7 +140,7 @@ def make_train_step(
     run = gradients if microbatches == 1 else accumulate
     grads, sums = run(state.params, batch, weights_BL, normaliser, rng)
     squares = jnp.stack(
-        [jnp.sum(jnp.square(g)) for g in jax.tree.leaves(grads)]
+      [jnp.sum(jnp.square(g)) for g in jax.tree.leaves(grads)]
     )
     bad = ~jnp.isfinite(squares)
     sums["gradient_norm"] = jnp.sqrt(squares.sum())
@@ -148,19 +154,25 @@ def make_train_step(
 
 
 def make_eval_step(
-    model,
-    *,
-    z_loss: float = 0.0,
-    label_smoothing: float = 0.0,
-    loss_normalizing_factor: float | str | None = None,
+  model,
+  *,
+  z_loss: float = 0.0,
+  label_smoothing: float = 0.0,
+  loss_normalizing_factor: float | str | None = None,
 ) -> Callable[[Any, Batch], dict[str, jax.Array]]:
   """(params, batch) -> sums, without dropout."""
 
   def eval_step(params, batch):
     weights_BL, normaliser = losses.normalise(batch, loss_normalizing_factor)
     _, sums = _sums(
-        model, params, batch, weights_BL, normaliser, None, z_loss,
-        label_smoothing,
+      model,
+      params,
+      batch,
+      weights_BL,
+      normaliser,
+      None,
+      z_loss,
+      label_smoothing,
     )
     return sums | {"steps": jnp.float32(1)}
 

@@ -1,4 +1,4 @@
-"""Trains a model: `python -m fat5_jax.train --gin_file=... --gin.MODEL_DIR=...`.
+"""Trains a model: `python -m fat5_jax.train --gin_file=...`.
 
 The loop is read from top to bottom. Everything it uses is built before (from
 gin, or by hand) and passed in.
@@ -36,27 +36,27 @@ _IN_FLIGHT = 2
 
 
 def train(
-    *,
-    model: Any,
-    train_dataset_cfg: pipeline.DatasetConfig,
-    train_eval_dataset_cfg: pipeline.DatasetConfig | None,
-    infer_eval_dataset_cfg: pipeline.DatasetConfig | None,
-    checkpoint_cfg: checkpoints.CheckpointConfig,
-    optimizer: optax.GradientTransformation,
-    learning_rate_fn: Callable[[Any], Any],
-    model_dir: str,
-    total_steps: int | None = None,
-    relative_steps: int | None = None,
-    eval_steps: int | None = 20,
-    eval_period: int = 1000,
-    stats_period: int | None = None,
-    random_seed: int = 42,
-    z_loss: float = 0.0001,
-    label_smoothing: float = 0.0,
-    loss_normalizing_factor: float | str | None = None,
-    num_microbatches: int | None = None,
-    config_text: Callable[[], str] | None = None,
-    dry_run: bool = False,
+  *,
+  model: Any,
+  train_dataset_cfg: pipeline.DatasetConfig,
+  train_eval_dataset_cfg: pipeline.DatasetConfig | None,
+  infer_eval_dataset_cfg: pipeline.DatasetConfig | None,
+  checkpoint_cfg: checkpoints.CheckpointConfig,
+  optimizer: optax.GradientTransformation,
+  learning_rate_fn: Callable[[Any], Any],
+  model_dir: str,
+  total_steps: int | None = None,
+  relative_steps: int | None = None,
+  eval_steps: int | None = 20,
+  eval_period: int = 1000,
+  stats_period: int | None = None,
+  random_seed: int = 42,
+  z_loss: float = 0.0001,
+  label_smoothing: float = 0.0,
+  loss_normalizing_factor: float | str | None = None,
+  num_microbatches: int | None = None,
+  config_text: Callable[[], str] | None = None,
+  dry_run: bool = False,
 ) -> steps.TrainState | None:
   """Trains until `total_steps`, going on from what `model_dir` holds.
 
@@ -92,8 +92,8 @@ def train(
   """
   if (total_steps is None) == (relative_steps is None):
     raise UserError(
-        "set one of TRAIN_STEPS (counted from step 0 of the checkpoint) and"
-        " TRAIN_STEPS_RELATIVE"
+      "set one of TRAIN_STEPS (counted from step 0 of the checkpoint) and"
+      " TRAIN_STEPS_RELATIVE"
     )
   if not isinstance(random_seed, int):
     raise UserError(f"RANDOM_SEED = {random_seed!r} must be a whole number")
@@ -101,24 +101,24 @@ def train(
   task = train_dataset_cfg.task()
   pipeline.check_vocabulary(train_dataset_cfg, config.vocab_size)
   train_step = jax.jit(
-      steps.make_train_step(
-          model,
-          optimizer,
-          seed=random_seed,
-          z_loss=z_loss,
-          label_smoothing=label_smoothing,
-          loss_normalizing_factor=loss_normalizing_factor,
-          num_microbatches=num_microbatches,
-      ),
-      donate_argnums=0,
+    steps.make_train_step(
+      model,
+      optimizer,
+      seed=random_seed,
+      z_loss=z_loss,
+      label_smoothing=label_smoothing,
+      loss_normalizing_factor=loss_normalizing_factor,
+      num_microbatches=num_microbatches,
+    ),
+    donate_argnums=0,
   )
   eval_step = jax.jit(
-      steps.make_eval_step(
-          model,
-          z_loss=z_loss,
-          label_smoothing=label_smoothing,
-          loss_normalizing_factor=loss_normalizing_factor,
-      )
+    steps.make_eval_step(
+      model,
+      z_loss=z_loss,
+      label_smoothing=label_smoothing,
+      loss_normalizing_factor=loss_normalizing_factor,
+    )
   )
 
   def init_state() -> steps.TrainState:
@@ -146,7 +146,7 @@ def train(
   initial_path = checkpoint_cfg.restore.path
   if own_step is not None:
     params, opt_state, found = checkpointer.restore(
-        own_step, abstract.params, abstract.opt_state, config.scan_layers
+      own_step, abstract.params, abstract.opt_state, config.scan_layers
     )
     state = steps.TrainState(jnp.int32(own_step), params, opt_state)
     begin_step, total = found["begin_step"], found["sums"]
@@ -154,19 +154,19 @@ def train(
       position["batches"] = found["batches"]
     else:
       console.say(
-          "the training data's settings changed since the checkpoint; reading it"
-          " from its beginning"
+        "the training data's settings changed since the checkpoint; reading it"
+        " from its beginning"
       )
     console.say(f"going on from step {own_step} of {model_dir}")
   elif initial_path:
     params, source = checkpoints.initial_params(
-        initial_path, config, abstract.params
+      initial_path, config, abstract.params
     )
     state = jax.jit(init_state)()
     opt_state = state.opt_state
     if source.kind == "fat5":
       opt_state = checkpoints.initial_optimizer(
-          source, abstract.opt_state, config.scan_layers
+        source, abstract.opt_state, config.scan_layers
       )
     state = steps.TrainState(jnp.int32(source.step), params, opt_state)
     begin_step = source.step
@@ -182,68 +182,70 @@ def train(
     last_step = begin_step + relative_steps
   if step > last_step:
     raise UserError(
-        f"the run is at step {step}, past TRAIN_STEPS = {last_step}; steps of"
-        " the checkpoint count, so raise it or use TRAIN_STEPS_RELATIVE"
+      f"the run is at step {step}, past TRAIN_STEPS = {last_step}; steps of"
+      " the checkpoint count, so raise it or use TRAIN_STEPS_RELATIVE"
     )
   evaluator = None
   if infer_eval_dataset_cfg is not None:
     evaluator = InferenceEvaluator(model, infer_eval_dataset_cfg, model_dir)
   batches = pipeline.train_batches(
-      train_dataset_cfg, config.vocab_size, skip=position["batches"]
+    train_dataset_cfg, config.vocab_size, skip=position["batches"]
   )
   # The first batch shows bad data before anything is written.
   batches = itertools.chain([next(batches)], batches)
 
   vocabulary = task.output_features["targets"].vocabulary
   checkpoints.write_model_json(
-      model_dir,
-      config,
-      vocabularies.save(vocabulary, model_dir),
-      random_seed=random_seed,
+    model_dir,
+    config,
+    vocabularies.save(vocabulary, model_dir),
+    random_seed=random_seed,
   )
   _write_model_info(model_dir, abstract)
   if config_text is not None:
     checkpoints.write_atomically(
-        os.path.join(model_dir, "config.gin"), config_text()
+      os.path.join(model_dir, "config.gin"), config_text()
     )
   log = metrics.MetricsLog(model_dir, first_step)
   count = sum(x.size for x in jax.tree.leaves(abstract.params))
   console.say(
-      f"{count:,} parameters on {jax.device_count()} {jax.default_backend()}"
-      f" device(s), {config.dtype}; results in {model_dir}"
+    f"{count:,} parameters on {jax.device_count()} {jax.default_backend()}"
+    f" device(s), {config.dtype}; results in {model_dir}"
   )
 
   def save() -> None:
     checkpointer.save(
-        step,
-        state.params,
-        state.opt_state,
-        # The sums of a row of metrics that is not complete yet.
-        position | {"begin_step": begin_step, "sums": total},
+      step,
+      state.params,
+      state.opt_state,
+      # The sums of a row of metrics that is not complete yet.
+      position | {"begin_step": begin_step, "sums": total},
     )
 
   def run_evaluation() -> None:
     if train_eval_dataset_cfg is not None:
       values = loss_metrics(
-          eval_step,
-          state.params,
-          train_eval_dataset_cfg,
-          config.vocab_size,
-          eval_steps,
+        eval_step,
+        state.params,
+        train_eval_dataset_cfg,
+        config.vocab_size,
+        eval_steps,
       )
       name = f"training_eval/{train_eval_dataset_cfg.task().name}"
       log.write(step, name, values, events=name)
       console.say(
-          f"step {step}  {name}  "
-          + "  ".join(f"{k} {values[k]:.4f}" for k in
-                      ("loss_per_nonpadding_target_token", "accuracy"))
+        f"step {step}  {name}  "
+        + "  ".join(
+          f"{k} {values[k]:.4f}"
+          for k in ("loss_per_nonpadding_target_token", "accuracy")
+        )
       )
     if evaluator is not None:
       for name, values in evaluator.evaluate(state.params, step).items():
         log.write(step, f"inference_eval/{name}", values)
         console.say(
-            f"step {step}  inference_eval/{name}  "
-            + "  ".join(f"{k} {v:.4g}" for k, v in values.items())
+          f"step {step}  inference_eval/{name}  "
+          + "  ".join(f"{k} {v:.4g}" for k, v in values.items())
         )
     log.plot()
 
@@ -262,9 +264,9 @@ def train(
       bad_leaf = sums.pop("bad_leaf")
       if bad_leaf >= 0 or not np.isfinite(sums["loss"]):
         raise UserError(
-            _divergence_message(
-                done_step, sums, bad_leaf, abstract.params, checkpointer
-            )
+          _divergence_message(
+            done_step, sums, bad_leaf, abstract.params, checkpointer
+          )
         )
       metrics.add(total, sums)
       seconds = max(time.monotonic() - mark - waited, 1e-9)
@@ -272,19 +274,19 @@ def train(
       rate = float(learning_rate_fn(done_step - 1))
       due = done_step % stats_period == 0 or done_step == last_step
       progress.update(
-          done_step,
-          loss=values["loss_per_nonpadding_target_token"],
-          learning_rate=rate,
-          tokens_per_second=total["target_tokens"] / seconds,
-          padding=1 - values["non_padding_fraction/overall"],
-          force=due,
+        done_step,
+        loss=values["loss_per_nonpadding_target_token"],
+        learning_rate=rate,
+        tokens_per_second=total["target_tokens"] / seconds,
+        padding=1 - values["non_padding_fraction/overall"],
+        force=due,
       )
       if due:
         values |= {
-            "learning_rate": rate,
-            "timing/steps_per_second": total["steps"] / seconds,
-            "timing/target_tokens_per_second": total["target_tokens"] / seconds,
-            "timing/input_tokens_per_second": total["encoder_tokens"] / seconds,
+          "learning_rate": rate,
+          "timing/steps_per_second": total["steps"] / seconds,
+          "timing/target_tokens_per_second": total["target_tokens"] / seconds,
+          "timing/input_tokens_per_second": total["encoder_tokens"] / seconds,
         }
         log.write(done_step, "train", values, events="train")
         total = {}
@@ -328,8 +330,8 @@ def train(
   if stop.received:
     log.close()
     console.say(
-        f"stopped by {stop.name} at step {step}, which is saved in {model_dir}."
-        " Run the same command again to go on:\n  " + _command_line()
+      f"stopped by {stop.name} at step {step}, which is saved in {model_dir}."
+      " Run the same command again to go on:\n  " + _command_line()
     )
     return None
   _closing_words(log, evaluator, model_dir, step)
@@ -372,36 +374,36 @@ def _command_line() -> str:
 def _divergence_message(step, sums, bad_leaf, abstract_params, checkpointer):
   checkpointer.wait()
   where = (
-      "the loss"
-      if bad_leaf < 0
-      else f"the gradient of {steps.leaf_name(abstract_params, bad_leaf)}"
+    "the loss"
+    if bad_leaf < 0
+    else f"the gradient of {steps.leaf_name(abstract_params, bad_leaf)}"
   )
   good = checkpointer.latest_step()
   return (
-      f"step {step}: loss {float(sums['loss']):.6g}; first not finite: {where}."
-      f" The last good checkpoint is step {good} and untouched. Usual mends: a"
-      " lower learning rate or more warm-up, global_norm_clip_threshold = 1.0,"
-      " dtype = 'float32'"
+    f"step {step}: loss {float(sums['loss']):.6g}; first not finite: {where}."
+    f" The last good checkpoint is step {good} and untouched. Usual mends: a"
+    " lower learning rate or more warm-up, global_norm_clip_threshold = 1.0,"
+    " dtype = 'float32'"
   )
 
 
 def _closing_words(log, evaluator, model_dir: str, step: int) -> None:
   """The table, samples, plot, and what to try next."""
   console.metrics_table(
-      f"metrics at step {step}",
-      [
-          (dataset, metric, value)
-          for dataset, values in log.latest().items()
-          for metric, value in values.items()
-          if not metric.startswith("timing/")
-      ],
+    f"metrics at step {step}",
+    [
+      (dataset, metric, value)
+      for dataset, values in log.latest().items()
+      for metric, value in values.items()
+      if not metric.startswith("timing/")
+    ],
   )
   if evaluator is not None:
     console.samples_table(evaluator.samples(step, 8))
   console.say(f"curves: {log.plot()}")
   console.say(
-      "try your own lines next:\n"
-      f"  python -m fat5_jax.infer --gin.MODEL_DIR={shlex.quote(model_dir)}"
+    "try your own lines next:\n"
+    f"  python -m fat5_jax.infer --gin.MODEL_DIR={shlex.quote(model_dir)}"
   )
 
 
@@ -409,14 +411,14 @@ def _parameter_lines(abstract: steps.TrainState) -> list[str]:
   """A line a parameter, the totals, then the optimizer's state."""
   lines = []
   for title, tree in (
-      ("parameter", abstract.params),
-      ("optimizer", abstract.opt_state),
+    ("parameter", abstract.params),
+    ("optimizer", abstract.opt_state),
   ):
     leaves = jax.tree_util.tree_leaves_with_path(tree)
     for path, leaf in leaves:
       name = jax.tree_util.keystr(path, simple=True, separator="/")
       lines.append(
-          f"{title} {name:<72} size {leaf.size:>12,} shape {leaf.shape}"
+        f"{title} {name:<72} size {leaf.size:>12,} shape {leaf.shape}"
       )
     total = sum(leaf.size for _, leaf in leaves)
     size = sum(leaf.size * leaf.dtype.itemsize for _, leaf in leaves)
@@ -426,8 +428,8 @@ def _parameter_lines(abstract: steps.TrainState) -> list[str]:
 
 def _write_model_info(model_dir: str, abstract: steps.TrainState) -> None:
   checkpoints.write_atomically(
-      os.path.join(model_dir, "model-info.txt"),
-      "\n".join(_parameter_lines(abstract)),
+    os.path.join(model_dir, "model-info.txt"),
+    "\n".join(_parameter_lines(abstract)),
   )
 
 
@@ -443,8 +445,8 @@ def _dry_run(dataset_cfg, config, abstract, config_text) -> None:
     console.say(f"  {key} {array.shape} {array.dtype}")
   for row in range(min(3, dataset_cfg.batch_size)):
     for key, feature in (
-        ("encoder_input_tokens", "inputs"),
-        ("decoder_target_tokens", "targets"),
+      ("encoder_input_tokens", "inputs"),
+      ("decoder_target_tokens", "targets"),
     ):
       segments = batch.get(key.split("_")[0] + "_segment_ids")
       tokens = batch[key][row]

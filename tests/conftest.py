@@ -7,7 +7,7 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 os.environ["HF_HUB_OFFLINE"] = "1"
 # Tests compile much and compute little.
 os.environ["XLA_FLAGS"] = (
-    os.environ.get("XLA_FLAGS", "") + " --xla_backend_optimization_level=0"
+  os.environ.get("XLA_FLAGS", "") + " --xla_backend_optimization_level=0"
 )
 
 import pytest
@@ -19,8 +19,8 @@ ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 def shared_data() -> str:
   """The folder of real data beside the checkout; skips where there is none."""
   for path in (
-      os.environ.get("FAT5_JAX_DATA", ""),
-      os.path.join(ROOT, "..", "shared", "data"),
+    os.environ.get("FAT5_JAX_DATA", ""),
+    os.path.join(ROOT, "..", "shared", "data"),
   ):
     if path and os.path.isdir(path):
       return os.path.abspath(path)

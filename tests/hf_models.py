@@ -9,17 +9,17 @@ import torch
 import transformers
 
 _DIMS = dict(
-    vocab_size=101,
-    d_model=32,
-    d_kv=8,
-    d_ff=48,
-    num_layers=3,
-    num_heads=4,
-    relative_attention_num_buckets=32,
-    relative_attention_max_distance=128,
-    decoder_start_token_id=0,
-    pad_token_id=0,
-    eos_token_id=1,
+  vocab_size=101,
+  d_model=32,
+  d_kv=8,
+  d_ff=48,
+  num_layers=3,
+  num_heads=4,
+  relative_attention_num_buckets=32,
+  relative_attention_max_distance=128,
+  decoder_start_token_id=0,
+  pad_token_id=0,
+  eos_token_id=1,
 )
 
 
@@ -34,51 +34,51 @@ class Family:
 
 
 FAMILIES = {
-    "t5_1_0": Family("T5Config", "T5ForConditionalGeneration", {}, True),
-    "t5_1_1": Family(
-        "T5Config",
-        "T5ForConditionalGeneration",
-        {"feed_forward_proj": "gated-gelu", "tie_word_embeddings": False},
-        False,
-    ),
-    "flan": Family(
-        "T5Config",
-        "T5ForConditionalGeneration",
-        {
-            "feed_forward_proj": "gated-gelu",
-            "tie_word_embeddings": False,
-            "num_heads": 6,
-        },
-        False,
-    ),
-    "ul2": Family(
-        "T5Config",
-        "T5ForConditionalGeneration",
-        {"feed_forward_proj": "gated-silu", "tie_word_embeddings": False},
-        False,
-    ),
-    "mt5": Family("MT5Config", "MT5ForConditionalGeneration", {}, False),
-    "umt5": Family("UMT5Config", "UMT5ForConditionalGeneration", {}, False),
-    "umt5_tied": Family("UMT5Config", "UMT5ForConditionalGeneration", {}, True),
-    "byt5": Family(
-        "T5Config",
-        "T5ForConditionalGeneration",
-        {
-            "feed_forward_proj": "gated-gelu",
-            "tie_word_embeddings": False,
-            "num_decoder_layers": 1,
-        },
-        False,
-    ),
-    "other_buckets": Family(
-        "T5Config",
-        "T5ForConditionalGeneration",
-        {
-            "relative_attention_num_buckets": 8,
-            "relative_attention_max_distance": 20,
-        },
-        True,
-    ),
+  "t5_1_0": Family("T5Config", "T5ForConditionalGeneration", {}, True),
+  "t5_1_1": Family(
+    "T5Config",
+    "T5ForConditionalGeneration",
+    {"feed_forward_proj": "gated-gelu", "tie_word_embeddings": False},
+    False,
+  ),
+  "flan": Family(
+    "T5Config",
+    "T5ForConditionalGeneration",
+    {
+      "feed_forward_proj": "gated-gelu",
+      "tie_word_embeddings": False,
+      "num_heads": 6,
+    },
+    False,
+  ),
+  "ul2": Family(
+    "T5Config",
+    "T5ForConditionalGeneration",
+    {"feed_forward_proj": "gated-silu", "tie_word_embeddings": False},
+    False,
+  ),
+  "mt5": Family("MT5Config", "MT5ForConditionalGeneration", {}, False),
+  "umt5": Family("UMT5Config", "UMT5ForConditionalGeneration", {}, False),
+  "umt5_tied": Family("UMT5Config", "UMT5ForConditionalGeneration", {}, True),
+  "byt5": Family(
+    "T5Config",
+    "T5ForConditionalGeneration",
+    {
+      "feed_forward_proj": "gated-gelu",
+      "tie_word_embeddings": False,
+      "num_decoder_layers": 1,
+    },
+    False,
+  ),
+  "other_buckets": Family(
+    "T5Config",
+    "T5ForConditionalGeneration",
+    {
+      "relative_attention_num_buckets": 8,
+      "relative_attention_max_distance": 20,
+    },
+    True,
+  ),
 }
 
 
@@ -92,7 +92,7 @@ def make(family: str, folder, seed: int = 0, **save_options):
     if not spec.tied:
       # transformers 5 ties every fresh T5; the file's two tensors decide.
       model.lm_head.weight = torch.nn.Parameter(
-          torch.randn(config.vocab_size, config.d_model)
+        torch.randn(config.vocab_size, config.d_model)
       )
     for name, parameter in model.named_parameters():
       # HF starts these at almost nothing and at one: a test would be blind.

@@ -1,4 +1,4 @@
-"""Sources, tasks and batches; every mistake in a file is told with its place."""
+"""Sources, tasks and batches; a mistake in a file is told with its place."""
 
 import gzip
 import json
@@ -58,17 +58,17 @@ def test_csv_quotes_and_tsv_does_not(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "name,text,message",
-    [
-        ("a.tsv", "x\ty\n1\t2\n3\n", r"a.tsv, row 3: 1 columns, expected 2"),
-        ("a.tsv", "x\ty\n1\t2\n\n3\t4\n", r"a.tsv, row 3: empty line"),
-        ("a.csv", "x,y\n1,2\n1,2,3\n", r"a.csv, row 3: 3 columns"),
-        ("a.jsonl", '{"x": 1}\n{"x": \n', r"a.jsonl, row 2: not valid JSON"),
-        ("a.jsonl", '{"x": 1}\n[1]\n', r"a.jsonl, row 2: expected a JSON object"),
-        ("a.jsonl", '{"x": 1}\n\n{"x": 2}\n', r"a.jsonl, row 2: empty line"),
-        ("a.parquet", "no", r"a.parquet: not a complete Parquet"),
-        ("a.docx", "no", r"unknown format '.docx'"),
-    ],
+  "name,text,message",
+  [
+    ("a.tsv", "x\ty\n1\t2\n3\n", r"a.tsv, row 3: 1 columns, expected 2"),
+    ("a.tsv", "x\ty\n1\t2\n\n3\t4\n", r"a.tsv, row 3: empty line"),
+    ("a.csv", "x,y\n1,2\n1,2,3\n", r"a.csv, row 3: 3 columns"),
+    ("a.jsonl", '{"x": 1}\n{"x": \n', r"a.jsonl, row 2: not valid JSON"),
+    ("a.jsonl", '{"x": 1}\n[1]\n', r"a.jsonl, row 2: expected a JSON object"),
+    ("a.jsonl", '{"x": 1}\n\n{"x": 2}\n', r"a.jsonl, row 2: empty line"),
+    ("a.parquet", "no", r"a.parquet: not a complete Parquet"),
+    ("a.docx", "no", r"unknown format '.docx'"),
+  ],
 )
 def test_bad_files_name_the_place(name, text, message, tmp_path):
   path = write(tmp_path / name, text)
@@ -91,23 +91,23 @@ def test_a_missing_file_is_named(tmp_path):
 def make_task(folder, rows=ROWS, name="a_task", **options):
   path = write_rows(folder, "jsonl", rows)
   return tasks.text_to_text(
-      sources.Files({"train": path, "validation": path}),
-      "say: {text}",
-      "{label}",
-      BYTES,
-      name=name,
-      **options,
+    sources.Files({"train": path, "validation": path}),
+    "say: {text}",
+    "{label}",
+    BYTES,
+    name=name,
+    **options,
   )
 
 
 def make_config(task, **changes):
   settings = dict(
-      mixture_or_task_name=task,
-      task_feature_lengths={"inputs": 24, "targets": 8},
-      split="train",
-      batch_size=4,
-      shuffle=True,
-      pack=True,
+    mixture_or_task_name=task,
+    task_feature_lengths={"inputs": 24, "targets": 8},
+    split="train",
+    batch_size=4,
+    shuffle=True,
+    pack=True,
   )
   return pipeline.DatasetConfig(**{**settings, **changes})
 
@@ -137,10 +137,10 @@ def test_the_seed_fixes_the_order_and_changes_it(tmp_path):
 
 def test_packed_rows_hold_several_examples(tmp_path):
   batch = take(
-      make_config(
-          make_task(tmp_path), task_feature_lengths={"inputs": 64, "targets": 12}
-      ),
-      1,
+    make_config(
+      make_task(tmp_path), task_feature_lengths={"inputs": 64, "targets": 12}
+    ),
+    1,
   )[0]
   assert batch["encoder_segment_ids"].max() >= 3
   ids = batch["encoder_segment_ids"]
@@ -150,7 +150,7 @@ def test_packed_rows_hold_several_examples(tmp_path):
 def test_an_empty_data_set_is_an_error(tmp_path):
   path = write(tmp_path / "a.tsv", "text\tlabel\n")
   task = tasks.text_to_text(
-      sources.Files({"train": path}), "{text}", "{label}", BYTES, name="empty"
+    sources.Files({"train": path}), "{text}", "{label}", BYTES, name="empty"
   )
   with pytest.raises(UserError, match="a.tsv: no rows"):
     take(make_config(task), 1)
@@ -158,10 +158,12 @@ def test_an_empty_data_set_is_an_error(tmp_path):
 
 def test_a_bad_row_reaches_the_person_through_tensorflow(tmp_path):
   task = make_task(tmp_path, [*ROWS, {"text": "x", "label": ""}])
-  with pytest.raises(UserError, match="rows.jsonl, row 13: column 'label' is em"):
+  with pytest.raises(
+    UserError, match="rows.jsonl, row 13: column 'label' is em"
+  ):
     take(make_config(task, shuffle=False, pack=False), 9)
   lenient = make_task(
-      tmp_path, [*ROWS, {"text": "x", "label": ""}], skip_bad_rows=True
+    tmp_path, [*ROWS, {"text": "x", "label": ""}], skip_bad_rows=True
   )
   take(make_config(lenient), 2)
 
@@ -169,7 +171,7 @@ def test_a_bad_row_reaches_the_person_through_tensorflow(tmp_path):
 def test_a_column_that_is_not_there_names_the_nearest(tmp_path):
   path = write_rows(tmp_path, "jsonl")
   task = tasks.text_to_text(
-      sources.Files({"train": path}), "{txt}", "{label}", BYTES, name="wrong"
+    sources.Files({"train": path}), "{txt}", "{label}", BYTES, name="wrong"
   )
   with pytest.raises(UserError, match="no column 'txt'. Did you mean 'text'"):
     take(make_config(task), 1)
@@ -214,15 +216,15 @@ def test_parallel_files_must_align(tmp_path):
 def test_tasks_read_hf_datasets(tmp_path):
   datasets = pytest.importorskip("datasets")
   rows = [{"text": "good", "label": 1}, {"text": "bad", "label": 0}]
-  datasets.DatasetDict({"train": datasets.Dataset.from_list(rows)}).save_to_disk(
-      str(tmp_path / "saved")
-  )
+  datasets.DatasetDict(
+    {"train": datasets.Dataset.from_list(rows)}
+  ).save_to_disk(str(tmp_path / "saved"))
   task = tasks.text_to_text(
-      sources.HuggingFace(str(tmp_path / "saved"), splits={"train": "train"}),
-      "{text}",
-      "{label}",
-      BYTES,
-      name="from_hf",
+    sources.HuggingFace(str(tmp_path / "saved"), splits={"train": "train"}),
+    "{text}",
+    "{label}",
+    BYTES,
+    name="from_hf",
   )
   found = list(task.source.examples("train"))
   assert [r["targets"] for r in found] == ["1", "0"]

@@ -11,13 +11,15 @@ from pallas_kernels import RelativeBuckets, flash_attention
 from pallas_kernels.flash_attention import api, chunked, relative_bias
 
 
-def make_inputs(queries, keys, *, heads=4, kv_heads=2, dim=16, dtype=jnp.float32):
+def make_inputs(
+  queries, keys, *, heads=4, kv_heads=2, dim=16, dtype=jnp.float32
+):
   rng = np.random.default_rng(queries * 1000 + keys)
   array = lambda *shape: jnp.asarray(rng.normal(size=shape), dtype)
   q, k, v = (
-      array(2, queries, heads, dim),
-      array(2, keys, kv_heads, dim),
-      array(2, keys, kv_heads, dim),
+    array(2, queries, heads, dim),
+    array(2, keys, kv_heads, dim),
+    array(2, keys, kv_heads, dim),
   )
   table = jnp.asarray(rng.normal(size=(heads, 8)), jnp.float32)
   do = array(2, queries, heads, dim)
@@ -29,17 +31,17 @@ def make_inputs(queries, keys, *, heads=4, kv_heads=2, dim=16, dtype=jnp.float32
 def gradients(implementation, arrays, do, segments, *, causal, q_offset=0):
   def objective(q, k, v, table):
     o = flash_attention(
-        q,
-        k,
-        v,
-        position=RelativeBuckets(
-            table, bidirectional=not causal, max_distance=20
-        ),
-        causal=causal,
-        q_segment_ids=None if segments is None else segments[0],
-        kv_segment_ids=None if segments is None else segments[1],
-        q_offset=q_offset,
-        implementation=implementation,
+      q,
+      k,
+      v,
+      position=RelativeBuckets(
+        table, bidirectional=not causal, max_distance=20
+      ),
+      causal=causal,
+      q_segment_ids=None if segments is None else segments[0],
+      kv_segment_ids=None if segments is None else segments[1],
+      q_offset=q_offset,
+      implementation=implementation,
     )
     return jnp.sum((do * o).astype(jnp.float32)), o
 
@@ -52,9 +54,9 @@ def gradients(implementation, arrays, do, segments, *, causal, q_offset=0):
 def small_blocks(monkeypatch):
   """Blocks of 16, so that short inputs meet several blocks and odd ends."""
   monkeypatch.setitem(
-      api._IMPLEMENTATIONS,
-      "chunked",
-      functools.partial(chunked.attention, block=16),
+    api._IMPLEMENTATIONS,
+    "chunked",
+    functools.partial(chunked.attention, block=16),
   )
 
 
@@ -65,7 +67,9 @@ def relative_error(found, expected):
   return np.linalg.norm(found - expected) / max(np.linalg.norm(expected), floor)
 
 
-@pytest.mark.parametrize("queries,keys", [(1, 45), (16, 16), (37, 45), (63, 16)])
+@pytest.mark.parametrize(
+  "queries,keys", [(1, 45), (16, 16), (37, 45), (63, 16)]
+)
 @pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize("packed", [False, True])
 def test_chunked_equals_reference(small_blocks, queries, keys, causal, packed):
@@ -95,9 +99,9 @@ def test_decoding_one_query_at_an_offset(small_blocks):
   position = RelativeBuckets(table, bidirectional=False, max_distance=20)
   whole = flash_attention(q, k, v, position=position, causal=True)
   step = jax.jit(
-      lambda q, i: flash_attention(
-          q, k, v, position=position, causal=True, q_offset=i
-      )
+    lambda q, i: flash_attention(
+      q, k, v, position=position, causal=True, q_offset=i
+    )
   )
   for i in (0, 15, 16, 36):
     one = step(q[:, i : i + 1], i)
@@ -110,7 +114,7 @@ def test_fully_masked_rows_give_zero_and_no_gradient(small_blocks):
   kv_seg = jnp.ones((2, 20), jnp.int32).at[0].set(0)
   for name in ("reference", "chunked"):
     o, dq, dk, dv, dtable = gradients(
-        name, arrays, do, (q_seg, kv_seg), causal=False
+      name, arrays, do, (q_seg, kv_seg), causal=False
     )
     for x in (o, dq, dk, dv, dtable):
       assert np.isfinite(x).all()
@@ -133,7 +137,7 @@ def test_two_runs_are_bitwise_equal(small_blocks):
 
 
 @pytest.mark.parametrize(
-    "num_buckets,max_distance", [(32, 128), (32, 20), (8, 16), (6, 9), (64, 500)]
+  "num_buckets,max_distance", [(32, 128), (32, 20), (8, 16), (6, 9), (64, 500)]
 )
 @pytest.mark.parametrize("bidirectional", [True, False])
 def test_buckets_equal_transformers(num_buckets, max_distance, bidirectional):
@@ -142,10 +146,10 @@ def test_buckets_equal_transformers(num_buckets, max_distance, bidirectional):
 
   distance = np.arange(-4096, 4097)
   expected = T5Attention._relative_position_bucket(
-      torch.tensor(distance), bidirectional, num_buckets, max_distance
+    torch.tensor(distance), bidirectional, num_buckets, max_distance
   ).numpy()
   buckets = relative_bias.distance_buckets(
-      num_buckets, max_distance, bidirectional
+    num_buckets, max_distance, bidirectional
   )
   found = buckets[np.clip(distance, -max_distance, max_distance) + max_distance]
   assert np.array_equal(found, expected)
@@ -160,9 +164,9 @@ def test_diagonal_sums_transpose_toeplitz():
     for j in range(5):
       assert np.array_equal(expanded[:, i, j], diagonals[:, j - i + 6])
   np.testing.assert_allclose(
-      jnp.vdot(expanded, tile),
-      jnp.vdot(diagonals, relative_bias.diagonal_sums(tile)),
-      rtol=1e-5,
+    jnp.vdot(expanded, tile),
+    jnp.vdot(diagonals, relative_bias.diagonal_sums(tile)),
+    rtol=1e-5,
   )
 
 
@@ -197,8 +201,8 @@ def test_shapes_that_do_not_fit_name_the_argument():
     flash_attention(q, k, v, kv_segment_ids=jnp.ones((2, 4), jnp.int32))
   with pytest.raises(ValueError, match="max_distance"):
     flash_attention(
-        q,
-        k,
-        v,
-        position=RelativeBuckets(table, bidirectional=False, max_distance=4),
+      q,
+      k,
+      v,
+      position=RelativeBuckets(table, bidirectional=False, max_distance=4),
     )

@@ -2,44 +2,42 @@
 
 import os
 
-import gin
+from conftest import ROOT
 import pytest
 
-from conftest import ROOT
 from fat5_jax import cli
 from fat5_jax.convert import hf
+import gin
 
 GIN = os.path.join(ROOT, "gin")
 FILES = sorted(
-    os.path.relpath(os.path.join(parent, name), GIN)
-    for parent, _, names in os.walk(GIN)
-    for name in names
+  os.path.relpath(os.path.join(parent, name), GIN)
+  for parent, _, names in os.walk(GIN)
+  for name in names
 )
-MODELS = [
-    f for f in FILES if f.startswith("models/") and f.count("/") == 2
-]
+MODELS = [f for f in FILES if f.startswith("models/") and f.count("/") == 2]
 # Parameters in millions, as published (mT5 and umT5 with their large tables).
 PUBLISHED = {
-    "t5_1_0/small": 60.5,
-    "t5_1_0/base": 222.9,
-    "t5_1_0/large": 737.7,
-    "t5_1_0/3b": 2851.6,
-    "t5_1_0/11b": 11307.3,
-    "t5_1_1/small": 77.0,
-    "t5_1_1/base": 247.6,
-    "t5_1_1/large": 783.2,
-    "t5_1_1/xl": 2849.8,
-    "t5_1_1/xxl": 11135.3,
-    "mt5/small": 300.2,
-    "mt5/base": 582.4,
-    "mt5/large": 1229.6,
-    "mt5/xl": 3742.6,
-    "mt5/xxl": 12921.1,
-    "byt5/small": 299.6,
-    "byt5/base": 581.7,
-    "byt5/large": 1228.0,
-    "byt5/xl": 3739.5,
-    "byt5/xxl": 12908.0,
+  "t5_1_0/small": 60.5,
+  "t5_1_0/base": 222.9,
+  "t5_1_0/large": 737.7,
+  "t5_1_0/3b": 2851.6,
+  "t5_1_0/11b": 11307.3,
+  "t5_1_1/small": 77.0,
+  "t5_1_1/base": 247.6,
+  "t5_1_1/large": 783.2,
+  "t5_1_1/xl": 2849.8,
+  "t5_1_1/xxl": 11135.3,
+  "mt5/small": 300.2,
+  "mt5/base": 582.4,
+  "mt5/large": 1229.6,
+  "mt5/xl": 3742.6,
+  "mt5/xxl": 12921.1,
+  "byt5/small": 299.6,
+  "byt5/base": 581.7,
+  "byt5/large": 1228.0,
+  "byt5/xl": 3739.5,
+  "byt5/xxl": 12908.0,
 }
 
 
@@ -60,9 +58,9 @@ def test_a_model_file_describes_a_published_model(file):
   config = model_config(file)
   size = sum(_product(row.shape) for row in hf.rows(config)) / 1e6
   published = PUBLISHED.get(
-      file.removeprefix("models/")
-      .removesuffix(".gin")
-      .replace("flan_t5", "t5_1_1")
+    file.removeprefix("models/")
+    .removesuffix(".gin")
+    .replace("flan_t5", "t5_1_1")
   )
   if published is not None:
     assert size == pytest.approx(published, rel=0.002), file
@@ -84,18 +82,18 @@ def test_a_size_is_a_small_diff(file):
 
 
 @pytest.mark.parametrize(
-    "file", [f for f in FILES if f.startswith(("recipes/", "runs/"))]
+  "file", [f for f in FILES if f.startswith(("recipes/", "runs/"))]
 )
 def test_a_run_file_parses(file):
   bindings = [
-      f"{name} = 'x'"
-      for name in (
-          "MODEL_DIR",
-          "MIXTURE_OR_TASK_NAME",
-          "TASK_FEATURE_LENGTHS",
-          "INITIAL_CHECKPOINT_PATH",
-          "VOCAB_FILE",
-      )
+    f"{name} = 'x'"
+    for name in (
+      "MODEL_DIR",
+      "MIXTURE_OR_TASK_NAME",
+      "TASK_FEATURE_LENGTHS",
+      "INITIAL_CHECKPOINT_PATH",
+      "VOCAB_FILE",
+    )
   ]
   bindings += ["MODEL = None", "VOCABULARY = None"]
   files = ["runs/infer.gin", file] if "infer" in file else [file]

@@ -25,26 +25,26 @@ def golden(shared_data):
 @pytest.fixture(scope="module")
 def vocabulary(shared_data):
   return seqio.SentencePieceVocabulary(
-      os.path.join(shared_data, "vocab_t5", "spiece.model"), extra_ids=100
+    os.path.join(shared_data, "vocab_t5", "spiece.model"), extra_ids=100
   )
 
 
 ROW_FUNCTIONS = {
-    "squad_v010_allanswers": preprocessors.squad,
-    "wmt_en_de": preprocessors.translate("en", "de"),
-    "wmt_en_fr": preprocessors.translate("en", "fr"),
-    "summarize": preprocessors.summarize("article", "highlights"),
-    "glue_stsb_v002": preprocessors.stsb,
+  "squad_v010_allanswers": preprocessors.squad,
+  "wmt_en_de": preprocessors.translate("en", "de"),
+  "wmt_en_fr": preprocessors.translate("en", "fr"),
+  "summarize": preprocessors.summarize("article", "highlights"),
+  "glue_stsb_v002": preprocessors.stsb,
 }
 for _name, _task in tasks._GLUE.items():
   if _name != "stsb":
     ROW_FUNCTIONS[f"glue_{_name}_v002"] = preprocessors.glue(
-        _name, tuple(_task.features), _task.label_names
+      _name, tuple(_task.features), _task.label_names
     )
 
 
 def test_every_golden_row_is_formatted_and_tokenised_the_same(
-    golden, vocabulary
+  golden, vocabulary
 ):
   rows = read_jsonl(os.path.join(golden, "text2text.jsonl"))
   assert len(rows) == 523
@@ -62,20 +62,20 @@ def test_every_golden_row_is_formatted_and_tokenised_the_same(
 
 
 @pytest.mark.parametrize(
-    "name", ["sst2", "cola", "mrpc", "rte", "qnli", "stsb"]
+  "name", ["sst2", "cola", "mrpc", "rte", "qnli", "stsb"]
 )
 def test_the_task_reads_the_official_files_as_the_golden_rows(
-    name, golden, vocabulary, shared_data
+  name, golden, vocabulary, shared_data
 ):
-  """Through SeqIO, from the TSV files, with their BOM, quotes and no headers."""
+  """Through SeqIO, from TSV files with BOM, stray quotes and no headers."""
   task = tasks.glue(name, vocabulary, os.path.join(shared_data, "glue"))
   rows = [
-      row
-      for row in read_jsonl(os.path.join(golden, "text2text.jsonl"))
-      if row["task"] == task.name
+    row
+    for row in read_jsonl(os.path.join(golden, "text2text.jsonl"))
+    if row["task"] == task.name
   ]
   dataset = task.get_dataset(
-      sequence_length=None, split="validation", shuffle=False
+    sequence_length=None, split="validation", shuffle=False
   )
   examples = {i: e for i, e in enumerate(dataset.as_numpy_iterator())}
   for row in rows:
@@ -86,21 +86,21 @@ def test_the_task_reads_the_official_files_as_the_golden_rows(
 
 
 @pytest.mark.parametrize(
-    "name,split,count",
-    [
-        ("sst2", "train", 67349),
-        ("sst2", "validation", 872),
-        ("mrpc", "train", 3668),
-        ("mrpc", "validation", 408),
-        ("cola", "train", 8551),
-        ("rte", "train", 2490),
-        ("stsb", "train", 5749),
-        ("wnli", "train", 635),
-        ("qnli", "validation", 5463),
-    ],
+  "name,split,count",
+  [
+    ("sst2", "train", 67349),
+    ("sst2", "validation", 872),
+    ("mrpc", "train", 3668),
+    ("mrpc", "validation", 408),
+    ("cola", "train", 8551),
+    ("rte", "train", 2490),
+    ("stsb", "train", 5749),
+    ("wnli", "train", 635),
+    ("qnli", "validation", 5463),
+  ],
 )
 def test_every_row_of_the_official_files_is_read(
-    name, split, count, vocabulary, shared_data
+  name, split, count, vocabulary, shared_data
 ):
   task = tasks.glue(name, vocabulary, os.path.join(shared_data, "glue"))
   assert sum(1 for _ in task.source.examples(split)) == count
@@ -144,13 +144,14 @@ def test_stsb_correlations(golden_metrics, shared_data):
 
 
 @pytest.mark.parametrize(
-    "name", ["mrpc_dev_jaccard_gt_0.45", "mrpc_dev_jaccard_with_invalid_every_10th"]
+  "name",
+  ["mrpc_dev_jaccard_gt_0.45", "mrpc_dev_jaccard_with_invalid_every_10th"],
 )
 def test_mrpc_f1_and_accuracy(name, golden_metrics, shared_data):
   rows = glue_rows(shared_data, "MRPC")
   targets = [int(row["Quality"]) for row in rows]
   predictions = [
-      int(jaccard(row["#1 String"], row["#2 String"]) > 0.45) for row in rows
+    int(jaccard(row["#1 String"], row["#2 String"]) > 0.45) for row in rows
   ]
   if "invalid" in name:
     predictions = [-1 if i % 10 == 0 else p for i, p in enumerate(predictions)]
@@ -163,8 +164,8 @@ def test_cola_matthews(golden_metrics, shared_data):
   targets = [int(row["label"]) for row in rows]
   predictions = [int(len(row["sentence"].split()) % 3 != 0) for row in rows]
   close(
-      metrics.matthews_corrcoef(targets, predictions),
-      golden_metrics["cola_dev_len_mod3"],
+    metrics.matthews_corrcoef(targets, predictions),
+    golden_metrics["cola_dev_len_mod3"],
   )
 
 
@@ -173,8 +174,8 @@ def test_squad_exact_match_and_f1(golden_metrics, shared_data):
   answers = [row["answers"] for row in preprocessors.read_squad_json(path)]
   predictions = [" ".join(a[0].split()[:2]) for a in answers]
   close(
-      metrics.squad(answers, predictions),
-      golden_metrics["xquad_en_first_two_words_of_gold"],
+    metrics.squad(answers, predictions),
+    golden_metrics["xquad_en_first_two_words_of_gold"],
   )
 
 

@@ -5,6 +5,7 @@ import os
 import pickle
 import zipfile
 
+import hf_models
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -17,7 +18,6 @@ from fat5_jax import decoding, losses
 from fat5_jax.convert import hf, table
 from fat5_jax.errors import UserError
 from fat5_jax.models.t5 import Transformer
-import hf_models
 
 ALL = list(hf_models.FAMILIES)
 
@@ -34,10 +34,10 @@ def shift_right(targets):
 
 def theirs(model, x, y):
   return model(
-      input_ids=torch.tensor(x).long(),
-      attention_mask=torch.tensor(x != 0).long(),
-      decoder_input_ids=torch.tensor(shift_right(y)).long(),
-      labels=torch.tensor(np.where(y == 0, -100, y)).long(),
+    input_ids=torch.tensor(x).long(),
+    attention_mask=torch.tensor(x != 0).long(),
+    decoder_input_ids=torch.tensor(shift_right(y)).long(),
+    labels=torch.tensor(np.where(y == 0, -100, y)).long(),
   )
 
 
@@ -45,7 +45,7 @@ def theirs(model, x, y):
 @pytest.mark.parametrize("family", ALL)
 def test_logits_loss_and_gradients(family, implementation, tmp_path):
   model, config, params = ours_and_theirs(
-      family, tmp_path, attention_implementation=implementation
+    family, tmp_path, attention_implementation=implementation
   )
   x, y = hf_models.tokens()
   expected = theirs(model, x, y)
@@ -57,7 +57,7 @@ def test_logits_loss_and_gradients(family, implementation, tmp_path):
     return losses.weighted_sum(loss_BL, y != 0) / (y != 0).sum(), logits
 
   (loss, logits), grads = jax.jit(jax.value_and_grad(objective, has_aux=True))(
-      params
+    params
   )
   reference = expected.logits.detach().numpy()
   error = np.abs(logits - reference)[y != 0].max()
@@ -68,7 +68,9 @@ def test_logits_loss_and_gradients(family, implementation, tmp_path):
   assert set(ours) == set(theirs_by_name)
   for name, grad in ours.items():
     reference = theirs_by_name[name]
-    assert np.abs(grad - reference).max() <= 1e-4 * np.abs(reference).max(), name
+    assert np.abs(grad - reference).max() <= 1e-4 * np.abs(reference).max(), (
+      name
+    )
 
 
 @pytest.mark.parametrize("scan_layers", [False, True])
@@ -77,20 +79,20 @@ def test_greedy_output_is_that_of_generate(family, scan_layers, tmp_path):
   from fat5_jax import checkpoints
 
   model, config, params = ours_and_theirs(
-      family, tmp_path, scan_layers=scan_layers
+    family, tmp_path, scan_layers=scan_layers
   )
   if scan_layers:
     params = checkpoints.stack_layers(params)
   x, _ = hf_models.tokens(rows=6)
   expected = model.generate(
-      torch.tensor(x).long(),
-      attention_mask=torch.tensor(x != 0).long(),
-      max_new_tokens=40,
-      do_sample=False,
-      num_beams=1,
+    torch.tensor(x).long(),
+    attention_mask=torch.tensor(x != 0).long(),
+    max_new_tokens=40,
+    do_sample=False,
+    num_beams=1,
   ).numpy()[:, 1:]
   generate = jax.jit(
-      lambda params, x: decoding.generate(Transformer(config), params, x, 40)
+    lambda params, x: decoding.generate(Transformer(config), params, x, 40)
   )
   found = generate(params, x)
   assert np.array_equal(found[:, : expected.shape[1]], expected)
@@ -106,7 +108,7 @@ def test_round_trip_is_bit_for_bit(family, dtype, tmp_path):
   config, params = hf.from_pretrained(tmp_path / "theirs")
   hf.to_pretrained(config, params, tmp_path / "ours")
   again, info = type(model).from_pretrained(
-      tmp_path / "ours", dtype=dtype, output_loading_info=True
+    tmp_path / "ours", dtype=dtype, output_loading_info=True
   )
   assert not any(info.values())
   before, after = model.state_dict(), again.state_dict()
@@ -146,10 +148,10 @@ def test_transformers_4_configs_say_by_the_tie_whether_to_scale(tmp_path):
   """4.x: tied and scaled or neither; 5.x adds a key of its own for T5."""
   hf_models.make("t5_1_1", tmp_path)
   hf_models.edit_config(
-      tmp_path,
-      tie_word_embeddings=False,
-      scale_decoder_outputs=None,
-      transformers_version="4.37.1",
+    tmp_path,
+    tie_word_embeddings=False,
+    scale_decoder_outputs=None,
+    transformers_version="4.37.1",
   )
   config = hf.read_config(tmp_path)
   assert not config.logits_via_embedding and not config.scales_decoder_outputs

@@ -5,44 +5,43 @@ import os
 import subprocess
 import sys
 
-import pytest
-
 from conftest import ROOT
+import pytest
 
 # What each part may import besides the standard library and itself.
 ALLOWED = {
-    "pallas_kernels": {"jax", "numpy", "pallas_kernels"},
-    "fat5_jax/models": {
-        "flax",
-        "jax",
-        "numpy",
-        "pallas_kernels",
-        "fat5_jax.models",
-    },
-    "fat5_jax/convert": {
-        "ml_dtypes",
-        "numpy",
-        "safetensors",
-        "fat5_jax.convert",
-        "fat5_jax.errors",
-        "fat5_jax.models.config",
-    },
-    "fat5_jax/data": {
-        "numpy",
-        "seqio",
-        "tensorflow",
-        "tensorflow_datasets",
-        "datasets",
-        "pyarrow",
-        "sklearn",
-        "scipy",
-        "sacrebleu",
-        "rouge_score",
-        "jax",
-        "fat5_jax.data",
-        "fat5_jax.errors",
-        "fat5_jax.checkpoints",
-    },
+  "pallas_kernels": {"jax", "numpy", "pallas_kernels"},
+  "fat5_jax/models": {
+    "flax",
+    "jax",
+    "numpy",
+    "pallas_kernels",
+    "fat5_jax.models",
+  },
+  "fat5_jax/convert": {
+    "ml_dtypes",
+    "numpy",
+    "safetensors",
+    "fat5_jax.convert",
+    "fat5_jax.errors",
+    "fat5_jax.models.config",
+  },
+  "fat5_jax/data": {
+    "numpy",
+    "seqio",
+    "tensorflow",
+    "tensorflow_datasets",
+    "datasets",
+    "pyarrow",
+    "sklearn",
+    "scipy",
+    "sacrebleu",
+    "rouge_score",
+    "jax",
+    "fat5_jax.data",
+    "fat5_jax.errors",
+    "fat5_jax.checkpoints",
+  },
 }
 
 
@@ -71,7 +70,7 @@ def test_a_part_imports_only_what_it_may(folder):
       if name.split(".")[0] in sys.stdlib_module_names:
         continue
       assert any(
-          name == a or name.startswith(f"{a}.") for a in ALLOWED[folder]
+        name == a or name.startswith(f"{a}.") for a in ALLOWED[folder]
       ), f"{path} imports {name}"
 
 
@@ -89,11 +88,11 @@ def test_the_gin_folder_is_no_package():
 
 def test_the_step_and_the_converter_run_without_seqio_tensorflow_and_gin():
   program = (
-      "import sys\n"
-      "for name in ('seqio', 'tensorflow', 'gin', 'clu', 'torch'):\n"
-      "  sys.modules[name] = None\n"
-      "import fat5_jax.steps, fat5_jax.decoding, fat5_jax.models.t5\n"
-      "import fat5_jax.optimizers, fat5_jax.convert.hf, fat5_jax.checkpoints\n"
+    "import sys\n"
+    "for name in ('seqio', 'tensorflow', 'gin', 'clu', 'torch'):\n"
+    "  sys.modules[name] = None\n"
+    "import fat5_jax.steps, fat5_jax.decoding, fat5_jax.models.t5\n"
+    "import fat5_jax.optimizers, fat5_jax.convert.hf, fat5_jax.checkpoints\n"
   )
   subprocess.run([sys.executable, "-c", program], check=True, cwd=ROOT)
 
@@ -101,13 +100,13 @@ def test_the_step_and_the_converter_run_without_seqio_tensorflow_and_gin():
 @pytest.mark.parametrize("command", ["train", "eval", "infer"])
 def test_help_needs_no_heavy_import(command):
   program = (
-      "import runpy, sys\n"
-      "for name in ('jax', 'tensorflow', 'seqio', 'gin', 'flax', 'rich'):\n"
-      "  sys.modules[name] = None\n"
-      f"sys.argv = ['x', '--help']\n"
-      f"runpy.run_module('fat5_jax.{command}', run_name='__main__')\n"
+    "import runpy, sys\n"
+    "for name in ('jax', 'tensorflow', 'seqio', 'gin', 'flax', 'rich'):\n"
+    "  sys.modules[name] = None\n"
+    f"sys.argv = ['x', '--help']\n"
+    f"runpy.run_module('fat5_jax.{command}', run_name='__main__')\n"
   )
   done = subprocess.run(
-      [sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True
+    [sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True
   )
   assert done.returncode == 0 and "--gin_file" in done.stdout, done.stderr

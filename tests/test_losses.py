@@ -21,9 +21,9 @@ def test_cross_entropy_is_torchs(example):
   logits, targets = example
   found, z = losses.cross_entropy(logits, targets)
   expected = torch.nn.functional.cross_entropy(
-      torch.tensor(np.asarray(logits)).reshape(-1, 11),
-      torch.tensor(np.asarray(targets)).long().reshape(-1),
-      reduction="none",
+    torch.tensor(np.asarray(logits)).reshape(-1, 11),
+    torch.tensor(np.asarray(targets)).long().reshape(-1),
+    reduction="none",
   )
   np.testing.assert_allclose(found.reshape(-1), expected, rtol=1e-5)
   assert not z.any()
@@ -40,7 +40,7 @@ def test_label_smoothing_is_the_divergence_from_the_smoothed_target(example):
   expected = np.sum(target * (np.log(target) - log_p), axis=-1)
   np.testing.assert_allclose(found, expected, rtol=1e-4)
   perfect, _ = losses.cross_entropy(
-      jnp.log(target), targets, label_smoothing=smoothing
+    jnp.log(target), targets, label_smoothing=smoothing
   )
   np.testing.assert_allclose(perfect, 0, atol=1e-5)
 
@@ -49,7 +49,7 @@ def test_z_loss_pulls_the_normaliser_to_one(example):
   logits, targets = example
   _, z = losses.cross_entropy(logits, targets, z_loss=0.01)
   np.testing.assert_allclose(
-      z, 0.01 * jax.nn.logsumexp(logits, axis=-1) ** 2, rtol=1e-6
+    z, 0.01 * jax.nn.logsumexp(logits, axis=-1) ** 2, rtol=1e-6
   )
 
 
@@ -61,24 +61,20 @@ def test_padding_may_hold_anything(example):
 
 
 BATCH = {
-    "decoder_loss_weights": jnp.asarray(
-        [[1, 1, 1, 1, 1, 0], [1, 1, 0, 0, 0, 0]]
-    ),
-    "decoder_segment_ids": jnp.asarray(
-        [[1, 1, 1, 2, 2, 0], [1, 1, 0, 0, 0, 0]]
-    ),
+  "decoder_loss_weights": jnp.asarray([[1, 1, 1, 1, 1, 0], [1, 1, 0, 0, 0, 0]]),
+  "decoder_segment_ids": jnp.asarray([[1, 1, 1, 2, 2, 0], [1, 1, 0, 0, 0, 0]]),
 }
 
 
 @pytest.mark.parametrize(
-    "factor,expected",
-    [
-        (None, 1),
-        (233472, 233472),
-        ("NUM_REAL_TARGET_TOKENS", 7),
-        ("NUM_TOTAL_TARGET_TOKENS", 12),
-        ("AVERAGE_PER_SEQUENCE", 3),
-    ],
+  "factor,expected",
+  [
+    (None, 1),
+    (233472, 233472),
+    ("NUM_REAL_TARGET_TOKENS", 7),
+    ("NUM_TOTAL_TARGET_TOKENS", 12),
+    ("AVERAGE_PER_SEQUENCE", 3),
+  ],
 )
 def test_normalising_factors_mean_what_they_mean_in_t5x(factor, expected):
   _, normaliser = losses.normalise(BATCH, factor)

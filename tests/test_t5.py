@@ -14,29 +14,34 @@ from fat5_jax.models.config import T5Config
 from fat5_jax.models.t5 import Transformer
 
 CONFIG = T5Config(
-    vocab_size=67,
-    emb_dim=24,
-    num_heads=3,
-    head_dim=8,
-    num_encoder_layers=2,
-    num_decoder_layers=2,
-    mlp_dim=40,
-    mlp_activations=("gelu", "linear"),
-    relative_attention_num_buckets=8,
-    relative_attention_max_distance=20,
-    dtype="float32",
+  vocab_size=67,
+  emb_dim=24,
+  num_heads=3,
+  head_dim=8,
+  num_encoder_layers=2,
+  num_decoder_layers=2,
+  mlp_dim=40,
+  mlp_activations=("gelu", "linear"),
+  relative_attention_num_buckets=8,
+  relative_attention_max_distance=20,
+  dtype="float32",
 )
 
 
-@functools.partial(jax.jit, static_argnames=("config", "method", "cache_length"))
+@functools.partial(
+  jax.jit, static_argnames=("config", "method", "cache_length")
+)
 def apply(config, params, *args, method="__call__", **kwargs):
-  return Transformer(config).apply({"params": params}, *args, method=method, **kwargs)
+  return Transformer(config).apply(
+    {"params": params}, *args, method=method, **kwargs
+  )
 
 
 @functools.lru_cache
 def init(config, seed=0):
   model = Transformer(config.replace(scan_layers=False))
   params = jax.jit(steps.init_params, static_argnums=(0, 1))(model, seed)
+
   # A fresh table is almost flat; positions must matter here.
   def widen(path, x):
     return x * 5 if "rel_embedding" in jax.tree_util.keystr(path) else x
@@ -49,11 +54,11 @@ def sentences(count, seed=0):
   """(inputs, targets) of several lengths."""
   rng = np.random.default_rng(seed)
   return [
-      (
-          rng.integers(2, 67, rng.integers(3, 15)),
-          rng.integers(2, 67, rng.integers(2, 9)),
-      )
-      for _ in range(count)
+    (
+      rng.integers(2, 67, rng.integers(3, 15)),
+      rng.integers(2, 67, rng.integers(2, 9)),
+    )
+    for _ in range(count)
   ]
 
 
@@ -64,29 +69,32 @@ def padded(examples, inputs=16, targets=12):
   for row, (a, b) in enumerate(examples):
     x[row, : len(a)], y[row, : len(b)] = a, b
   return {
-      "encoder_input_tokens": x,
-      "decoder_target_tokens": y,
-      "decoder_input_tokens": np.pad(y, ((0, 0), (1, 0)))[:, :-1],
-      "decoder_loss_weights": (y != 0).astype(np.int32),
+    "encoder_input_tokens": x,
+    "decoder_target_tokens": y,
+    "decoder_input_tokens": np.pad(y, ((0, 0), (1, 0)))[:, :-1],
+    "decoder_loss_weights": (y != 0).astype(np.int32),
   }
 
 
 def packed(examples):
   """All examples in one row, with segments and positions."""
-  parts = {"encoder": [a for a, _ in examples], "decoder": [b for _, b in examples]}
+  parts = {
+    "encoder": [a for a, _ in examples],
+    "decoder": [b for _, b in examples],
+  }
   row = {}
   for side, sequences in parts.items():
     row[f"{side}_segment_ids"] = np.concatenate(
-        [np.full(len(s), i + 1) for i, s in enumerate(sequences)] + [[0, 0, 0]]
+      [np.full(len(s), i + 1) for i, s in enumerate(sequences)] + [[0, 0, 0]]
     )
     row[f"{side}_positions"] = np.concatenate(
-        [np.arange(len(s)) for s in sequences] + [[0, 0, 0]]
+      [np.arange(len(s)) for s in sequences] + [[0, 0, 0]]
     )
   pad = [[0, 0, 0]]
   row["encoder_input_tokens"] = np.concatenate(parts["encoder"] + pad)
   row["decoder_target_tokens"] = np.concatenate(parts["decoder"] + pad)
   row["decoder_input_tokens"] = np.concatenate(
-      [np.r_[0, s[:-1]] for s in parts["decoder"]] + pad
+    [np.r_[0, s[:-1]] for s in parts["decoder"]] + pad
   )
   row["decoder_loss_weights"] = row["decoder_target_tokens"] != 0
   return {k: np.asarray(v, np.int32)[None] for k, v in row.items()}
@@ -94,9 +102,7 @@ def packed(examples):
 
 @functools.partial(jax.jit, static_argnames="config")
 def all_token_losses(config, params, batch):
-  arguments = {
-      k: v for k, v in batch.items() if k != "decoder_loss_weights"
-  }
+  arguments = {k: v for k, v in batch.items() if k != "decoder_loss_weights"}
   logits = Transformer(config).apply({"params": params}, **arguments)
   return losses.cross_entropy(logits, batch["decoder_target_tokens"])[0]
 
@@ -109,14 +115,14 @@ def token_losses(config, params, batch):
 @pytest.mark.parametrize("per_layer,tied", [(False, False), (True, True)])
 def test_alone_padded_or_packed_an_example_has_one_loss(per_layer, tied):
   config = CONFIG.replace(
-      relative_attention_per_layer=per_layer, logits_via_embedding=tied
+    relative_attention_per_layer=per_layer, logits_via_embedding=tied
   )
   params, examples = init(config), sentences(3)
   alone = np.concatenate(
-      [
-          token_losses(config, params, padded([e], len(e[0]), len(e[1])))
-          for e in examples
-      ]
+    [
+      token_losses(config, params, padded([e], len(e[0]), len(e[1])))
+      for e in examples
+    ]
   )
   together = token_losses(config, params, padded(examples, 23, 17))
   in_one_row = token_losses(config, params, packed(examples))
@@ -125,17 +131,17 @@ def test_alone_padded_or_packed_an_example_has_one_loss(per_layer, tied):
 
 
 VARIANTS = {
-    "scan": dict(scan_layers=True),
-    "remat minimal": dict(remat_policy="minimal"),
-    "remat full": dict(remat_policy="full"),
-    "scan and remat": dict(scan_layers=True, remat_policy="full"),
-    "dense attention": dict(attention_implementation="reference"),
+  "scan": dict(scan_layers=True),
+  "remat minimal": dict(remat_policy="minimal"),
+  "remat full": dict(remat_policy="full"),
+  "scan and remat": dict(scan_layers=True, remat_policy="full"),
+  "dense attention": dict(attention_implementation="reference"),
 }
 
 
 @pytest.mark.parametrize(
-    "variant,per_layer",
-    [*((v, False) for v in VARIANTS), ("scan and remat", True)],
+  "variant,per_layer",
+  [*((v, False) for v in VARIANTS), ("scan and remat", True)],
 )
 def test_how_it_runs_changes_neither_loss_nor_gradient(variant, per_layer):
   base = CONFIG.replace(relative_attention_per_layer=per_layer)
@@ -164,14 +170,14 @@ def test_padding_tokens_do_not_reach_real_ones():
   before = token_losses(config, params, batch)
   wild = dict(params)
   wild["token_embedder"] = {
-      "embedding": params["token_embedder"]["embedding"].at[0].multiply(50.0)
+    "embedding": params["token_embedder"]["embedding"].at[0].multiply(50.0)
   }
   # Token 0 is also the decoder's start, so compare the encoder alone.
   x = batch["encoder_input_tokens"]
   plain = apply(config, params, x, method="encode")
   loud = apply(config, wild, x, method="encode")
   np.testing.assert_allclose(
-      np.asarray(plain)[x != 0], np.asarray(loud)[x != 0], rtol=1e-6, atol=1e-6
+    np.asarray(plain)[x != 0], np.asarray(loud)[x != 0], rtol=1e-6, atol=1e-6
   )
   assert np.isfinite(before).all()
 
@@ -179,12 +185,14 @@ def test_padding_tokens_do_not_reach_real_ones():
 def test_a_row_of_padding_is_harmless():
   params = init(CONFIG)
   batch = padded(sentences(2))
-  empty = {k: np.concatenate([v, np.zeros_like(v[:1])]) for k, v in batch.items()}
+  empty = {
+    k: np.concatenate([v, np.zeros_like(v[:1])]) for k, v in batch.items()
+  }
   np.testing.assert_allclose(
-      token_losses(CONFIG, params, empty),
-      token_losses(CONFIG, params, batch),
-      rtol=1e-6,
-      atol=1e-6,
+    token_losses(CONFIG, params, empty),
+    token_losses(CONFIG, params, batch),
+    rtol=1e-6,
+    atol=1e-6,
   )
 
 
@@ -209,53 +217,54 @@ def test_decoding_with_a_cache_equals_the_whole_row():
   segments = (x != 0).astype(np.int32)
   encoded = apply(CONFIG, params, x, method="encode")
   decode = functools.partial(
-      apply, CONFIG, params, method="decode", cache_length=10
+    apply, CONFIG, params, method="decode", cache_length=10
   )
   # Four tokens at once, then one by one.
   first, cache = decode(encoded, segments, y[:, :4])
   parts = [first]
   for i in range(4, 10):
     logits, cache = decode(
-        None, segments, y[:, i : i + 1], cache=cache, index=i
+      None, segments, y[:, i : i + 1], cache=cache, index=i
     )
     parts.append(logits)
   np.testing.assert_allclose(
-      np.concatenate(parts, axis=1), whole, rtol=1e-4, atol=1e-5
+    np.concatenate(parts, axis=1), whole, rtol=1e-4, atol=1e-5
   )
 
 
 def test_parameter_names_and_shapes_are_t5xs():
-  """A public interface: every converter and every user's pattern relies on it."""
+  """A public interface: converters and users' patterns rely on it."""
   names = {
-      "/".join(path): leaf.shape for path, leaf in table.flatten(init(CONFIG)).items()
+    "/".join(path): leaf.shape
+    for path, leaf in table.flatten(init(CONFIG)).items()
   }
   encoder_layer = {
-      "attention/query/kernel": (24, 24),
-      "attention/key/kernel": (24, 24),
-      "attention/value/kernel": (24, 24),
-      "attention/out/kernel": (24, 24),
-      "pre_attention_layer_norm/scale": (24,),
-      "mlp/wi_0/kernel": (24, 40),
-      "mlp/wi_1/kernel": (24, 40),
-      "mlp/wo/kernel": (40, 24),
-      "pre_mlp_layer_norm/scale": (24,),
+    "attention/query/kernel": (24, 24),
+    "attention/key/kernel": (24, 24),
+    "attention/value/kernel": (24, 24),
+    "attention/out/kernel": (24, 24),
+    "pre_attention_layer_norm/scale": (24,),
+    "mlp/wi_0/kernel": (24, 40),
+    "mlp/wi_1/kernel": (24, 40),
+    "mlp/wo/kernel": (40, 24),
+    "pre_mlp_layer_norm/scale": (24,),
   }
   decoder_layer = {
-      k.replace("attention/", "self_attention/").replace(
-          "pre_attention", "pre_self_attention"
-      ): v
-      for k, v in encoder_layer.items()
+    k.replace("attention/", "self_attention/").replace(
+      "pre_attention", "pre_self_attention"
+    ): v
+    for k, v in encoder_layer.items()
   }
   decoder_layer["pre_cross_attention_layer_norm/scale"] = (24,)
   for k in ("query", "key", "value", "out"):
     decoder_layer[f"encoder_decoder_attention/{k}/kernel"] = (24, 24)
   expected = {
-      "token_embedder/embedding": (67, 24),
-      "encoder/relpos_bias/rel_embedding": (3, 8),
-      "encoder/encoder_norm/scale": (24,),
-      "decoder/relpos_bias/rel_embedding": (3, 8),
-      "decoder/decoder_norm/scale": (24,),
-      "decoder/logits_dense/kernel": (24, 67),
+    "token_embedder/embedding": (67, 24),
+    "encoder/relpos_bias/rel_embedding": (3, 8),
+    "encoder/encoder_norm/scale": (24,),
+    "decoder/relpos_bias/rel_embedding": (3, 8),
+    "decoder/decoder_norm/scale": (24,),
+    "decoder/logits_dense/kernel": (24, 67),
   }
   for i in range(2):
     expected |= {f"encoder/layers_{i}/{k}": v for k, v in encoder_layer.items()}
@@ -272,26 +281,26 @@ def test_dropout_masks_are_shared_along_the_length():
   @jax.jit
   def noisy(seed):
     return Transformer(config).apply(
-        {"params": params},
-        x,
-        method="encode",
-        enable_dropout=True,
-        rngs={"dropout": jax.random.key(seed)},
+      {"params": params},
+      x,
+      method="encode",
+      enable_dropout=True,
+      rngs={"dropout": jax.random.key(seed)},
     )
 
   assert np.array_equal(noisy(0), noisy(0))
   assert not np.array_equal(noisy(0), noisy(1))
   # The residual stream starts as the embedding times one mask a row.
   mask = nn.Dropout(0.5, broadcast_dims=(-2,)).apply(
-      {},
-      jnp.ones((2, 16, 24)),
-      deterministic=False,
-      rngs={"dropout": jax.random.key(0)},
+    {},
+    jnp.ones((2, 16, 24)),
+    deterministic=False,
+    rngs={"dropout": jax.random.key(0)},
   )
   assert np.array_equal(mask[:, 0], mask[:, 7])
   assert np.array_equal(
-      apply(config, params, x, method="encode"),
-      apply(CONFIG, params, x, method="encode"),
+    apply(config, params, x, method="encode"),
+    apply(CONFIG, params, x, method="encode"),
   )
 
 
@@ -316,13 +325,13 @@ def test_float16_is_refused_with_the_reason():
 
 
 @pytest.mark.parametrize(
-    "change,message",
-    [
-        (dict(mlp_activations=("relu6",)), "relu6"),
-        (dict(remat_policy="all"), "none, minimal, full"),
-        (dict(dropout_rate=1.0), "dropout_rate"),
-        (dict(num_heads=0), "num_heads"),
-    ],
+  "change,message",
+  [
+    (dict(mlp_activations=("relu6",)), "relu6"),
+    (dict(remat_policy="all"), "none, minimal, full"),
+    (dict(dropout_rate=1.0), "dropout_rate"),
+    (dict(num_heads=0), "num_heads"),
+  ],
 )
 def test_impossible_settings_are_named(change, message):
   with pytest.raises(ValueError, match=message):
@@ -341,12 +350,12 @@ def test_microbatches_do_not_change_the_update():
 
   def run(num_microbatches, factor):
     step = steps.make_train_step(
-        model,
-        optimizer,
-        seed=0,
-        z_loss=1e-4,
-        loss_normalizing_factor=factor,
-        num_microbatches=num_microbatches,
+      model,
+      optimizer,
+      seed=0,
+      z_loss=1e-4,
+      loss_normalizing_factor=factor,
+      num_microbatches=num_microbatches,
     )
     state = steps.TrainState(jnp.int32(0), params, optimizer.init(params))
     state, sums = jax.jit(step)(state, batch)

@@ -9,11 +9,11 @@ import subprocess
 import sys
 import time
 
+from conftest import ROOT
 import jax
 import numpy as np
 import pytest
 
-from conftest import ROOT
 from fat5_jax import checkpoints, cli, metrics
 
 TINY = """
@@ -78,13 +78,13 @@ def environment():
 
 def run(folder, name, *flags, **options):
   return subprocess.run(
-      command(name, *flags),
-      cwd=folder,
-      env=environment(),
-      capture_output=True,
-      text=True,
-      timeout=300,
-      **options,
+    command(name, *flags),
+    cwd=folder,
+    env=environment(),
+    capture_output=True,
+    text=True,
+    timeout=300,
+    **options,
   )
 
 
@@ -105,40 +105,40 @@ def final_state(folder, step=12):
 def assert_equal_bit_for_bit(a, b):
   assert jax.tree.structure(a) == jax.tree.structure(b)
   for (path, x), y in zip(
-      jax.tree_util.tree_leaves_with_path(a), jax.tree.leaves(b)
+    jax.tree_util.tree_leaves_with_path(a), jax.tree.leaves(b)
   ):
     assert np.array_equal(np.asarray(x), np.asarray(y)), path
 
 
 @pytest.mark.slow
 def test_a_killed_run_goes_on_to_the_same_bits(folder):
-  """kill -9 between checkpoints, packing and dropout on; then the same command."""
+  """kill -9 between checkpoints, packing and dropout on; the same command."""
   done = run(folder, "train", *TRAIN)
   assert done.returncode == 0, done.stderr
   run_dir = folder / "run"
 
   # What MODEL_DIR holds, under the names that T5X users know.
   for name in (
-      "config.gin",
-      "model-info.txt",
-      "model.json",
-      "metrics.csv",
-      "curves.png",
-      "train",
-      "training_eval/tiny",
-      "inference_eval/tiny-metrics.jsonl",
-      "inference_eval/tiny-000012.jsonl",
-      "checkpoint_12",
+    "config.gin",
+    "model-info.txt",
+    "model.json",
+    "metrics.csv",
+    "curves.png",
+    "train",
+    "training_eval/tiny",
+    "inference_eval/tiny-metrics.jsonl",
+    "inference_eval/tiny-000012.jsonl",
+    "checkpoint_12",
   ):
     assert (run_dir / name).exists(), name
   assert checkpoints.steps(run_dir) == [6, 9, 12], "KEEP = 3"
 
   # Slow the process down a little so that the kill lands inside.
   process = subprocess.Popen(
-      command("train", "--gin_file=tiny.gin", "--gin.MODEL_DIR=killed"),
-      cwd=folder,
-      env=environment(),
-      stderr=subprocess.DEVNULL,
+    command("train", "--gin_file=tiny.gin", "--gin.MODEL_DIR=killed"),
+    cwd=folder,
+    env=environment(),
+    stderr=subprocess.DEVNULL,
   )
   deadline = time.monotonic() + 200
   while not [s for s in checkpoints.steps(folder / "killed") if s >= 3]:
@@ -166,13 +166,16 @@ def test_a_killed_run_goes_on_to_the_same_bits(folder):
   done = run(folder, "eval", *TRAIN)
   assert done.returncode == 0, done.stderr
   evaluated = json.loads(
-      (run_dir / "eval/inference_eval/tiny-metrics.jsonl").read_text()
+    (run_dir / "eval/inference_eval/tiny-metrics.jsonl").read_text()
   )
   assert evaluated["step"] == 12
-  assert evaluated["exact_match"] == json.loads(lines.splitlines()[-1])[
-      "exact_match"
-  ]
-  done = run(folder, "infer", "--gin.MODEL_DIR=run", input="say a\nsay b\nsay c\n")
+  assert (
+    evaluated["exact_match"]
+    == json.loads(lines.splitlines()[-1])["exact_match"]
+  )
+  done = run(
+    folder, "infer", "--gin.MODEL_DIR=run", input="say a\nsay b\nsay c\n"
+  )
   assert done.returncode == 0, done.stderr
   rows = [json.loads(line) for line in done.stdout.splitlines()]
   assert [row["inputs"] for row in rows] == ["say a", "say b", "say c"]
@@ -182,11 +185,11 @@ def test_a_killed_run_goes_on_to_the_same_bits(folder):
 @pytest.mark.slow
 def test_sigterm_saves_and_says_how_to_go_on(folder):
   process = subprocess.Popen(
-      command("train", *TRAIN, "--gin.TRAIN_STEPS=100000"),
-      cwd=folder,
-      env=environment(),
-      stderr=subprocess.PIPE,
-      text=True,
+    command("train", *TRAIN, "--gin.TRAIN_STEPS=100000"),
+    cwd=folder,
+    env=environment(),
+    stderr=subprocess.PIPE,
+    text=True,
   )
   while not checkpoints.steps(folder / "run"):
     assert process.poll() is None
@@ -314,7 +317,7 @@ def test_an_hf_folder_with_a_missing_tensor(fails, folder):
   tensors = safetensors.numpy.load_file(path)
   tensors["extra.weight"] = tensors.pop("decoder.final_layer_norm.weight")
   safetensors.numpy.save_file(tensors, path, metadata={"format": "pt"})
-  message = fails(name="infer", *("--gin.MODEL_DIR=hf", "--gin.INPUT=rows.tsv"))
+  message = fails("--gin.MODEL_DIR=hf", "--gin.INPUT=rows.tsv", name="infer")
   assert "- decoder.final_layer_norm.weight" in message
   assert "+ extra.weight" in message
 
@@ -351,15 +354,13 @@ def test_float16_is_refused(fails):
 
 
 def test_neither_or_both_kinds_of_steps(fails):
-  assert "TRAIN_STEPS_RELATIVE" in fails(
-      *TRAIN, "--gin.TRAIN_STEPS_RELATIVE=5"
-  )
+  assert "TRAIN_STEPS_RELATIVE" in fails(*TRAIN, "--gin.TRAIN_STEPS_RELATIVE=5")
 
 
 def test_a_nan_names_step_and_parameter_and_keeps_the_checkpoint(fails, folder):
   message = fails(
-      *TRAIN,
-      "--gin.optimizers.create_learning_rate_scheduler.base_learning_rate=1e30",
+    *TRAIN,
+    "--gin.optimizers.create_learning_rate_scheduler.base_learning_rate=1e30",
   )
   assert re.search(r"step [123]: loss", message)
   assert "the gradient of " in message or "the loss" in message
@@ -390,7 +391,9 @@ def test_dry_run_shows_the_run_and_writes_nothing(folder, monkeypatch, capfd):
   gin.clear_config()
 
 
-def test_a_run_starts_from_a_run_and_counts_its_steps(folder, monkeypatch, capfd):
+def test_a_run_starts_from_a_run_and_counts_its_steps(
+  folder, monkeypatch, capfd
+):
   """T5X: weights, optimizer and step come along; RELATIVE counts after it."""
   import gin
 
@@ -406,10 +409,10 @@ def test_a_run_starts_from_a_run_and_counts_its_steps(folder, monkeypatch, capfd
 
   train("--gin.MODEL_DIR=first", "--gin.TRAIN_STEPS=4")
   text = train(
-      "--gin.MODEL_DIR=second",
-      "--gin.INITIAL_CHECKPOINT_PATH=first",
-      "--gin.TRAIN_STEPS=None",
-      "--gin.TRAIN_STEPS_RELATIVE=2",
+    "--gin.MODEL_DIR=second",
+    "--gin.INITIAL_CHECKPOINT_PATH=first",
+    "--gin.TRAIN_STEPS=None",
+    "--gin.TRAIN_STEPS_RELATIVE=2",
   )
   assert "checkpoint_4, step 4" in text
   assert checkpoints.steps("second")[-1] == 6
@@ -420,18 +423,18 @@ def test_a_run_starts_from_a_run_and_counts_its_steps(folder, monkeypatch, capfd
   # Scanned layers read and write the same checkpoints.
   shutil.copytree("first", "scanned")
   train(
-      "--gin.MODEL_DIR=scanned",
-      "--gin.TRAIN_STEPS=5",
-      "--gin.SCAN_LAYERS=True",
-      "--gin.DROPOUT_RATE=0.0",
+    "--gin.MODEL_DIR=scanned",
+    "--gin.TRAIN_STEPS=5",
+    "--gin.SCAN_LAYERS=True",
+    "--gin.DROPOUT_RATE=0.0",
   )
   shutil.copytree("first", "looped")
   train(
-      "--gin.MODEL_DIR=looped", "--gin.TRAIN_STEPS=5", "--gin.DROPOUT_RATE=0.0"
+    "--gin.MODEL_DIR=looped", "--gin.TRAIN_STEPS=5", "--gin.DROPOUT_RATE=0.0"
   )
   for a, b in zip(
-      jax.tree.leaves(final_state("scanned", 5)),
-      jax.tree.leaves(final_state("looped", 5)),
+    jax.tree.leaves(final_state("scanned", 5)),
+    jax.tree.leaves(final_state("looped", 5)),
   ):
     np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6)
   gin.clear_config()

@@ -37,16 +37,16 @@ def make_hf_model(folder: str):
   """T5 1.1 small with random weights, its eos made unlikely."""
   torch.manual_seed(0)
   config = transformers.T5Config(
-      vocab_size=32128,
-      d_model=512,
-      d_kv=64,
-      d_ff=1024,
-      num_layers=8,
-      num_heads=6,
-      feed_forward_proj="gated-gelu",
-      tie_word_embeddings=False,
-      dropout_rate=0.0,
-      decoder_start_token_id=0,
+    vocab_size=32128,
+    d_model=512,
+    d_kv=64,
+    d_ff=1024,
+    num_layers=8,
+    num_heads=6,
+    feed_forward_proj="gated-gelu",
+    tie_word_embeddings=False,
+    dropout_rate=0.0,
+    decoder_start_token_id=0,
   )
   model = transformers.T5ForConditionalGeneration(config)
   model.lm_head.weight = torch.nn.Parameter(torch.randn(32128, 512) * 0.05)
@@ -74,9 +74,9 @@ def alternate(sides, rounds: int) -> dict[str, float]:
 def training_sides(model, config, params, x, y):
   optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, weight_decay=0.0)
   tensors = dict(
-      input_ids=torch.tensor(x).long(),
-      attention_mask=torch.ones(x.shape, dtype=torch.long),
-      labels=torch.tensor(y).long(),
+    input_ids=torch.tensor(x).long(),
+    attention_mask=torch.ones(x.shape, dtype=torch.long),
+    labels=torch.tensor(y).long(),
   )
 
   def theirs():
@@ -86,19 +86,19 @@ def training_sides(model, config, params, x, y):
 
   ours_optimizer = optax.adamw(1e-4, weight_decay=0.0)
   step = jax.jit(
-      steps.make_train_step(
-          Transformer(config),
-          ours_optimizer,
-          seed=0,
-          loss_normalizing_factor="NUM_REAL_TARGET_TOKENS",
-      ),
-      donate_argnums=0,
+    steps.make_train_step(
+      Transformer(config),
+      ours_optimizer,
+      seed=0,
+      loss_normalizing_factor="NUM_REAL_TARGET_TOKENS",
+    ),
+    donate_argnums=0,
   )
   batch = {
-      "encoder_input_tokens": x,
-      "decoder_target_tokens": y,
-      "decoder_input_tokens": np.pad(y, ((0, 0), (1, 0)))[:, :-1],
-      "decoder_loss_weights": np.ones_like(y),
+    "encoder_input_tokens": x,
+    "decoder_target_tokens": y,
+    "decoder_input_tokens": np.pad(y, ((0, 0), (1, 0)))[:, :-1],
+    "decoder_loss_weights": np.ones_like(y),
   }
   # A copy: the step gives its buffers away.
   params = jax.tree.map(jnp.array, params)
@@ -119,18 +119,18 @@ def decoding_sides(model, config, params, x, length):
   def theirs():
     with torch.inference_mode():
       tokens["HF torch"] = model.generate(
-          input_ids=ids,
-          attention_mask=mask,
-          max_new_tokens=length,
-          min_new_tokens=length,
-          do_sample=False,
-          num_beams=1,
+        input_ids=ids,
+        attention_mask=mask,
+        max_new_tokens=length,
+        min_new_tokens=length,
+        do_sample=False,
+        num_beams=1,
       ).numpy()[:, 1:]
 
   predict = jax.jit(
-      lambda params, x: decoding.generate(
-          Transformer(config.replace(eos_token_id=-1)), params, x, length
-      )
+    lambda params, x: decoding.generate(
+      Transformer(config.replace(eos_token_id=-1)), params, x, length
+    )
   )
   params = jax.device_put(params)
 
@@ -154,37 +154,35 @@ def main():
     model = make_hf_model(folder)
     config, params = hf.from_pretrained(folder)
   table = Table(
-      title=(
-          f"T5 1.1 small, batch {flags.batch}, {flags.inputs}/{flags.targets}"
-          f" tokens, float32, {os.cpu_count()} cores;"
-          f" jax {jax.__version__}, torch {torch.__version__},"
-          f" transformers {transformers.__version__}"
-      )
+    title=(
+      f"T5 1.1 small, batch {flags.batch}, {flags.inputs}/{flags.targets}"
+      f" tokens, float32, {os.cpu_count()} cores;"
+      f" jax {jax.__version__}, torch {torch.__version__},"
+      f" transformers {transformers.__version__}"
+    )
   )
   for name in ("", "ours", "HF torch", "ratio"):
     table.add_column(name, justify="right" if name else "left")
 
-  sides, tokens = decoding_sides(
-      model.eval(), config, params, x, flags.targets
-  )
+  sides, tokens = decoding_sides(model.eval(), config, params, x, flags.targets)
   decode = alternate(sides, flags.rounds)
   same = (tokens["ours"] == tokens["HF torch"]).mean()
   train = alternate(
-      training_sides(model.train(), config, params, x, y), flags.rounds
+    training_sides(model.train(), config, params, x, y), flags.rounds
   )
   all_tokens = flags.batch * (flags.inputs + flags.targets)
   new_tokens = flags.batch * flags.targets
   for title, count, seconds in (
-      ("training, input + target tokens/s", all_tokens, train),
-      ("greedy decoding, new tokens/s", new_tokens, decode),
+    ("training, input + target tokens/s", all_tokens, train),
+    ("greedy decoding, new tokens/s", new_tokens, decode),
   ):
     table.add_row(
-        title,
-        *(f"{count / seconds[s]:,.0f}" for s in ("ours", "HF torch")),
-        f"{seconds['HF torch'] / seconds['ours']:.2f}x",
+      title,
+      *(f"{count / seconds[s]:,.0f}" for s in ("ours", "HF torch")),
+      f"{seconds['HF torch'] / seconds['ours']:.2f}x",
     )
     table.add_row(
-        "  seconds", *(f"{seconds[s]:.3f}" for s in ("ours", "HF torch")), ""
+      "  seconds", *(f"{seconds[s]:.3f}" for s in ("ours", "HF torch")), ""
     )
   console = Console(width=120)
   console.print(table)

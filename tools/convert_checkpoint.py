@@ -16,17 +16,17 @@ import sys
 
 def main() -> int:
   parser = argparse.ArgumentParser(
-      description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
   )
   parser.add_argument("source")
   parser.add_argument("dest")
   parser.add_argument(
-      "--to", choices=("hf", "fat5"), help="default: the other of the two"
+    "--to", choices=("hf", "fat5"), help="default: the other of the two"
   )
   parser.add_argument(
-      "--tokenizer",
-      help="folder with tokenizer files, or a SentencePiece model, for the"
-      " export (default: the source's own)",
+    "--tokenizer",
+    help="folder with tokenizer files, or a SentencePiece model, for the"
+    " export (default: the source's own)",
   )
   flags = parser.parse_args()
   os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
@@ -54,9 +54,9 @@ def convert(source_path, dest, to=None, tokenizer=None) -> None:
   config, params = checkpoints.load_params(source)
   size = sum(x.size for x in jax.tree.leaves(params))
   print(
-      f"{source.path}: {source.kind}, {config.model_type},"
-      f" {config.num_encoder_layers}+{config.num_decoder_layers} layers,"
-      f" {size:,} parameters, vocabulary {config.vocab_size}"
+    f"{source.path}: {source.kind}, {config.model_type},"
+    f" {config.num_encoder_layers}+{config.num_decoder_layers} layers,"
+    f" {size:,} parameters, vocabulary {config.vocab_size}"
   )
   if os.path.exists(dest) and os.path.samefile(source.run_dir, dest):
     raise UserError(f"{dest}: source and destination are the same folder")

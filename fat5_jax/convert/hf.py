@@ -28,31 +28,36 @@ from fat5_jax.models.config import T5Config
 
 logger = logging.getLogger("fat5_jax")
 
-_ACTIVATIONS = {"relu": "relu", "gelu_new": "gelu", "gelu": "gelu_exact",
-                "silu": "silu", "swish": "silu"}
+_ACTIVATIONS = {
+  "relu": "relu",
+  "gelu_new": "gelu",
+  "gelu": "gelu_exact",
+  "silu": "silu",
+  "swish": "silu",
+}
 # transformers reads "gated-gelu" as the tanh approximation.
 _PROJECTIONS = {
-    ("relu",): "relu",
-    ("gelu", "linear"): "gated-gelu",
-    ("silu", "linear"): "gated-silu",
-    ("relu", "linear"): "gated-relu",
-    ("gelu",): "gelu_new",
-    ("gelu_exact",): "gelu",
-    ("silu",): "silu",
+  ("relu",): "relu",
+  ("gelu", "linear"): "gated-gelu",
+  ("silu", "linear"): "gated-silu",
+  ("relu", "linear"): "gated-relu",
+  ("gelu",): "gelu_new",
+  ("gelu_exact",): "gelu",
+  ("silu",): "silu",
 }
 _ARCHITECTURES = {
-    "t5": "T5ForConditionalGeneration",
-    "mt5": "MT5ForConditionalGeneration",
-    "umt5": "UMT5ForConditionalGeneration",
+  "t5": "T5ForConditionalGeneration",
+  "mt5": "MT5ForConditionalGeneration",
+  "umt5": "UMT5ForConditionalGeneration",
 }
 # Copies of `shared.weight` that older files hold beside it.
 _EMBEDDING_ALIASES = (
-    "encoder.embed_tokens.weight",
-    "decoder.embed_tokens.weight",
+  "encoder.embed_tokens.weight",
+  "decoder.embed_tokens.weight",
 )
 # A table in T5 1.0 files that no version of the model reads.
 _UNUSED = (
-    "decoder.block.0.layer.1.EncDecAttention.relative_attention_bias.weight",
+  "decoder.block.0.layer.1.EncDecAttention.relative_attention_bias.weight",
 )
 
 
@@ -64,7 +69,7 @@ def rows(config: T5Config) -> list[table.Row]:
 
   def add(foreign, path, shape, transposed=False):
     out.append(
-        table.Row(f"{foreign}.weight", tuple(path.split("/")), shape, transposed)
+      table.Row(f"{foreign}.weight", tuple(path.split("/")), shape, transposed)
     )
 
   def attention(foreign, path):
@@ -79,18 +84,20 @@ def rows(config: T5Config) -> list[table.Row]:
     names = [f"wi_{i}" for i in range(len(config.mlp_activations))]
     for name in names if len(names) > 1 else ["wi"]:
       add(
-          f"{foreign}.DenseReluDense.{name}",
-          f"{path}/mlp/{name}/kernel",
-          (emb, mlp),
-          True,
+        f"{foreign}.DenseReluDense.{name}",
+        f"{path}/mlp/{name}/kernel",
+        (emb, mlp),
+        True,
       )
-    add(f"{foreign}.DenseReluDense.wo", f"{path}/mlp/wo/kernel", (mlp, emb), True)
+    add(
+      f"{foreign}.DenseReluDense.wo", f"{path}/mlp/wo/kernel", (mlp, emb), True
+    )
     norm(foreign, f"{path}/pre_mlp_layer_norm")
 
   add("shared", "token_embedder/embedding", (config.vocab_size, emb))
   for stack, depth in (
-      ("encoder", config.num_encoder_layers),
-      ("decoder", config.num_decoder_layers),
+    ("encoder", config.num_encoder_layers),
+    ("decoder", config.num_decoder_layers),
   ):
     for i in range(depth):
       theirs, ours = f"{stack}.block.{i}.layer", f"{stack}/layers_{i}"
@@ -100,20 +107,22 @@ def rows(config: T5Config) -> list[table.Row]:
       if i == 0 or config.relative_attention_per_layer:
         per_layer = config.relative_attention_per_layer
         add(
-            f"{theirs}.0.SelfAttention.relative_attention_bias",
-            f"{ours if per_layer else stack}/relpos_bias/rel_embedding",
-            (config.num_heads, config.relative_attention_num_buckets),
-            True,
+          f"{theirs}.0.SelfAttention.relative_attention_bias",
+          f"{ours if per_layer else stack}/relpos_bias/rel_embedding",
+          (config.num_heads, config.relative_attention_num_buckets),
+          True,
         )
       if stack == "decoder":
         attention(
-            f"{theirs}.1.EncDecAttention", f"{ours}/encoder_decoder_attention"
+          f"{theirs}.1.EncDecAttention", f"{ours}/encoder_decoder_attention"
         )
         norm(f"{theirs}.1", f"{ours}/pre_cross_attention_layer_norm")
       feed_forward(f"{theirs}.{1 if stack == 'encoder' else 2}", ours)
     add(f"{stack}.final_layer_norm", f"{stack}/{stack}_norm/scale", (emb,))
   if not config.logits_via_embedding:
-    add("lm_head", "decoder/logits_dense/kernel", (emb, config.vocab_size), True)
+    add(
+      "lm_head", "decoder/logits_dense/kernel", (emb, config.vocab_size), True
+    )
   return out
 
 
@@ -123,7 +132,10 @@ class TensorFiles:
 
   shapes: Mapping[str, tuple[int, ...]]
   dtypes: Mapping[str, str]
-  read: Callable[[str], np.ndarray]
+  readers: Mapping[str, Callable[[], np.ndarray]]
+
+  def read(self, name: str) -> np.ndarray:
+    return self.readers[name]()
 
 
 def _read_json(path: str) -> dict[str, Any]:
@@ -147,8 +159,8 @@ def open_tensors(folder: str) -> Iterator[TensorFiles]:
     UserError: if there are none, a shard is missing, or a file is damaged.
   """
   for single, open_file in (
-      ("model.safetensors", _open_safetensors),
-      ("pytorch_model.bin", _open_bin),
+    ("model.safetensors", _open_safetensors),
+    ("pytorch_model.bin", _open_bin),
   ):
     index = os.path.join(folder, f"{single}.index.json")
     if os.path.exists(os.path.join(folder, single)):
@@ -167,11 +179,11 @@ def open_tensors(folder: str) -> Iterator[TensorFiles]:
         path = os.path.join(folder, file)
         for name, (shape, dtype, read) in open_file(path, stack).items():
           shapes[name], dtypes[name], readers[name] = shape, dtype, read
-      yield TensorFiles(shapes, dtypes, lambda name: readers[name]())
+      yield TensorFiles(shapes, dtypes, readers)
       return
   raise UserError(
-      f"{folder}: no weights found; looked for model.safetensors and"
-      " pytorch_model.bin, each whole or with an .index.json"
+    f"{folder}: no weights found; looked for model.safetensors and"
+    " pytorch_model.bin, each whole or with an .index.json"
   )
 
 
@@ -184,11 +196,11 @@ def _open_safetensors(path: str, stack: contextlib.ExitStack):
   for name in file.keys():
     view = file.get_slice(name)
     found[name] = (
-        tuple(view.get_shape()),
-        {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}.get(
-            view.get_dtype(), view.get_dtype()
-        ),
-        lambda name=name: file.get_tensor(name),
+      tuple(view.get_shape()),
+      {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}.get(
+        view.get_dtype(), view.get_dtype()
+      ),
+      lambda name=name: file.get_tensor(name),
     )
   return found
 
@@ -196,8 +208,8 @@ def _open_safetensors(path: str, stack: contextlib.ExitStack):
 def _open_bin(path: str, stack: contextlib.ExitStack):
   del stack
   return {
-      name: (array.shape, str(array.dtype), lambda array=array: array)
-      for name, array in torch_file.load(path).items()
+    name: (array.shape, str(array.dtype), lambda array=array: array)
+    for name, array in torch_file.load(path).items()
   }
 
 
@@ -206,19 +218,19 @@ def _config_from_json(hf: dict[str, Any], path: str) -> T5Config:
   model_type = hf.get("model_type")
   if model_type not in _ARCHITECTURES:
     raise UserError(
-        f"{path}: model_type is {model_type!r}; this reads"
-        f" {', '.join(_ARCHITECTURES)}"
+      f"{path}: model_type is {model_type!r}; this reads"
+      f" {', '.join(_ARCHITECTURES)}"
     )
   projection = hf.get(
-      "feed_forward_proj", "relu" if model_type == "t5" else "gated-gelu"
+    "feed_forward_proj", "relu" if model_type == "t5" else "gated-gelu"
   )
   gated, _, name = projection.rpartition("-")
   if projection == "gated-gelu":
     name = "gelu_new"
   if gated not in ("", "gated") or name not in _ACTIVATIONS:
     raise UserError(
-        f"{path}: feed_forward_proj is {projection!r}; known are"
-        f" {', '.join(sorted(_PROJECTIONS.values()))}"
+      f"{path}: feed_forward_proj is {projection!r}; known are"
+      f" {', '.join(sorted(_PROJECTIONS.values()))}"
     )
   activation = _ACTIVATIONS[name]
   tied_flag = hf.get("tie_word_embeddings", model_type != "mt5")
@@ -230,34 +242,37 @@ def _config_from_json(hf: dict[str, Any], path: str) -> T5Config:
     scaled = tied_flag is True and version < "5"
   else:
     scaled = tied_flag is not False
-  defaults = {"t5": (32128, 2048, 6, 8), "mt5": (250112, 1024, 8, 6),
-              "umt5": (250112, 1024, 8, 6)}[model_type]
+  defaults = {
+    "t5": (32128, 2048, 6, 8),
+    "mt5": (250112, 1024, 8, 6),
+    "umt5": (250112, 1024, 8, 6),
+  }[model_type]
   num_layers = hf.get("num_layers", defaults[2])
   try:
     return T5Config(
-        vocab_size=hf.get("vocab_size", defaults[0]),
-        emb_dim=hf.get("d_model", 512),
-        num_heads=hf.get("num_heads", defaults[3]),
-        head_dim=hf.get("d_kv", 64),
-        num_encoder_layers=num_layers,
-        num_decoder_layers=hf.get("num_decoder_layers") or num_layers,
-        mlp_dim=hf.get("d_ff", defaults[1]),
-        mlp_activations=(activation, "linear") if gated else (activation,),
-        logits_via_embedding=False,
-        scale_decoder_outputs=bool(scaled),
-        relative_attention_num_buckets=hf.get(
-            "relative_attention_num_buckets", 32
-        ),
-        relative_attention_max_distance=hf.get(
-            "relative_attention_max_distance", 128
-        ),
-        relative_attention_per_layer=model_type == "umt5",
-        layer_norm_epsilon=hf.get("layer_norm_epsilon", 1e-6),
-        dropout_rate=hf.get("dropout_rate", 0.1),
-        pad_token_id=_token_id(hf, "pad_token_id", 0),
-        eos_token_id=_token_id(hf, "eos_token_id", 1),
-        decoder_start_token_id=_token_id(hf, "decoder_start_token_id", 0),
-        model_type=model_type,
+      vocab_size=hf.get("vocab_size", defaults[0]),
+      emb_dim=hf.get("d_model", 512),
+      num_heads=hf.get("num_heads", defaults[3]),
+      head_dim=hf.get("d_kv", 64),
+      num_encoder_layers=num_layers,
+      num_decoder_layers=hf.get("num_decoder_layers") or num_layers,
+      mlp_dim=hf.get("d_ff", defaults[1]),
+      mlp_activations=(activation, "linear") if gated else (activation,),
+      logits_via_embedding=False,
+      scale_decoder_outputs=bool(scaled),
+      relative_attention_num_buckets=hf.get(
+        "relative_attention_num_buckets", 32
+      ),
+      relative_attention_max_distance=hf.get(
+        "relative_attention_max_distance", 128
+      ),
+      relative_attention_per_layer=model_type == "umt5",
+      layer_norm_epsilon=hf.get("layer_norm_epsilon", 1e-6),
+      dropout_rate=hf.get("dropout_rate", 0.1),
+      pad_token_id=_token_id(hf, "pad_token_id", 0),
+      eos_token_id=_token_id(hf, "eos_token_id", 1),
+      decoder_start_token_id=_token_id(hf, "decoder_start_token_id", 0),
+      model_type=model_type,
     )
   except (ValueError, TypeError) as e:
     raise UserError(f"{path}: {e}") from None
@@ -279,7 +294,7 @@ def _is_tied(config_json, tensors: TensorFiles) -> bool:
   if "shared.weight" not in tensors.shapes:
     return False
   return np.array_equal(
-      tensors.read("lm_head.weight"), tensors.read("shared.weight")
+    tensors.read("lm_head.weight"), tensors.read("shared.weight")
   )
 
 
@@ -301,8 +316,8 @@ def _read_config(folder: str, tensors: TensorFiles) -> T5Config:
   config = _config_from_json(config_json, path)
   stored = tensors.dtypes.get("shared.weight", "float32")
   return config.replace(
-      logits_via_embedding=_is_tied(config_json, tensors),
-      dtype="float32" if stored == "float32" else "bfloat16",
+    logits_via_embedding=_is_tied(config_json, tensors),
+    dtype="float32" if stored == "float32" else "bfloat16",
   )
 
 
@@ -330,21 +345,21 @@ def from_pretrained(folder: str) -> tuple[T5Config, dict[str, Any]]:
     if "shared.weight" not in found and _EMBEDDING_ALIASES[0] in tensors.shapes:
       # A file that kept the alias instead of the name.
       model_rows[0] = dataclasses.replace(
-          model_rows[0], foreign=_EMBEDDING_ALIASES[0]
+        model_rows[0], foreign=_EMBEDDING_ALIASES[0]
       )
       found.add(_EMBEDDING_ALIASES[0])
     table.check_names((r.foreign for r in model_rows), found, folder)
     table.check_shapes(
-        {r.foreign: r.foreign_shape for r in model_rows}, tensors.shapes, folder
+      {r.foreign: r.foreign_shape for r in model_rows}, tensors.shapes, folder
     )
     shared = tensors.read(model_rows[0].foreign)
     for alias in _EMBEDDING_ALIASES:
       if alias in tensors.shapes and not np.array_equal(
-          tensors.read(alias), shared
+        tensors.read(alias), shared
       ):
         raise UserError(
-            f"{folder}: {alias} differs from shared.weight; T5 has one"
-            " embedding for both stacks"
+          f"{folder}: {alias} differs from shared.weight; T5 has one"
+          " embedding for both stacks"
         )
     return config, table.to_tree(model_rows, tensors.read)
 
@@ -358,37 +373,37 @@ def hf_config(config: T5Config) -> dict[str, Any]:
   projection = _PROJECTIONS.get(config.mlp_activations)
   if projection is None:
     raise UserError(
-        f"mlp_activations={config.mlp_activations} has no Hugging Face name;"
-        f" those with one: {', '.join(map(str, _PROJECTIONS))}"
+      f"mlp_activations={config.mlp_activations} has no Hugging Face name;"
+      f" those with one: {', '.join(map(str, _PROJECTIONS))}"
     )
   name = projection.rpartition("-")[2]
   return {
-      "architectures": [_ARCHITECTURES[config.model_type]],
-      "model_type": config.model_type,
-      "vocab_size": config.vocab_size,
-      "d_model": config.emb_dim,
-      "d_kv": config.head_dim,
-      "d_ff": config.mlp_dim,
-      "num_layers": config.num_encoder_layers,
-      "num_decoder_layers": config.num_decoder_layers,
-      "num_heads": config.num_heads,
-      "relative_attention_num_buckets": config.relative_attention_num_buckets,
-      "relative_attention_max_distance": config.relative_attention_max_distance,
-      "dropout_rate": config.dropout_rate,
-      "layer_norm_epsilon": config.layer_norm_epsilon,
-      "initializer_factor": 1.0,
-      "feed_forward_proj": projection,
-      "dense_act_fn": "gelu_new" if projection == "gated-gelu" else name,
-      "is_gated_act": len(config.mlp_activations) > 1,
-      "is_encoder_decoder": True,
-      "use_cache": True,
-      "pad_token_id": config.pad_token_id,
-      "eos_token_id": config.eos_token_id,
-      "decoder_start_token_id": config.decoder_start_token_id,
-      # 4.x: tied and scaled, or neither. 5.x: scaled (T5, umT5).
-      "tie_word_embeddings": config.scales_decoder_outputs,
-      # 5.x, T5 only; 4.x ignores it.
-      "scale_decoder_outputs": config.scales_decoder_outputs,
+    "architectures": [_ARCHITECTURES[config.model_type]],
+    "model_type": config.model_type,
+    "vocab_size": config.vocab_size,
+    "d_model": config.emb_dim,
+    "d_kv": config.head_dim,
+    "d_ff": config.mlp_dim,
+    "num_layers": config.num_encoder_layers,
+    "num_decoder_layers": config.num_decoder_layers,
+    "num_heads": config.num_heads,
+    "relative_attention_num_buckets": config.relative_attention_num_buckets,
+    "relative_attention_max_distance": config.relative_attention_max_distance,
+    "dropout_rate": config.dropout_rate,
+    "layer_norm_epsilon": config.layer_norm_epsilon,
+    "initializer_factor": 1.0,
+    "feed_forward_proj": projection,
+    "dense_act_fn": "gelu_new" if projection == "gated-gelu" else name,
+    "is_gated_act": len(config.mlp_activations) > 1,
+    "is_encoder_decoder": True,
+    "use_cache": True,
+    "pad_token_id": config.pad_token_id,
+    "eos_token_id": config.eos_token_id,
+    "decoder_start_token_id": config.decoder_start_token_id,
+    # 4.x: tied and scaled, or neither. 5.x: scaled (T5, umT5).
+    "tie_word_embeddings": config.scales_decoder_outputs,
+    # 5.x, T5 only; 4.x ignores it.
+    "scale_decoder_outputs": config.scales_decoder_outputs,
   }
 
 
@@ -396,26 +411,26 @@ def _warn_of_old_readers(config: T5Config) -> None:
   scaled, tied = config.scales_decoder_outputs, config.logits_via_embedding
   if scaled and not tied:
     logger.warning(
-        "this model scales its output but has a projection of its own:"
-        " transformers 4.x cannot express that and will ignore lm_head.weight"
+      "this model scales its output but has a projection of its own:"
+      " transformers 4.x cannot express that and will ignore lm_head.weight"
     )
   if config.model_type == "umt5" and not scaled:
     logger.warning(
-        "transformers 5 (seen up to 5.23) always scales umT5's output by"
-        " d_model**-0.5: logits there are smaller by that factor, generation"
-        " by greedy search is the same; 4.x is exact"
+      "transformers 5 (seen up to 5.23) always scales umT5's output by"
+      " d_model**-0.5: logits there are smaller by that factor, generation"
+      " by greedy search is the same; 4.x is exact"
     )
   if config.model_type == "mt5" and scaled:
     logger.warning("transformers 5 never scales mT5's output; 4.x does")
 
 
 def to_pretrained(
-    config: T5Config,
-    params: Mapping[str, Any],
-    folder: str,
-    tokenizer: Any = None,
-    *,
-    max_shard_bytes: int = 5 * 10**9,
+  config: T5Config,
+  params: Mapping[str, Any],
+  folder: str,
+  tokenizer: Any = None,
+  *,
+  max_shard_bytes: int = 5 * 10**9,
 ) -> None:
   """Writes a complete HF folder that stock transformers 4.37 and 5 load.
 
@@ -433,8 +448,10 @@ def to_pretrained(
       folder holds something else.
   """
   folder = os.path.abspath(folder)
-  if os.path.isdir(folder) and os.listdir(folder) and not os.path.exists(
-      os.path.join(folder, "config.json")
+  if (
+    os.path.isdir(folder)
+    and os.listdir(folder)
+    and not os.path.exists(os.path.join(folder, "config.json"))
   ):
     raise UserError(f"{folder}: exists and is no Hugging Face folder")
   _warn_of_old_readers(config)
@@ -455,12 +472,12 @@ def to_pretrained(
     config_json |= {"torch_dtype": dtype, "dtype": dtype}
     _write_json(os.path.join(target, "config.json"), config_json)
     _write_json(
-        os.path.join(target, "generation_config.json"),
-        {
-            "decoder_start_token_id": config.decoder_start_token_id,
-            "eos_token_id": config.eos_token_id,
-            "pad_token_id": config.pad_token_id,
-        },
+      os.path.join(target, "generation_config.json"),
+      {
+        "decoder_start_token_id": config.decoder_start_token_id,
+        "eos_token_id": config.eos_token_id,
+        "pad_token_id": config.pad_token_id,
+      },
     )
     if tokenizer is not None:
       tokenizers.write(tokenizer, target)
@@ -497,9 +514,9 @@ def _write_tensors(tensors, folder: str, max_shard_bytes: int) -> None:
     safetensors_numpy.save_file(shard, path, metadata=metadata)
     weight_map |= dict.fromkeys(shard, file)
   _write_json(
-      os.path.join(folder, "model.safetensors.index.json"),
-      {
-          "metadata": {"total_size": sum(a.nbytes for a in tensors.values())},
-          "weight_map": weight_map,
-      },
+    os.path.join(folder, "model.safetensors.index.json"),
+    {
+      "metadata": {"total_size": sum(a.nbytes for a in tensors.values())},
+      "weight_map": weight_map,
+    },
   )

@@ -32,7 +32,7 @@ class Row:
 
 
 def check_names(
-    expected: Iterable[str], found: Iterable[str], where: str
+  expected: Iterable[str], found: Iterable[str], where: str
 ) -> None:
   """Raises UserError with a `-`/`+` list unless both hold the same names."""
   expected, found = set(expected), set(found)
@@ -44,29 +44,29 @@ def check_names(
   if more > 0:
     lines = lines[:_LISTED] + [f"  ... and {more} more"]
   raise UserError(
-      f"{where}: the tensors are not those of the model its config describes"
-      " (- missing, + unexpected):\n" + "\n".join(lines)
+    f"{where}: the tensors are not those of the model its config describes"
+    " (- missing, + unexpected):\n" + "\n".join(lines)
   )
 
 
 def check_shapes(
-    expected: Mapping[str, tuple[int, ...]],
-    found: Mapping[str, tuple[int, ...]],
-    where: str,
+  expected: Mapping[str, tuple[int, ...]],
+  found: Mapping[str, tuple[int, ...]],
+  where: str,
 ) -> None:
   """Raises UserError naming every tensor whose shape differs."""
   lines = [
-      f"  - {name} {tuple(shape)}\n  + {name} {tuple(found[name])}"
-      for name, shape in sorted(expected.items())
-      if tuple(found[name]) != tuple(shape)
+    f"  - {name} {tuple(shape)}\n  + {name} {tuple(found[name])}"
+    for name, shape in sorted(expected.items())
+    if tuple(found[name]) != tuple(shape)
   ]
   if lines:
     more = len(lines) - _LISTED
     if more > 0:
       lines = lines[:_LISTED] + [f"  ... and {more} more"]
     raise UserError(
-        f"{where}: tensor shapes differ from the config's (- expected, +"
-        " found):\n" + "\n".join(lines)
+      f"{where}: tensor shapes differ from the config's (- expected, +"
+      " found):\n" + "\n".join(lines)
     )
 
 
@@ -114,10 +114,13 @@ def from_tree(rows: Iterable[Row], tree: Mapping[str, Any], where: str):
   name = "/".join
   check_names((name(r.path) for r in rows), map(name, flat), where)
   check_shapes(
-      {name(r.path): r.shape for r in rows},
-      {name(path): np.shape(leaf) for path, leaf in flat.items()},
-      where,
+    {name(r.path): r.shape for r in rows},
+    {name(path): np.shape(leaf) for path, leaf in flat.items()},
+    where,
   )
   for row in rows:
     array = np.asarray(flat[row.path])
-    yield row.foreign, np.ascontiguousarray(array.T if row.transposed else array)
+    yield (
+      row.foreign,
+      np.ascontiguousarray(array.T if row.transposed else array),
+    )

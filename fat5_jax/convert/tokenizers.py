@@ -10,11 +10,11 @@ from typing import Any
 from fat5_jax.errors import UserError
 
 FILES = (
-    "spiece.model",
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
+  "spiece.model",
+  "tokenizer.json",
+  "tokenizer_config.json",
+  "special_tokens_map.json",
+  "added_tokens.json",
 )
 
 
@@ -42,13 +42,13 @@ def write(tokenizer: Any, folder: str) -> None:
       raise UserError(f"{path}: no such tokenizer file or folder")
   elif getattr(tokenizer, "sentencepiece_model_file", None):
     _write_sentencepiece(
-        tokenizer.sentencepiece_model_file, tokenizer.extra_ids, folder
+      tokenizer.sentencepiece_model_file, tokenizer.extra_ids, folder
     )
   elif type(tokenizer).__name__ == "ByteVocabulary":
     _write_config(folder, "ByT5Tokenizer", tokenizer.extra_ids)
   else:
     raise UserError(
-        f"cannot write a Hugging Face tokenizer from {type(tokenizer).__name__}"
+      f"cannot write a Hugging Face tokenizer from {type(tokenizer).__name__}"
     )
 
 
@@ -67,23 +67,21 @@ def _write_sentencepiece(path: str, extra_ids: int, folder: str) -> None:
 
 def _write_config(folder: str, tokenizer_class: str, extra_ids: int) -> None:
   special = {
-      "eos_token": "</s>",
-      "unk_token": "<unk>",
-      "pad_token": "<pad>",
-      "additional_special_tokens": [
-          f"<extra_id_{i}>" for i in range(extra_ids)
-      ],
+    "eos_token": "</s>",
+    "unk_token": "<unk>",
+    "pad_token": "<pad>",
+    "additional_special_tokens": [f"<extra_id_{i}>" for i in range(extra_ids)],
   }
   config = {
-      **special,
-      "tokenizer_class": tokenizer_class,
-      "extra_ids": extra_ids,
-      # T5's relative positions set no limit.
-      "model_max_length": int(1e30),
+    **special,
+    "tokenizer_class": tokenizer_class,
+    "extra_ids": extra_ids,
+    # T5's relative positions set no limit.
+    "model_max_length": int(1e30),
   }
   for name, value in (
-      ("tokenizer_config.json", config),
-      ("special_tokens_map.json", special),
+    ("tokenizer_config.json", config),
+    ("special_tokens_map.json", special),
   ):
     with open(os.path.join(folder, name), "w", encoding="utf-8") as file:
       json.dump(value, file, indent=2)

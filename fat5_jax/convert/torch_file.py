@@ -17,13 +17,13 @@ import numpy as np
 from fat5_jax.errors import UserError
 
 _STORAGE_DTYPES = {
-    "FloatStorage": np.float32,
-    "DoubleStorage": np.float64,
-    "HalfStorage": np.float16,
-    "BFloat16Storage": ml_dtypes.bfloat16,
-    "LongStorage": np.int64,
-    "IntStorage": np.int32,
-    "BoolStorage": np.bool_,
+  "FloatStorage": np.float32,
+  "DoubleStorage": np.float64,
+  "HalfStorage": np.float16,
+  "BFloat16Storage": ml_dtypes.bfloat16,
+  "LongStorage": np.int64,
+  "IntStorage": np.int32,
+  "BoolStorage": np.bool_,
 }
 
 
@@ -40,7 +40,7 @@ def _rebuild_tensor(storage, offset, shape, strides, *unused):
   if all(shape) and last >= storage.size:
     raise UserError("a tensor record points beyond its storage")
   return np.lib.stride_tricks.as_strided(
-      storage[offset:], shape, [s * itemsize for s in strides], writeable=False
+    storage[offset:], shape, [s * itemsize for s in strides], writeable=False
   )
 
 
@@ -49,9 +49,9 @@ def _rebuild_parameter(data, *unused):
 
 
 _ALLOWED = {
-    ("torch._utils", "_rebuild_tensor_v2"): _rebuild_tensor,
-    ("torch._utils", "_rebuild_parameter"): _rebuild_parameter,
-    ("collections", "OrderedDict"): collections.OrderedDict,
+  ("torch._utils", "_rebuild_tensor_v2"): _rebuild_tensor,
+  ("torch._utils", "_rebuild_parameter"): _rebuild_parameter,
+  ("collections", "OrderedDict"): collections.OrderedDict,
 }
 
 
@@ -69,8 +69,8 @@ class _Unpickler(pickle.Unpickler):
     if module == "torch" and name in _STORAGE_DTYPES:
       return _StorageType(name)
     raise UserError(
-        f"the pickle asks for {module}.{name}, which is not a tensor; nothing"
-        " was run. Convert the checkpoint to safetensors where you trust it"
+      f"the pickle asks for {module}.{name}, which is not a tensor; nothing"
+      " was run. Convert the checkpoint to safetensors where you trust it"
     )
 
   def persistent_load(self, pid):
@@ -102,14 +102,14 @@ def load(path: str) -> dict[str, np.ndarray]:
     raise UserError(f"{path}: {e}") from None
   except zipfile.BadZipFile:
     raise UserError(
-        f"{path}: not a complete PyTorch zip archive (truncated, or from torch"
-        " < 1.6). Use the model.safetensors of this checkpoint, or save it again"
-        " with a current torch"
+      f"{path}: not a complete PyTorch zip archive (truncated, or from torch"
+      " < 1.6). Use the model.safetensors of this checkpoint, or save it again"
+      " with a current torch"
     ) from None
   except (pickle.UnpicklingError, EOFError, KeyError, ValueError) as e:
     raise UserError(f"{path}: damaged PyTorch archive: {e}") from None
   if not isinstance(tensors, dict) or not all(
-      isinstance(t, np.ndarray) for t in tensors.values()
+    isinstance(t, np.ndarray) for t in tensors.values()
   ):
     raise UserError(f"{path}: holds more than a table of tensors")
   return dict(tensors)

@@ -69,7 +69,7 @@ def bleu(targets, predictions) -> dict[str, float]:
   import sacrebleu
 
   score = sacrebleu.corpus_bleu(
-      list(predictions), [list(targets)], tokenize="intl"
+    list(predictions), [list(targets)], tokenize="intl"
   )
   return {"bleu": float(score.score)}
 
@@ -81,12 +81,12 @@ def rouge(targets, predictions) -> dict[str, float]:
   keys = ["rouge1", "rouge2", "rougeLsum"]
   scorer = rouge_scorer.RougeScorer(keys, use_stemmer=False)
   scores = [
-      scorer.score(_sentence_lines(t), _sentence_lines(p))
-      for t, p in zip(targets, predictions)
+    scorer.score(_sentence_lines(t), _sentence_lines(p))
+    for t, p in zip(targets, predictions)
   ]
   return {
-      key: 100.0 * float(np.mean([s[key].fmeasure for s in scores]))
-      for key in keys
+    key: 100.0 * float(np.mean([s[key].fmeasure for s in scores]))
+    for key in keys
   }
 
 
@@ -103,7 +103,7 @@ def _normalise_answer(text: str) -> str:
 def _token_f1(target: str, prediction: str) -> float:
   target_tokens, prediction_tokens = target.split(), prediction.split()
   common = collections.Counter(target_tokens) & collections.Counter(
-      prediction_tokens
+    prediction_tokens
   )
   same = sum(common.values())
   if not same:
@@ -113,7 +113,7 @@ def _token_f1(target: str, prediction: str) -> float:
 
 
 def squad(
-    targets: Sequence[Sequence[str]], predictions: Sequence[str]
+  targets: Sequence[Sequence[str]], predictions: Sequence[str]
 ) -> dict[str, float]:
   """SQuAD's exact match and token F1, the best over a question's answers."""
   exact, f1 = [], []
@@ -126,16 +126,16 @@ def squad(
 
 
 BY_NAME = {
-    f.__name__: f
-    for f in (
-        accuracy,
-        exact_match,
-        f1_with_invalid,
-        matthews_corrcoef,
-        pearson_corrcoef,
-        spearman_corrcoef,
-        bleu,
-        rouge,
-        squad,
-    )
+  f.__name__: f
+  for f in (
+    accuracy,
+    exact_match,
+    f1_with_invalid,
+    matthews_corrcoef,
+    pearson_corrcoef,
+    spearman_corrcoef,
+    bleu,
+    rouge,
+    squad,
+  )
 }

@@ -65,8 +65,8 @@ class DatasetConfig:
     for key, length in (self.task_feature_lengths or {}).items():
       if not isinstance(length, int) or length < 1:
         raise UserError(
-            f"TASK_FEATURE_LENGTHS[{key!r}] = {length!r} must be a positive"
-            " number of tokens"
+          f"TASK_FEATURE_LENGTHS[{key!r}] = {length!r} must be a positive"
+          " number of tokens"
         )
 
   def task(self) -> seqio.Task | seqio.Mixture:
@@ -81,32 +81,32 @@ class DatasetConfig:
       except ImportError as e:
         raise UserError(f"MIXTURE_OR_TASK_MODULE {self.module}: {e}") from None
     task = tasks.resolve(
-        self.mixture_or_task_name, self.vocabulary, self.data_dir
+      self.mixture_or_task_name, self.vocabulary, self.data_dir
     )
     splits = {s for t in seqio.get_subtasks(task) for s in t.splits}
     if self.split not in splits:
       raise UserError(
-          f"task {task.name!r} has no split {self.split!r}."
-          f"{nearest(self.split, splits)} It has: {', '.join(sorted(splits))}"
+        f"task {task.name!r} has no split {self.split!r}."
+        f"{nearest(self.split, splits)} It has: {', '.join(sorted(splits))}"
       )
     lengths = self.task_feature_lengths
     if lengths is not None and set(lengths) != set(task.output_features):
       raise UserError(
-          f"TASK_FEATURE_LENGTHS names {', '.join(sorted(lengths))}; task"
-          f" {task.name!r} has {', '.join(sorted(task.output_features))}"
+        f"TASK_FEATURE_LENGTHS names {', '.join(sorted(lengths))}; task"
+        f" {task.name!r} has {', '.join(sorted(task.output_features))}"
       )
     return task
 
   def fingerprint(self) -> dict[str, Any]:
     """What a position in the stream depends on, as JSON."""
     return {
-        "task": self.task().name,
-        "split": self.split,
-        "task_feature_lengths": dict(self.task_feature_lengths or {}),
-        "batch_size": self.batch_size,
-        "shuffle": self.shuffle,
-        "seed": self.seed,
-        "pack": self.pack,
+      "task": self.task().name,
+      "split": self.split,
+      "task_feature_lengths": dict(self.task_feature_lengths or {}),
+      "batch_size": self.batch_size,
+      "shuffle": self.shuffle,
+      "seed": self.seed,
+      "pack": self.pack,
     }
 
 
@@ -120,16 +120,16 @@ def _dataset(config: DatasetConfig, num_epochs: int | None) -> tf.data.Dataset:
   hosts = jax.process_count()
   if config.batch_size % hosts:
     raise UserError(
-        f"batch_size={config.batch_size} does not divide over {hosts} hosts"
+      f"batch_size={config.batch_size} does not divide over {hosts} hosts"
     )
   dataset = task.get_dataset(
-      sequence_length=config.task_feature_lengths,
-      split=config.split,
-      use_cached=config.use_cached,
-      shuffle=config.shuffle,
-      seed=config.seed,
-      shard_info=seqio.ShardInfo(jax.process_index(), hosts),
-      num_epochs=num_epochs,
+    sequence_length=config.task_feature_lengths,
+    split=config.split,
+    use_cached=config.use_cached,
+    shuffle=config.shuffle,
+    seed=config.seed,
+    shard_info=seqio.ShardInfo(jax.process_index(), hosts),
+    num_epochs=num_epochs,
   )
   return feature_converter(config.pack)(dataset, config.task_feature_lengths)
 
@@ -139,14 +139,14 @@ def _check_ids(batch: Batch, vocab_size: int, config: DatasetConfig) -> None:
     largest = int(batch[feature].max(initial=0))
     if largest >= vocab_size:
       raise UserError(
-          f"{feature} of task {config.task().name!r} holds token id {largest},"
-          f" beyond the model's embedding (vocab_size = {vocab_size}); task and"
-          " model need the same vocabulary"
+        f"{feature} of task {config.task().name!r} holds token id {largest},"
+        f" beyond the model's embedding (vocab_size = {vocab_size}); task and"
+        " model need the same vocabulary"
       )
 
 
 def train_batches(
-    config: DatasetConfig, vocab_size: int, skip: int = 0
+  config: DatasetConfig, vocab_size: int, skip: int = 0
 ) -> Iterator[Batch]:
   """Batches without end, from the one numbered `skip` on.
 
@@ -161,13 +161,13 @@ def train_batches(
   """
   if config.task_feature_lengths is None:
     raise UserError(
-        "training needs TASK_FEATURE_LENGTHS, for example"
-        " {'inputs': 512, 'targets': 114}"
+      "training needs TASK_FEATURE_LENGTHS, for example"
+      " {'inputs': 512, 'targets': 114}"
     )
   with sources.reraise():
     dataset = _dataset(config, num_epochs=None)
     dataset = dataset.batch(
-        config.batch_size // jax.process_count(), drop_remainder=True
+      config.batch_size // jax.process_count(), drop_remainder=True
     )
     dataset = dataset.skip(skip).prefetch(tf.data.AUTOTUNE)
     for batch in tfds.as_numpy(dataset):
@@ -176,7 +176,7 @@ def train_batches(
 
 
 def eval_batches(
-    config: DatasetConfig, vocab_size: int, max_batches: int | None
+  config: DatasetConfig, vocab_size: int, max_batches: int | None
 ) -> Iterator[Batch]:
   """One pass over a split, the last batch filled with empty rows."""
   with sources.reraise():
@@ -192,8 +192,8 @@ def eval_batches(
 def fill_rows(batch: Batch, rows: int) -> Batch:
   """The batch with rows of zeros appended, up to `rows`."""
   return {
-      key: np.pad(x, [(0, rows - len(x))] + [(0, 0)] * (x.ndim - 1))
-      for key, x in batch.items()
+    key: np.pad(x, [(0, rows - len(x))] + [(0, 0)] * (x.ndim - 1))
+    for key, x in batch.items()
   }
 
 
@@ -203,10 +203,10 @@ def check_vocabulary(config: DatasetConfig, vocab_size: int) -> None:
   for name, feature in task.output_features.items():
     if feature.vocabulary.vocab_size > vocab_size:
       raise UserError(
-          f"task {task.name!r}: the vocabulary of {name!r} has"
-          f" {feature.vocabulary.vocab_size} ids, the model's embedding"
-          f" {vocab_size} rows; token ids beyond it would have no embedding. Set"
-          " T5Config.vocab_size or use the model's own vocabulary"
+        f"task {task.name!r}: the vocabulary of {name!r} has"
+        f" {feature.vocabulary.vocab_size} ids, the model's embedding"
+        f" {vocab_size} rows; token ids beyond it would have no embedding. Set"
+        " T5Config.vocab_size or use the model's own vocabulary"
       )
 
 

@@ -22,8 +22,8 @@ def template(inputs: str, targets: str) -> RowFn:
   """Fills `{column}` fields: template("say: {text}", "{label}")."""
   formatter = string.Formatter()
   fields = {
-      name: [field for _, field, _, _ in formatter.parse(text) if field]
-      for name, text in (("inputs", inputs), ("targets", targets))
+    name: [field for _, field, _, _ in formatter.parse(text) if field]
+    for name, text in (("inputs", inputs), ("targets", targets))
   }
 
   def format_row(row: Row) -> Row:
@@ -38,7 +38,7 @@ def template(inputs: str, targets: str) -> RowFn:
 
 
 def glue(
-    name: str, features: Sequence[str], label_names: Sequence[str]
+  name: str, features: Sequence[str], label_names: Sequence[str]
 ) -> RowFn:
   """`sst2 sentence: ...` to a label word (T5 paper, appendix D).
 
@@ -53,8 +53,8 @@ def glue(
     label = str(column(row, "label"))
     if label not in classes:
       raise UserError(
-          f"label {label!r} is neither one of {', '.join(label_names)} nor a"
-          " class number"
+        f"label {label!r} is neither one of {', '.join(label_names)} nor a"
+        " class number"
       )
     parts = [f"{key}: {column(row, key)}" for key in sorted(features)]
     return {"inputs": " ".join([name, *parts]), "targets": classes[label]}
@@ -70,11 +70,11 @@ def stsb(row: Row) -> Row:
     raise UserError(f"label {row['label']!r} is not a number") from None
   rounded = np.round(score * np.float32(5)) / np.float32(5)
   return {
-      "inputs": (
-          f"stsb sentence1: {column(row, 'sentence1')}"
-          f" sentence2: {column(row, 'sentence2')}"
-      ),
-      "targets": f"{rounded:.1f}",
+    "inputs": (
+      f"stsb sentence1: {column(row, 'sentence1')}"
+      f" sentence2: {column(row, 'sentence2')}"
+    ),
+    "targets": f"{rounded:.1f}",
   }
 
 
@@ -86,7 +86,7 @@ def _collapse_spaces(text: str) -> str:
 def pad_punctuation(text: str) -> str:
   """A space around each ASCII punctuation mark."""
   return _collapse_spaces(
-      re.sub(f"([{re.escape(string.punctuation)}])", r" \1 ", text)
+    re.sub(f"([{re.escape(string.punctuation)}])", r" \1 ", text)
   )
 
 
@@ -104,15 +104,20 @@ def squad(row: Row) -> Row:
   question = pad_punctuation(column(row, "question"))
   context = pad_punctuation(column(row, "context"))
   return {
-      "inputs": _collapse_spaces(f"question: {question} context: {context}"),
-      "targets": answers[0],
-      "answers": answers,
-      "id": str(row.get("id", "")),
+    "inputs": _collapse_spaces(f"question: {question} context: {context}"),
+    "targets": answers[0],
+    "answers": answers,
+    "id": str(row.get("id", "")),
   }
 
 
-_LANGUAGES = {"en": "English", "de": "German", "fr": "French",
-              "ro": "Romanian", "cs": "Czech"}
+_LANGUAGES = {
+  "en": "English",
+  "de": "German",
+  "fr": "French",
+  "ro": "Romanian",
+  "cs": "Czech",
+}
 
 
 def translate(source: str, target: str) -> RowFn:
@@ -125,10 +130,8 @@ def translate(source: str, target: str) -> RowFn:
   def format_row(row: Row) -> Row:
     pair = row.get("translation", row)
     return {
-        "inputs": (
-            f"translate {names[0]} to {names[1]}: {column(pair, source)}"
-        ),
-        "targets": column(pair, target),
+      "inputs": (f"translate {names[0]} to {names[1]}: {column(pair, source)}"),
+      "targets": column(pair, target),
     }
 
   return format_row
@@ -139,8 +142,8 @@ def summarize(article: str, summary: str) -> RowFn:
 
   def format_row(row: Row) -> Row:
     return {
-        "inputs": f"summarize: {column(row, article)}",
-        "targets": column(row, summary),
+      "inputs": f"summarize: {column(row, article)}",
+      "targets": column(row, summary),
     }
 
   return format_row
@@ -186,10 +189,10 @@ def read_squad_json(path: str):
       for paragraph in article["paragraphs"]:
         for qa in paragraph["qas"]:
           yield {
-              "id": qa["id"],
-              "question": qa["question"],
-              "context": paragraph["context"],
-              "answers": [answer["text"] for answer in qa["answers"]],
+            "id": qa["id"],
+            "question": qa["question"],
+            "context": paragraph["context"],
+            "answers": [answer["text"] for answer in qa["answers"]],
           }
   except (json.JSONDecodeError, KeyError, TypeError) as e:
     raise UserError(f"{path}: not an official SQuAD 1.1 file: {e!r}") from None

@@ -64,15 +64,15 @@ def _located(path: str, number: int) -> str:
 
 
 def _read_lines(path: str, opener) -> Iterator[tuple[int, str]]:
-  """(1-based line number, text); a byte-order mark and line ends are removed."""
+  """(1-based line number, text), without byte-order mark and line ends."""
   with opener(path, "rb") as file:
     for number, line in enumerate(file, 1):
       try:
         text = line.decode("utf-8-sig" if number == 1 else "utf-8")
       except UnicodeDecodeError as e:
         raise UserError(
-            f"{_located(path, number)}: not valid UTF-8 ({e.reason} at byte"
-            f" {e.start}); convert the file to UTF-8"
+          f"{_located(path, number)}: not valid UTF-8 ({e.reason} at byte"
+          f" {e.start}); convert the file to UTF-8"
         ) from None
       yield number, text.rstrip("\r\n")
 
@@ -92,16 +92,18 @@ def _read_jsonl(path: str, opener) -> Iterator[LocatedRow]:
 
 
 def _read_delimited(
-    path: str,
-    opener,
-    delimiter: str,
-    quoting: bool,
-    columns: Sequence[str] | None,
+  path: str,
+  opener,
+  delimiter: str,
+  quoting: bool,
+  columns: Sequence[str] | None,
 ) -> Iterator[LocatedRow]:
   lines = _read_lines(path, opener)
   if quoting:
     # Quoted fields may hold line ends, so the csv reader needs them back.
-    records = csv.reader((text + "\n" for _, text in lines), delimiter=delimiter)
+    records = csv.reader(
+      (text + "\n" for _, text in lines), delimiter=delimiter
+    )
     numbered = ((records.line_num, record) for record in records)
   else:
     numbered = ((n, text.split(delimiter) if text else []) for n, text in lines)
@@ -117,8 +119,8 @@ def _read_delimited(
         raise UserError(f"{where}: empty line")
       if len(record) != len(columns):
         raise UserError(
-            f"{where}: {len(record)} columns, expected {len(columns)}"
-            f" ({', '.join(columns)})"
+          f"{where}: {len(record)} columns, expected {len(columns)}"
+          f" ({', '.join(columns)})"
         )
       yield where, dict(zip(columns, record))
   except csv.Error as e:
@@ -141,10 +143,10 @@ def _read_parquet(path: str) -> Iterator[LocatedRow]:
 
 
 def read_file(
-    path: str,
-    *,
-    columns: Sequence[str] | None = None,
-    quoting: bool | None = None,
+  path: str,
+  *,
+  columns: Sequence[str] | None = None,
+  quoting: bool | None = None,
 ) -> Iterator[LocatedRow]:
   """(place, row) of every row of a TSV, CSV, JSONL or Parquet file.
 
@@ -167,22 +169,22 @@ def read_file(
   if suffix in (".tsv", ".csv"):
     is_csv = suffix == ".csv"
     return _read_delimited(
-        path,
-        opener,
-        "," if is_csv else "\t",
-        is_csv if quoting is None else quoting,
-        columns,
+      path,
+      opener,
+      "," if is_csv else "\t",
+      is_csv if quoting is None else quoting,
+      columns,
     )
   if suffix == ".parquet":
     return _read_parquet(path)
   if suffix == ".txt":
     return (
-        (_located(path, number), {"text": line})
-        for number, line in _read_lines(path, opener)
+      (_located(path, number), {"text": line})
+      for number, line in _read_lines(path, opener)
     )
   raise UserError(
-      f"{path}: unknown format {suffix!r}; known are .tsv .csv .jsonl .json"
-      " .parquet .txt"
+    f"{path}: unknown format {suffix!r}; known are .tsv .csv .jsonl .json"
+    " .parquet .txt"
   )
 
 
@@ -197,8 +199,8 @@ def expand(patterns: str | Sequence[str]) -> list[str]:
     matches = sorted(glob.glob(os.path.expanduser(pattern), recursive=True))
     if not matches:
       raise UserError(
-          f"{pattern}: no such data file"
-          f" (looked from {os.path.abspath(os.curdir)})"
+        f"{pattern}: no such data file"
+        f" (looked from {os.path.abspath(os.curdir)})"
       )
     files.extend(matches)
   return files
@@ -212,10 +214,10 @@ class Files:
   """
 
   def __init__(
-      self,
-      splits: Mapping[str, str | Sequence[str]],
-      columns: Sequence[str] | None = None,
-      quoting: bool | None = None,
+    self,
+    splits: Mapping[str, str | Sequence[str]],
+    columns: Sequence[str] | None = None,
+    quoting: bool | None = None,
   ):
     self.splits = {name: expand(pattern) for name, pattern in splits.items()}
     self._columns, self._quoting = columns, quoting
@@ -240,8 +242,8 @@ class ParallelFiles:
 
   def __init__(self, splits: Mapping[str, Mapping[str, str]]):
     self.splits = {
-        name: {column: expand(path)[0] for column, path in columns.items()}
-        for name, columns in splits.items()
+      name: {column: expand(path)[0] for column, path in columns.items()}
+      for name, columns in splits.items()
     }
 
   def rows(self, split: str) -> Iterator[LocatedRow]:
@@ -257,7 +259,7 @@ class ParallelFiles:
       for path, line in zip(columns.values(), lines):
         if line is None:
           raise UserError(
-              f"{path}: ends after {number - 1} rows, before the files beside it"
+            f"{path}: ends after {number - 1} rows, before the files beside it"
           )
       texts = [line[1] for line in lines]
       yield _located(first, number), dict(zip(columns, texts))
@@ -277,14 +279,14 @@ class HuggingFace:
   """
 
   def __init__(
-      self,
-      path: str,
-      name: str | None = None,
-      splits: Mapping[str, str] | None = None,
+    self,
+    path: str,
+    name: str | None = None,
+    splits: Mapping[str, str] | None = None,
   ):
     self._path, self._name = path, name
     self.splits = dict(
-        splits or {s: s for s in ("train", "validation", "test")}
+      splits or {s: s for s in ("train", "validation", "test")}
     )
     self._loaded: dict[str, Any] = {}
 
@@ -297,7 +299,7 @@ class HuggingFace:
           found = datasets.load_from_disk(self._path)[self.splits[split]]
         else:
           found = datasets.load_dataset(
-              self._path, self._name, split=self.splits[split]
+            self._path, self._name, split=self.splits[split]
           )
       except Exception as e:  # the library raises a dozen unrelated types
         raise UserError(f"{self.describe(split)}: {e}") from None
@@ -325,14 +327,14 @@ class Tfds:
   """
 
   def __init__(
-      self,
-      name: str,
-      splits: Mapping[str, str] | None = None,
-      data_dir: str | None = None,
+    self,
+    name: str,
+    splits: Mapping[str, str] | None = None,
+    data_dir: str | None = None,
   ):
     self._name, self._data_dir = name, data_dir
     self.splits = dict(
-        splits or {s: s for s in ("train", "validation", "test")}
+      splits or {s: s for s in ("train", "validation", "test")}
     )
 
   def _builder(self):
@@ -396,7 +398,7 @@ def column(row: Row, name: str) -> Any:
   """A value of a row; a missing column is a UserError that lists the others."""
   if name not in row:
     raise UserError(
-        f"no column {name!r}.{nearest(name, row)} Columns: {', '.join(row)}"
+      f"no column {name!r}.{nearest(name, row)} Columns: {', '.join(row)}"
     )
   return row[name]
 
@@ -409,22 +411,20 @@ class SeqioSource(seqio.DataSource):
   """
 
   def __init__(
-      self,
-      source,
-      row_fn: RowFn,
-      extra_features: Mapping[str, tf.TensorSpec] | None = None,
-      skip_bad_rows: bool = False,
+    self,
+    source,
+    row_fn: RowFn,
+    extra_features: Mapping[str, tf.TensorSpec] | None = None,
+    skip_bad_rows: bool = False,
   ):
     self._source, self._row_fn = source, row_fn
     self._skip_bad_rows = skip_bad_rows
     self._signature = {
-        "inputs": tf.TensorSpec([], tf.string),
-        "targets": tf.TensorSpec([], tf.string),
-        **(extra_features or {}),
+      "inputs": tf.TensorSpec([], tf.string),
+      "targets": tf.TensorSpec([], tf.string),
+      **(extra_features or {}),
     }
-    super().__init__(
-        splits=tuple(source.splits), caching_permitted=False
-    )
+    super().__init__(splits=tuple(source.splits), caching_permitted=False)
 
   @property
   def supports_arbitrary_sharding(self) -> bool:
@@ -451,7 +451,7 @@ class SeqioSource(seqio.DataSource):
       except UserError as e:
         if not self._skip_bad_rows:
           raise UserError(
-              f"{where}: {e}. (skip_bad_rows = True leaves such rows out)"
+            f"{where}: {e}. (skip_bad_rows = True leaves such rows out)"
           ) from None
         skipped += 1
         continue
@@ -459,24 +459,26 @@ class SeqioSource(seqio.DataSource):
       yield {key: example[key] for key in self._signature}
     if skipped:
       logger.warning(
-          "%s: left out %d bad rows of %d",
-          self._source.describe(split),
-          skipped,
-          skipped + count,
+        "%s: left out %d bad rows of %d",
+        self._source.describe(split),
+        skipped,
+        skipped + count,
       )
     if not count:
-      raise UserError(f"{self._source.describe(split)}: no rows, nothing to read")
+      raise UserError(
+        f"{self._source.describe(split)}: no rows, nothing to read"
+      )
 
   def get_dataset(
-      self,
-      split: str = "train",
-      shuffle: bool = True,
-      seed: int | None = None,
-      shard_info: seqio.ShardInfo | None = None,
-      *,
-      sequence_length=None,
-      use_cached: bool = False,
-      num_epochs: int | None = 1,
+    self,
+    split: str = "train",
+    shuffle: bool = True,
+    seed: int | None = None,
+    shard_info: seqio.ShardInfo | None = None,
+    *,
+    sequence_length=None,
+    use_cached: bool = False,
+    num_epochs: int | None = 1,
   ) -> tf.data.Dataset:
     del sequence_length, use_cached
 
@@ -488,14 +490,16 @@ class SeqioSource(seqio.DataSource):
           order = np.random.default_rng(seed).permutation(len(rows))
           examples = (rows[i] for i in order)
         for i, example in enumerate(examples):
-          if shard_info is None or i % shard_info.num_shards == shard_info.index:
+          if (
+            shard_info is None or i % shard_info.num_shards == shard_info.index
+          ):
             yield example
       except UserError as e:
         _failures.append(e)
         raise
 
     dataset = tf.data.Dataset.from_generator(
-        generate, output_signature=self._signature
+      generate, output_signature=self._signature
     )
     return dataset if num_epochs == 1 else dataset.repeat(num_epochs)
 

@@ -13,25 +13,25 @@ import datetime
 import random
 
 _UNITS = (
-    "zero one two three four five six seven eight nine ten eleven twelve"
-    " thirteen fourteen fifteen sixteen seventeen eighteen nineteen"
+  "zero one two three four five six seven eight nine ten eleven twelve"
+  " thirteen fourteen fifteen sixteen seventeen eighteen nineteen"
 ).split()
 _TENS = "twenty thirty forty fifty sixty seventy eighty ninety".split()
 _ORDINALS = {
-    "one": "first",
-    "two": "second",
-    "three": "third",
-    "five": "fifth",
-    "eight": "eighth",
-    "nine": "ninth",
-    "twelve": "twelfth",
-    "twenty": "twentieth",
-    "thirty": "thirtieth",
+  "one": "first",
+  "two": "second",
+  "three": "third",
+  "five": "fifth",
+  "eight": "eighth",
+  "nine": "ninth",
+  "twelve": "twelfth",
+  "twenty": "twentieth",
+  "thirty": "thirtieth",
 }
 _CURRENCIES = (
-    ("dollar", "USD"),
-    ("euro", "EUR"),
-    ("franc", "CHF"),
+  ("dollar", "USD"),
+  ("euro", "EUR"),
+  ("franc", "CHF"),
 )
 
 
@@ -59,13 +59,13 @@ def _date(rng: random.Random) -> tuple[str, str]:
   day = datetime.date(1900, 1, 1) + datetime.timedelta(rng.randrange(50000))
   month = day.strftime("%B")
   text = rng.choice(
-      (
-          f"the {ordinal(day.day)} of {month}, {day.year}",
-          f"{month} the {ordinal(day.day)}, {day.year}",
-          f"{month} {day.day}, {day.year}",
-          f"{_suffixed(day.day)} of {month} {day.year}",
-          f"{day.day} {month[:3]} {day.year}",
-      )
+    (
+      f"the {ordinal(day.day)} of {month}, {day.year}",
+      f"{month} the {ordinal(day.day)}, {day.year}",
+      f"{month} {day.day}, {day.year}",
+      f"{_suffixed(day.day)} of {month} {day.year}",
+      f"{day.day} {month[:3]} {day.year}",
+    )
   )
   return text, day.isoformat()
 
@@ -82,7 +82,7 @@ def _amount(rng: random.Random) -> tuple[str, str]:
 
 
 def rows(
-    train_rows: int, validation_rows: int, seed: int, split: str
+  train_rows: int, validation_rows: int, seed: int, split: str
 ) -> Iterator[dict[str, str]]:
   """Rows with columns `text` and `value`, all texts distinct.
 
@@ -94,8 +94,8 @@ def rows(
   """
   rng = random.Random(seed)
   seen: set[str] = set()
-  last = validation_rows if split == "validation" else (
-      validation_rows + train_rows
+  last = (
+    validation_rows if split == "validation" else (validation_rows + train_rows)
   )
   while len(seen) < last:
     text, value = rng.choice((_date, _amount))(rng)

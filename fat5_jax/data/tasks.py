@@ -22,65 +22,61 @@ from fat5_jax.errors import UserError, nearest
 
 
 def _register(
-    name: str,
-    source,
-    row_fn: sources.RowFn,
-    vocabulary: seqio.Vocabulary,
-    *,
-    output_vocabulary: seqio.Vocabulary | None = None,
-    postprocess: Callable[..., Any] | None = None,
-    metrics: Sequence[str | Callable[..., Any]] = (),
-    extra_features: Mapping[str, tf.TensorSpec] | None = None,
-    skip_bad_rows: bool = False,
+  name: str,
+  source,
+  row_fn: sources.RowFn,
+  vocabulary: seqio.Vocabulary,
+  *,
+  output_vocabulary: seqio.Vocabulary | None = None,
+  postprocess: Callable[..., Any] | None = None,
+  metrics: Sequence[str | Callable[..., Any]] = (),
+  extra_features: Mapping[str, tf.TensorSpec] | None = None,
+  skip_bad_rows: bool = False,
 ) -> seqio.Task:
   """Registers a text-to-text task, in place of an earlier one of that name."""
   if vocabulary is None:
     raise UserError(
-        f"task {name!r} needs a vocabulary: include a model's gin file, or set"
-        " VOCABULARY = @seqio.SentencePieceVocabulary() and VOCAB_FILE"
+      f"task {name!r} needs a vocabulary: include a model's gin file, or set"
+      " VOCABULARY = @seqio.SentencePieceVocabulary() and VOCAB_FILE"
     )
   metric_fns = []
   for metric in metrics:
     if isinstance(metric, str):
       if metric not in metrics_lib.BY_NAME:
         raise UserError(
-            f"task {name!r}: unknown metric {metric!r}."
-            f"{nearest(metric, metrics_lib.BY_NAME)} Known:"
-            f" {', '.join(metrics_lib.BY_NAME)}"
+          f"task {name!r}: unknown metric {metric!r}."
+          f"{nearest(metric, metrics_lib.BY_NAME)} Known:"
+          f" {', '.join(metrics_lib.BY_NAME)}"
         )
       metric = metrics_lib.BY_NAME[metric]
     metric_fns.append(metric)
   seqio.TaskRegistry.remove(name)
   return seqio.TaskRegistry.add(
-      name,
-      source=sources.SeqioSource(
-          source, row_fn, extra_features, skip_bad_rows
-      ),
-      preprocessors=[
-          seqio.preprocessors.tokenize,
-          seqio.preprocessors.append_eos_after_trim,
-      ],
-      output_features={
-          "inputs": seqio.Feature(vocabulary, add_eos=True),
-          "targets": seqio.Feature(
-              output_vocabulary or vocabulary, add_eos=True
-          ),
-      },
-      postprocess_fn=postprocess,
-      metric_fns=metric_fns,
+    name,
+    source=sources.SeqioSource(source, row_fn, extra_features, skip_bad_rows),
+    preprocessors=[
+      seqio.preprocessors.tokenize,
+      seqio.preprocessors.append_eos_after_trim,
+    ],
+    output_features={
+      "inputs": seqio.Feature(vocabulary, add_eos=True),
+      "targets": seqio.Feature(output_vocabulary or vocabulary, add_eos=True),
+    },
+    postprocess_fn=postprocess,
+    metric_fns=metric_fns,
   )
 
 
 def text_to_text(
-    source,
-    inputs: str,
-    targets: str,
-    vocabulary: seqio.Vocabulary,
-    name: str = "text_to_text",
-    metrics: Sequence[str | Callable[..., Any]] = ("exact_match",),
-    postprocess: Callable[..., Any] | None = None,
-    output_vocabulary: seqio.Vocabulary | None = None,
-    skip_bad_rows: bool = False,
+  source,
+  inputs: str,
+  targets: str,
+  vocabulary: seqio.Vocabulary,
+  name: str = "text_to_text",
+  metrics: Sequence[str | Callable[..., Any]] = ("exact_match",),
+  postprocess: Callable[..., Any] | None = None,
+  output_vocabulary: seqio.Vocabulary | None = None,
+  skip_bad_rows: bool = False,
 ) -> seqio.Task:
   """A task from rows and two templates.
 
@@ -99,14 +95,14 @@ def text_to_text(
     UserError: for an unknown metric or a missing vocabulary.
   """
   return _register(
-      name,
-      source,
-      preprocessors.template(inputs, targets),
-      vocabulary,
-      output_vocabulary=output_vocabulary,
-      postprocess=postprocess,
-      metrics=metrics,
-      skip_bad_rows=skip_bad_rows,
+    name,
+    source,
+    preprocessors.template(inputs, targets),
+    vocabulary,
+    output_vocabulary=output_vocabulary,
+    postprocess=postprocess,
+    metrics=metrics,
+    skip_bad_rows=skip_bad_rows,
   )
 
 
@@ -135,78 +131,78 @@ def _pair(first: str, second: str) -> dict[str, str]:
 
 _ENTAILMENT = ("entailment", "not_entailment")
 _MNLI = _Glue(
-    "MNLI",
-    {"premise": "sentence1", "hypothesis": "sentence2"},
-    "gold_label",
-    ("entailment", "neutral", "contradiction"),
-    ("accuracy",),
+  "MNLI",
+  {"premise": "sentence1", "hypothesis": "sentence2"},
+  "gold_label",
+  ("entailment", "neutral", "contradiction"),
+  ("accuracy",),
 )
 _GLUE = {
-    "cola": _Glue(
-        "CoLA",
-        {"sentence": "sentence"},
-        "label",
-        ("unacceptable", "acceptable"),
-        ("matthews_corrcoef",),
-        columns=("source", "label", "star", "sentence"),
-    ),
-    "sst2": _Glue(
-        "SST-2",
-        {"sentence": "sentence"},
-        "label",
-        ("negative", "positive"),
-        ("accuracy",),
-    ),
-    "mrpc": _Glue(
-        "MRPC",
-        {"sentence1": "#1 String", "sentence2": "#2 String"},
-        "Quality",
-        ("not_equivalent", "equivalent"),
-        ("f1_with_invalid", "accuracy"),
-    ),
-    "stsb": _Glue(
-        "STS-B",
-        _pair("sentence1", "sentence2"),
-        "score",
-        (),
-        ("pearson_corrcoef", "spearman_corrcoef"),
-    ),
-    "qqp": _Glue(
-        "QQP",
-        _pair("question1", "question2"),
-        "is_duplicate",
-        ("not_duplicate", "duplicate"),
-        ("f1_with_invalid", "accuracy"),
-    ),
-    "mnli": dataclasses.replace(_MNLI, validation="dev_matched"),
-    "mnli_matched": dataclasses.replace(
-        _MNLI, validation="dev_matched", config="mnli"
-    ),
-    "mnli_mismatched": dataclasses.replace(
-        _MNLI, validation="dev_mismatched", config="mnli"
-    ),
-    "qnli": _Glue(
-        "QNLI", _pair("question", "sentence"), "label", _ENTAILMENT, ("accuracy",)
-    ),
-    "rte": _Glue(
-        "RTE",
-        _pair("sentence1", "sentence2"),
-        "label",
-        _ENTAILMENT,
-        ("accuracy",),
-    ),
-    "wnli": _Glue(
-        "WNLI",
-        _pair("sentence1", "sentence2"),
-        "label",
-        _ENTAILMENT[::-1],
-        ("accuracy",),
-    ),
+  "cola": _Glue(
+    "CoLA",
+    {"sentence": "sentence"},
+    "label",
+    ("unacceptable", "acceptable"),
+    ("matthews_corrcoef",),
+    columns=("source", "label", "star", "sentence"),
+  ),
+  "sst2": _Glue(
+    "SST-2",
+    {"sentence": "sentence"},
+    "label",
+    ("negative", "positive"),
+    ("accuracy",),
+  ),
+  "mrpc": _Glue(
+    "MRPC",
+    {"sentence1": "#1 String", "sentence2": "#2 String"},
+    "Quality",
+    ("not_equivalent", "equivalent"),
+    ("f1_with_invalid", "accuracy"),
+  ),
+  "stsb": _Glue(
+    "STS-B",
+    _pair("sentence1", "sentence2"),
+    "score",
+    (),
+    ("pearson_corrcoef", "spearman_corrcoef"),
+  ),
+  "qqp": _Glue(
+    "QQP",
+    _pair("question1", "question2"),
+    "is_duplicate",
+    ("not_duplicate", "duplicate"),
+    ("f1_with_invalid", "accuracy"),
+  ),
+  "mnli": dataclasses.replace(_MNLI, validation="dev_matched"),
+  "mnli_matched": dataclasses.replace(
+    _MNLI, validation="dev_matched", config="mnli"
+  ),
+  "mnli_mismatched": dataclasses.replace(
+    _MNLI, validation="dev_mismatched", config="mnli"
+  ),
+  "qnli": _Glue(
+    "QNLI", _pair("question", "sentence"), "label", _ENTAILMENT, ("accuracy",)
+  ),
+  "rte": _Glue(
+    "RTE",
+    _pair("sentence1", "sentence2"),
+    "label",
+    _ENTAILMENT,
+    ("accuracy",),
+  ),
+  "wnli": _Glue(
+    "WNLI",
+    _pair("sentence1", "sentence2"),
+    "label",
+    _ENTAILMENT[::-1],
+    ("accuracy",),
+  ),
 }
 
 
 def glue(
-    name: str, vocabulary: seqio.Vocabulary, data_dir: str | None = None
+  name: str, vocabulary: seqio.Vocabulary, data_dir: str | None = None
 ) -> seqio.Task:
   """A GLUE task, e.g. "sst2", registered as `glue_sst2_v002`.
 
@@ -222,8 +218,8 @@ def glue(
   """
   if name not in _GLUE:
     raise UserError(
-        f"unknown GLUE task {name!r}.{nearest(name, _GLUE)} Known:"
-        f" {', '.join(_GLUE)}"
+      f"unknown GLUE task {name!r}.{nearest(name, _GLUE)} Known:"
+      f" {', '.join(_GLUE)}"
     )
   task = _GLUE[name]
   if name == "stsb":
@@ -235,37 +231,37 @@ def glue(
   if data_dir is None:
     suffix = task.validation.removeprefix("dev")
     source = sources.HuggingFace(
-        "nyu-mll/glue",
-        task.config or name,
-        {"train": "train", "validation": f"validation{suffix}"},
+      "nyu-mll/glue",
+      task.config or name,
+      {"train": "train", "validation": f"validation{suffix}"},
     )
   else:
     source = _local_splits(
-        os.path.join(data_dir, task.folder),
-        {"train": "train.tsv", "validation": f"{task.validation}.tsv"},
-        columns=task.columns,
+      os.path.join(data_dir, task.folder),
+      {"train": "train.tsv", "validation": f"{task.validation}.tsv"},
+      columns=task.columns,
     )
     row_fn = _rename({**task.features, "label": task.label_column}, row_fn)
   return _register(
-      f"glue_{name}_v002",
-      source,
-      row_fn,
-      vocabulary,
-      postprocess=postprocess,
-      metrics=task.metrics,
+    f"glue_{name}_v002",
+    source,
+    row_fn,
+    vocabulary,
+    postprocess=postprocess,
+    metrics=task.metrics,
   )
 
 
 def _local_splits(folder: str, files: Mapping[str, str], **options):
   """The splits whose file is there; at least one must be."""
   found = {
-      split: os.path.join(folder, file)
-      for split, file in files.items()
-      if os.path.exists(os.path.join(folder, file))
+    split: os.path.join(folder, file)
+    for split, file in files.items()
+    if os.path.exists(os.path.join(folder, file))
   }
   if not found:
     raise UserError(
-        f"{folder}: none of the data files {', '.join(files.values())} is there"
+      f"{folder}: none of the data files {', '.join(files.values())} is there"
     )
   return sources.Files(found, **options)
 
@@ -273,7 +269,7 @@ def _local_splits(folder: str, files: Mapping[str, str], **options):
 def _rename(columns: Mapping[str, str], row_fn: sources.RowFn) -> sources.RowFn:
   def renamed(row):
     return row_fn(
-        {ours: sources.column(row, theirs) for ours, theirs in columns.items()}
+      {ours: sources.column(row, theirs) for ours, theirs in columns.items()}
     )
 
   return renamed
@@ -293,69 +289,69 @@ def _source(data_dir, hf_path, hf_name, stems) -> Any:
           found[split] = pattern
   if not found:
     raise UserError(
-        f"{data_dir}: no data file named after a split (train*.jsonl,"
-        " validation*.tsv, ...) is there"
+      f"{data_dir}: no data file named after a split (train*.jsonl,"
+      " validation*.tsv, ...) is there"
     )
   return sources.Files(found)
 
 
 _SPLIT_STEMS = {
-    "train": ("train",),
-    "validation": ("validation", "valid", "dev"),
-    "test": ("test",),
+  "train": ("train",),
+  "validation": ("validation", "valid", "dev"),
+  "test": ("test",),
 }
 
 
 def squad(
-    vocabulary: seqio.Vocabulary,
-    data_dir: str | None = None,
-    name: str = "squad_v010_allanswers",
+  vocabulary: seqio.Vocabulary,
+  data_dir: str | None = None,
+  name: str = "squad_v010_allanswers",
 ) -> seqio.Task:
   """SQuAD 1.1: columns id, question, context, answers; all answers count.
 
   Args:
     vocabulary: SeqIO vocabulary.
     data_dir: folder with the official `train-v1.1.json` / `dev-v1.1.json` or
-      with train/validation files of one question a row; None reads HF's `squad`.
+      train/validation files of one question a row; None reads HF's `squad`.
     name: of the task.
   """
   row_fn = preprocessors.squad
   official = {
-      split: os.path.join(data_dir or "", f"{stem}-v1.1.json")
-      for split, stem in (("train", "train"), ("validation", "dev"))
+    split: os.path.join(data_dir or "", f"{stem}-v1.1.json")
+    for split, stem in (("train", "train"), ("validation", "dev"))
   }
   if data_dir and any(map(os.path.exists, official.values())):
     source = sources.Function(
-        {
-            split: functools.partial(preprocessors.read_squad_json, path)
-            for split, path in official.items()
-            if os.path.exists(path)
-        }
+      {
+        split: functools.partial(preprocessors.read_squad_json, path)
+        for split, path in official.items()
+        if os.path.exists(path)
+      }
     )
   else:
     source = _source(data_dir, "rajpurkar/squad", None, _SPLIT_STEMS)
   return _register(
-      name,
-      source,
-      row_fn,
-      vocabulary,
-      postprocess=preprocessors.all_answers,
-      metrics=("squad",),
-      extra_features={
-          "answers": tf.TensorSpec([None], tf.string),
-          "id": tf.TensorSpec([], tf.string),
-      },
+    name,
+    source,
+    row_fn,
+    vocabulary,
+    postprocess=preprocessors.all_answers,
+    metrics=("squad",),
+    extra_features={
+      "answers": tf.TensorSpec([None], tf.string),
+      "id": tf.TensorSpec([], tf.string),
+    },
   )
 
 
 def translation(
-    source_language: str,
-    target_language: str,
-    vocabulary: seqio.Vocabulary,
-    data_dir: str | None = None,
-    name: str | None = None,
-    hf_path: str = "wmt/wmt14",
-    hf_name: str | None = None,
+  source_language: str,
+  target_language: str,
+  vocabulary: seqio.Vocabulary,
+  data_dir: str | None = None,
+  name: str | None = None,
+  hf_path: str = "wmt/wmt14",
+  hf_name: str | None = None,
 ) -> seqio.Task:
   """Translation with T5's prefix, BLEU as metric.
 
@@ -374,8 +370,8 @@ def translation(
   for split, stems in _SPLIT_STEMS.items() if data_dir else ():
     for stem in (*stems, "val") if split == "validation" else stems:
       files = {
-          code: sources.glob.glob(os.path.join(data_dir, f"{stem}*.{code}*"))
-          for code in pair
+        code: sources.glob.glob(os.path.join(data_dir, f"{stem}*.{code}*"))
+        for code in pair
       }
       if all(files.values()) and split not in parallel:
         parallel[split] = {code: sorted(f)[0] for code, f in files.items()}
@@ -384,22 +380,22 @@ def translation(
   else:
     source = _source(data_dir, hf_path, hf_name, _SPLIT_STEMS)
   return _register(
-      name or f"wmt_{source_language}_{target_language}",
-      source,
-      preprocessors.translate(*pair),
-      vocabulary,
-      metrics=("bleu",),
+    name or f"wmt_{source_language}_{target_language}",
+    source,
+    preprocessors.translate(*pair),
+    vocabulary,
+    metrics=("bleu",),
   )
 
 
 def summarization(
-    article: str,
-    summary: str,
-    vocabulary: seqio.Vocabulary,
-    data_dir: str | None = None,
-    name: str = "summarize",
-    hf_path: str = "abisee/cnn_dailymail",
-    hf_name: str | None = "3.0.0",
+  article: str,
+  summary: str,
+  vocabulary: seqio.Vocabulary,
+  data_dir: str | None = None,
+  name: str = "summarize",
+  hf_path: str = "abisee/cnn_dailymail",
+  hf_name: str | None = "3.0.0",
 ) -> seqio.Task:
   """Summarisation with T5's prefix, ROUGE as metric.
 
@@ -413,71 +409,71 @@ def summarization(
     hf_name: its configuration.
   """
   return _register(
-      name,
-      _source(data_dir, hf_path, hf_name, _SPLIT_STEMS),
-      preprocessors.summarize(article, summary),
-      vocabulary,
-      metrics=("rouge",),
+    name,
+    _source(data_dir, hf_path, hf_name, _SPLIT_STEMS),
+    preprocessors.summarize(article, summary),
+    vocabulary,
+    metrics=("rouge",),
   )
 
 
 def quickstart(
-    vocabulary: seqio.Vocabulary,
-    name: str = "spoken_values",
-    train_rows: int = 20000,
-    validation_rows: int = 500,
-    seed: int = 0,
+  vocabulary: seqio.Vocabulary,
+  name: str = "spoken_values",
+  train_rows: int = 20000,
+  validation_rows: int = 500,
+  seed: int = 0,
 ) -> seqio.Task:
   """Written dates and amounts to ISO dates and numbers; made from a seed.
 
   See data/spoken_values.py. The validation rows never occur in training.
   """
   rows = functools.partial(
-      spoken_values.rows, train_rows, validation_rows, seed
+    spoken_values.rows, train_rows, validation_rows, seed
   )
   return _register(
-      name,
-      sources.Function(
-          {
-              "train": functools.partial(rows, "train"),
-              "validation": functools.partial(rows, "validation"),
-          }
-      ),
-      preprocessors.template("{text}", "{value}"),
-      vocabulary,
-      metrics=("exact_match",),
+    name,
+    sources.Function(
+      {
+        "train": functools.partial(rows, "train"),
+        "validation": functools.partial(rows, "validation"),
+      }
+    ),
+    preprocessors.template("{text}", "{value}"),
+    vocabulary,
+    metrics=("exact_match",),
   )
 
 
 # T5's names, built when a run asks for one.
 READY: dict[str, Callable[..., seqio.Task]] = {
-    **{f"glue_{name}_v002": functools.partial(glue, name) for name in _GLUE},
-    "squad_v010_allanswers": squad,
-    "wmt_t2t_ende_v003": functools.partial(
-        translation, "en", "de", name="wmt_t2t_ende_v003", hf_name="de-en"
-    ),
-    "wmt14_enfr_v003": functools.partial(
-        translation, "en", "fr", name="wmt14_enfr_v003", hf_name="fr-en"
-    ),
-    "wmt16_enro_v003": functools.partial(
-        translation,
-        "en",
-        "ro",
-        name="wmt16_enro_v003",
-        hf_path="wmt/wmt16",
-        hf_name="ro-en",
-    ),
-    "cnn_dailymail_v002": functools.partial(
-        summarization, "article", "highlights", name="cnn_dailymail_v002"
-    ),
-    "spoken_values": lambda vocabulary, data_dir=None: quickstart(vocabulary),
+  **{f"glue_{name}_v002": functools.partial(glue, name) for name in _GLUE},
+  "squad_v010_allanswers": squad,
+  "wmt_t2t_ende_v003": functools.partial(
+    translation, "en", "de", name="wmt_t2t_ende_v003", hf_name="de-en"
+  ),
+  "wmt14_enfr_v003": functools.partial(
+    translation, "en", "fr", name="wmt14_enfr_v003", hf_name="fr-en"
+  ),
+  "wmt16_enro_v003": functools.partial(
+    translation,
+    "en",
+    "ro",
+    name="wmt16_enro_v003",
+    hf_path="wmt/wmt16",
+    hf_name="ro-en",
+  ),
+  "cnn_dailymail_v002": functools.partial(
+    summarization, "article", "highlights", name="cnn_dailymail_v002"
+  ),
+  "spoken_values": lambda vocabulary, data_dir=None: quickstart(vocabulary),
 }
 
 
 def resolve(
-    task: str | seqio.Task | seqio.Mixture,
-    vocabulary: seqio.Vocabulary | None = None,
-    data_dir: str | None = None,
+  task: str | seqio.Task | seqio.Mixture,
+  vocabulary: seqio.Vocabulary | None = None,
+  data_dir: str | None = None,
 ) -> seqio.Task | seqio.Mixture:
   """The task of a name: a registered one, or one of T5's, built now.
 
@@ -492,7 +488,7 @@ def resolve(
   if task in registered:
     return seqio.get_mixture_or_task(task)
   raise UserError(
-      f"unknown task {task!r}.{nearest(task, [*READY, *registered])} Known:"
-      f" {', '.join(sorted([*READY, *registered]))}. Others: bind"
-      " MIXTURE_OR_TASK_NAME = @tasks.text_to_text()"
+    f"unknown task {task!r}.{nearest(task, [*READY, *registered])} Known:"
+    f" {', '.join(sorted([*READY, *registered]))}. Others: bind"
+    " MIXTURE_OR_TASK_NAME = @tasks.text_to_text()"
   )

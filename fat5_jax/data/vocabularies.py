@@ -31,7 +31,7 @@ def load(description: dict[str, Any], folder: str) -> seqio.Vocabulary:
   if description["kind"] == "byte":
     return seqio.ByteVocabulary(description["extra_ids"])
   return seqio.SentencePieceVocabulary(
-      os.path.join(folder, "spiece.model"), description["extra_ids"]
+    os.path.join(folder, "spiece.model"), description["extra_ids"]
   )
 
 
@@ -55,8 +55,8 @@ def from_hf(folder: str) -> seqio.Vocabulary:
     # The sentinels of ByT5 reuse byte ids, so they add none.
     return seqio.ByteVocabulary(config.get("extra_ids", 125))
   raise UserError(
-      f"{folder}: no spiece.model and no byte tokenizer; copy the SentencePiece"
-      " model of this checkpoint there, or bind VOCABULARY in gin"
+    f"{folder}: no spiece.model and no byte tokenizer; copy the SentencePiece"
+    " model of this checkpoint there, or bind VOCABULARY in gin"
   )
 
 
@@ -72,6 +72,6 @@ def of_checkpoint(path: str) -> seqio.Vocabulary:
   found = checkpoints.read_model_json(source.run_dir) or {}
   if not found.get("vocabulary"):
     raise UserError(
-        f"{source.run_dir}: model.json names no vocabulary; set VOCABULARY in gin"
+      f"{source.run_dir}: model.json names no vocabulary; set VOCABULARY in gin"
     )
   return load(found["vocabulary"], source.run_dir)

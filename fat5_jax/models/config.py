@@ -17,11 +17,11 @@ DTYPES = ("float32", "bfloat16")
 REMAT_POLICIES = ("none", "minimal", "full")
 # Fields that change how a model runs, not which function it is.
 RUN_TIME_FIELDS = (
-    "dtype",
-    "dropout_rate",
-    "scan_layers",
-    "remat_policy",
-    "attention_implementation",
+  "dtype",
+  "dropout_rate",
+  "scan_layers",
+  "remat_policy",
+  "attention_implementation",
 )
 
 
@@ -72,9 +72,9 @@ class T5Config:
     object.__setattr__(self, "mlp_activations", tuple(self.mlp_activations))
     if self.dtype == "float16":
       raise ValueError(
-          "dtype='float16': T5's feed-forward outputs exceed 65504, the largest"
-          " float16, and become inf. Use 'bfloat16' (same size, same speed) or"
-          " 'float32'."
+        "dtype='float16': T5's feed-forward outputs exceed 65504, the largest"
+        " float16, and become inf. Use 'bfloat16' (same size, same speed) or"
+        " 'float32'."
       )
     self._check_choice("dtype", DTYPES)
     self._check_choice("remat_policy", REMAT_POLICIES)
@@ -82,19 +82,19 @@ class T5Config:
     for activation in self.mlp_activations:
       if activation not in ACTIVATIONS:
         raise ValueError(
-            f"mlp_activations={self.mlp_activations}: {activation!r} is not one"
-            f" of {', '.join(ACTIVATIONS)}"
+          f"mlp_activations={self.mlp_activations}: {activation!r} is not one"
+          f" of {', '.join(ACTIVATIONS)}"
         )
     if not 0.0 <= self.dropout_rate < 1.0:
       raise ValueError(f"dropout_rate={self.dropout_rate} is not in [0, 1)")
     for field in (
-        "vocab_size",
-        "emb_dim",
-        "num_heads",
-        "head_dim",
-        "num_encoder_layers",
-        "num_decoder_layers",
-        "mlp_dim",
+      "vocab_size",
+      "emb_dim",
+      "num_heads",
+      "head_dim",
+      "num_encoder_layers",
+      "num_decoder_layers",
+      "mlp_dim",
     ):
       if getattr(self, field) < 1:
         raise ValueError(f"{field}={getattr(self, field)} must be at least 1")

@@ -12,15 +12,15 @@ from fat5_jax.models.config import T5Config
 from pallas_kernels import RelativeBuckets, flash_attention
 
 _ACTIVATIONS = {
-    "relu": nn.relu,
-    "gelu": nn.gelu,
-    "gelu_exact": lambda x: nn.gelu(x, approximate=False),
-    "silu": nn.silu,
-    "linear": lambda x: x,
+  "relu": nn.relu,
+  "gelu": nn.gelu,
+  "gelu_exact": lambda x: nn.gelu(x, approximate=False),
+  "silu": nn.silu,
+  "linear": lambda x: x,
 }
 _fan_in_normal = nn.initializers.variance_scaling(1.0, "fan_in", "normal")
 _fan_in_truncated = nn.initializers.variance_scaling(
-    1.0, "fan_in", "truncated_normal"
+  1.0, "fan_in", "truncated_normal"
 )
 
 
@@ -44,14 +44,14 @@ class Dense(nn.Module):
   @nn.compact
   def __call__(self, x: jax.Array) -> jax.Array:
     kernel = self.param(
-        "kernel", self.kernel_init, (x.shape[-1], self.features), jnp.float32
+      "kernel", self.kernel_init, (x.shape[-1], self.features), jnp.float32
     )
     # Flat rows: XLA's CPU backend takes twice as long for the gradient of the
     # same product with two leading axes (tools/bench_train.py).
     y = jnp.matmul(
-        x.reshape(-1, x.shape[-1]).astype(self.dtype),
-        kernel.astype(self.dtype),
-        preferred_element_type=self.output_dtype or self.dtype,
+      x.reshape(-1, x.shape[-1]).astype(self.dtype),
+      kernel.astype(self.dtype),
+      preferred_element_type=self.output_dtype or self.dtype,
     )
     return y.reshape(*x.shape[:-1], self.features)
 
@@ -64,7 +64,7 @@ class RMSNorm(nn.Module):
   @nn.compact
   def __call__(self, x_BLM: jax.Array) -> jax.Array:
     scale = self.param(
-        "scale", nn.initializers.ones, (x_BLM.shape[-1],), jnp.float32
+      "scale", nn.initializers.ones, (x_BLM.shape[-1],), jnp.float32
     )
     x = x_BLM.astype(jnp.float32)
     variance = jnp.mean(jnp.square(x), axis=-1, keepdims=True)
@@ -79,10 +79,10 @@ class Embed(nn.Module):
 
   def setup(self):
     self.embedding = self.param(
-        "embedding",
-        nn.initializers.normal(stddev=1.0),
-        (self.config.vocab_size, self.config.emb_dim),
-        jnp.float32,
+      "embedding",
+      nn.initializers.normal(stddev=1.0),
+      (self.config.vocab_size, self.config.emb_dim),
+      jnp.float32,
     )
 
   def __call__(self, tokens_BL: jax.Array) -> jax.Array:
@@ -93,9 +93,9 @@ class Embed(nn.Module):
   def attend(self, x_BLM: jax.Array) -> jax.Array:
     """float32 logits (B, L, V) against the embedding."""
     logits = jnp.matmul(
-        x_BLM.reshape(-1, x_BLM.shape[-1]).astype(self.config.dtype),
-        self.embedding.astype(self.config.dtype).T,
-        preferred_element_type=jnp.float32,
+      x_BLM.reshape(-1, x_BLM.shape[-1]).astype(self.config.dtype),
+      self.embedding.astype(self.config.dtype).T,
+      preferred_element_type=jnp.float32,
     )
     return logits.reshape(*x_BLM.shape[:-1], -1)
 
@@ -109,7 +109,7 @@ class Dropout(nn.Module):
   @nn.compact
   def __call__(self, x_BLM: jax.Array) -> jax.Array:
     return nn.Dropout(self.config.dropout_rate, broadcast_dims=(-2,))(
-        x_BLM, deterministic=not self.enabled
+      x_BLM, deterministic=not self.enabled
     )
 
 
@@ -158,20 +158,20 @@ class Attention(nn.Module):
   def project_memory(self, memory_BKM: jax.Array) -> dict[str, jax.Array]:
     """Keys and values, (B, K, H, D) each."""
     return {
-        "key": self._heads(self.key(memory_BKM)),
-        "value": self._heads(self.value(memory_BKM)),
+      "key": self._heads(self.key(memory_BKM)),
+      "value": self._heads(self.value(memory_BKM)),
     }
 
   def __call__(
-      self,
-      x_BQM: jax.Array,
-      memory: dict[str, jax.Array],
-      *,
-      position: RelativeBuckets | None = None,
-      causal: bool = False,
-      q_segment_ids: jax.Array | None = None,
-      kv_segment_ids: jax.Array | None = None,
-      q_offset: int | jax.Array = 0,
+    self,
+    x_BQM: jax.Array,
+    memory: dict[str, jax.Array],
+    *,
+    position: RelativeBuckets | None = None,
+    causal: bool = False,
+    q_segment_ids: jax.Array | None = None,
+    kv_segment_ids: jax.Array | None = None,
+    q_offset: int | jax.Array = 0,
   ) -> jax.Array:
     config = self.config
     v_BKHD = memory["value"]
@@ -179,19 +179,19 @@ class Attention(nn.Module):
       keep = 1.0 - config.dropout_rate
       batch, keys, heads, _ = v_BKHD.shape
       mask = jax.random.bernoulli(
-          self.make_rng("dropout"), keep, (batch, keys, heads, 1)
+        self.make_rng("dropout"), keep, (batch, keys, heads, 1)
       )
       v_BKHD = jnp.where(mask, v_BKHD / keep, 0).astype(v_BKHD.dtype)
     o_BQHD = flash_attention(
-        self._heads(self.query(x_BQM)),
-        memory["key"],
-        v_BKHD,
-        position=position,
-        causal=causal,
-        q_segment_ids=q_segment_ids,
-        kv_segment_ids=kv_segment_ids,
-        scale=1.0,
-        implementation=config.attention_implementation,
-        q_offset=q_offset,
+      self._heads(self.query(x_BQM)),
+      memory["key"],
+      v_BKHD,
+      position=position,
+      causal=causal,
+      q_segment_ids=q_segment_ids,
+      kv_segment_ids=kv_segment_ids,
+      scale=1.0,
+      implementation=config.attention_implementation,
+      q_offset=q_offset,
     )
     return self.out(o_BQHD.reshape(*o_BQHD.shape[:2], -1))

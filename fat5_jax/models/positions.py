@@ -19,13 +19,13 @@ class RelativePositionBias(nn.Module):
   def __call__(self) -> RelativeBuckets:
     config = self.config
     table_HN = self.param(
-        "rel_embedding",
-        nn.initializers.variance_scaling(1.0, "fan_avg", "uniform"),
-        (config.num_heads, config.relative_attention_num_buckets),
-        jnp.float32,
+      "rel_embedding",
+      nn.initializers.variance_scaling(1.0, "fan_avg", "uniform"),
+      (config.num_heads, config.relative_attention_num_buckets),
+      jnp.float32,
     )
     return RelativeBuckets(
-        table_HN,
-        bidirectional=self.bidirectional,
-        max_distance=config.relative_attention_max_distance,
+      table_HN,
+      bidirectional=self.bidirectional,
+      max_distance=config.relative_attention_max_distance,
     )

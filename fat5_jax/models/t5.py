@@ -21,8 +21,8 @@ from fat5_jax.models.positions import RelativePositionBias
 from pallas_kernels import RelativeBuckets
 
 _REMAT_POLICIES = {
-    "minimal": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
-    "full": None,
+  "minimal": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+  "full": None,
 }
 
 
@@ -40,11 +40,11 @@ class EncoderLayer(nn.Module):
     h = layers.RMSNorm(config, name="pre_attention_layer_norm")(x_BLM)
     attention = layers.Attention(config, on, name="attention")
     h = attention(
-        h,
-        attention.project_memory(h),
-        position=position,
-        q_segment_ids=segment_ids,
-        kv_segment_ids=segment_ids,
+      h,
+      attention.project_memory(h),
+      position=position,
+      q_segment_ids=segment_ids,
+      kv_segment_ids=segment_ids,
     )
     x_BLM = x_BLM + layers.Dropout(config, on)(h)
     h = layers.RMSNorm(config, name="pre_mlp_layer_norm")(x_BLM)
@@ -62,15 +62,15 @@ class DecoderLayer(nn.Module):
 
   @nn.compact
   def __call__(
-      self,
-      x_BLM,
-      cache,
-      encoded_BKM,
-      decoder_segment_ids,
-      cross_q_segment_ids,
-      encoder_segment_ids,
-      position,
-      index,
+    self,
+    x_BLM,
+    cache,
+    encoded_BKM,
+    decoder_segment_ids,
+    cross_q_segment_ids,
+    encoder_segment_ids,
+    position,
+    index,
   ):
     config, on = self.config, self.enable_dropout
     if position is None:
@@ -80,20 +80,20 @@ class DecoderLayer(nn.Module):
     memory = attention.project_memory(h)
     if self.cache_length:
       new_cache = _write_cache(
-          None if cache is None else cache["self"],
-          _heads_first(memory),
-          index,
-          self.cache_length,
+        None if cache is None else cache["self"],
+        _heads_first(memory),
+        index,
+        self.cache_length,
       )
       memory = _heads_first(new_cache)
     h = attention(
-        h,
-        memory,
-        position=position,
-        causal=True,
-        q_segment_ids=decoder_segment_ids,
-        kv_segment_ids=decoder_segment_ids,
-        q_offset=index,
+      h,
+      memory,
+      position=position,
+      causal=True,
+      q_segment_ids=decoder_segment_ids,
+      kv_segment_ids=decoder_segment_ids,
+      q_offset=index,
     )
     x_BLM = x_BLM + layers.Dropout(config, on)(h)
 
@@ -104,10 +104,10 @@ class DecoderLayer(nn.Module):
     else:
       cross = _heads_first(cache["cross"])
     h = attention(
-        h,
-        cross,
-        q_segment_ids=cross_q_segment_ids,
-        kv_segment_ids=encoder_segment_ids,
+      h,
+      cross,
+      q_segment_ids=cross_q_segment_ids,
+      kv_segment_ids=encoder_segment_ids,
     )
     x_BLM = x_BLM + layers.Dropout(config, on)(h)
 
@@ -132,12 +132,14 @@ def _write_cache(cache, new, index, length):
 
   if cache is None:
     cache = jax.tree.map(
-        lambda x: jnp.zeros((*x.shape[:2], length, x.shape[3]), x.dtype), new
+      lambda x: jnp.zeros((*x.shape[:2], length, x.shape[3]), x.dtype), new
     )
   return jax.tree.map(write, cache, new)
 
 
-def _apply_layers(layer_class, num_layers, x_BLM, caches, *shared, **attributes):
+def _apply_layers(
+  layer_class, num_layers, x_BLM, caches, *shared, **attributes
+):
   """Runs the layers in a loop or as one scanned layer.
 
   Parameters are `layers_{i}` in the loop, and `layers` with a leading layer
@@ -146,17 +148,17 @@ def _apply_layers(layer_class, num_layers, x_BLM, caches, *shared, **attributes)
   config = attributes["config"]
   if config.remat_policy != "none":
     layer_class = nn.remat(
-        layer_class,
-        policy=_REMAT_POLICIES[config.remat_policy],
-        prevent_cse=not config.scan_layers,
+      layer_class,
+      policy=_REMAT_POLICIES[config.remat_policy],
+      prevent_cse=not config.scan_layers,
     )
   if config.scan_layers:
     scanned = nn.scan(
-        layer_class,
-        variable_axes={"params": 0},
-        split_rngs={"params": True, "dropout": True},
-        in_axes=(0,) + (nn.broadcast,) * len(shared),
-        length=num_layers,
+      layer_class,
+      variable_axes={"params": 0},
+      split_rngs={"params": True, "dropout": True},
+      in_axes=(0,) + (nn.broadcast,) * len(shared),
+      length=num_layers,
     )
     return scanned(**attributes, name="layers")(x_BLM, caches, *shared)
   new_caches = []
@@ -181,19 +183,19 @@ class Encoder(nn.Module):
       position = RelativePositionBias(config, True, name="relpos_bias")()
     x_BLM = layers.Dropout(config, enable_dropout)(x_BLM)
     x_BLM, _ = _apply_layers(
-        EncoderLayer,
-        config.num_encoder_layers,
-        x_BLM,
-        None,
-        segment_ids,
-        position,
-        config=config,
-        enable_dropout=enable_dropout,
+      EncoderLayer,
+      config.num_encoder_layers,
+      x_BLM,
+      None,
+      segment_ids,
+      position,
+      config=config,
+      enable_dropout=enable_dropout,
     )
     x_BLM = layers.RMSNorm(config, name="encoder_norm")(x_BLM)
     # T5X does not share this one mask along the length.
     return nn.Dropout(config.dropout_rate)(
-        x_BLM, deterministic=not enable_dropout
+      x_BLM, deterministic=not enable_dropout
     )
 
 
@@ -204,17 +206,17 @@ class Decoder(nn.Module):
 
   @nn.compact
   def __call__(
-      self,
-      x_BLM,
-      encoded_BKM,
-      *,
-      decoder_segment_ids=None,
-      cross_q_segment_ids=None,
-      encoder_segment_ids=None,
-      cache=None,
-      cache_length: int = 0,
-      index=0,
-      enable_dropout: bool,
+    self,
+    x_BLM,
+    encoded_BKM,
+    *,
+    decoder_segment_ids=None,
+    cross_q_segment_ids=None,
+    encoder_segment_ids=None,
+    cache=None,
+    cache_length: int = 0,
+    index=0,
+    enable_dropout: bool,
   ) -> tuple[jax.Array, Any]:
     config = self.config
     position: RelativeBuckets | None = None
@@ -222,19 +224,19 @@ class Decoder(nn.Module):
       position = RelativePositionBias(config, False, name="relpos_bias")()
     x_BLM = layers.Dropout(config, enable_dropout)(x_BLM)
     x_BLM, cache = _apply_layers(
-        DecoderLayer,
-        config.num_decoder_layers,
-        x_BLM,
-        cache,
-        encoded_BKM,
-        decoder_segment_ids,
-        cross_q_segment_ids,
-        encoder_segment_ids,
-        position,
-        index,
-        config=config,
-        enable_dropout=enable_dropout,
-        cache_length=cache_length,
+      DecoderLayer,
+      config.num_decoder_layers,
+      x_BLM,
+      cache,
+      encoded_BKM,
+      decoder_segment_ids,
+      cross_q_segment_ids,
+      encoder_segment_ids,
+      position,
+      index,
+      config=config,
+      enable_dropout=enable_dropout,
+      cache_length=cache_length,
     )
     x_BLM = layers.RMSNorm(config, name="decoder_norm")(x_BLM)
     x_BLM = layers.Dropout(config, enable_dropout)(x_BLM)
@@ -243,10 +245,10 @@ class Decoder(nn.Module):
     if config.logits_via_embedding:
       return x_BLM, cache
     logits_BLV = layers.Dense(
-        config.vocab_size,
-        config.dtype,
-        output_dtype=jnp.float32,
-        name="logits_dense",
+      config.vocab_size,
+      config.dtype,
+      output_dtype=jnp.float32,
+      name="logits_dense",
     )(x_BLM)
     return logits_BLV, cache
 
@@ -267,32 +269,32 @@ class Transformer(nn.Module):
     self.decoder = Decoder(self.config)
 
   def encode(
-      self,
-      encoder_input_tokens: jax.Array,
-      encoder_segment_ids: jax.Array | None = None,
-      *,
-      enable_dropout: bool = False,
+    self,
+    encoder_input_tokens: jax.Array,
+    encoder_segment_ids: jax.Array | None = None,
+    *,
+    enable_dropout: bool = False,
   ) -> jax.Array:
     """Hidden states (B, L, M) of tokens (B, L)."""
     if encoder_segment_ids is None:
       encoder_segment_ids = self.segments(encoder_input_tokens)
     return self.encoder(
-        self.token_embedder(encoder_input_tokens),
-        encoder_segment_ids,
-        enable_dropout=enable_dropout,
+      self.token_embedder(encoder_input_tokens),
+      encoder_segment_ids,
+      enable_dropout=enable_dropout,
     )
 
   def decode(
-      self,
-      encoded_BKM: jax.Array | None,
-      encoder_segment_ids: jax.Array,
-      decoder_input_tokens: jax.Array,
-      *,
-      decoder_segment_ids: jax.Array | None = None,
-      cache: Any = None,
-      cache_length: int = 0,
-      index: int | jax.Array = 0,
-      enable_dropout: bool = False,
+    self,
+    encoded_BKM: jax.Array | None,
+    encoder_segment_ids: jax.Array,
+    decoder_input_tokens: jax.Array,
+    *,
+    decoder_segment_ids: jax.Array | None = None,
+    cache: Any = None,
+    cache_length: int = 0,
+    index: int | jax.Array = 0,
+    enable_dropout: bool = False,
   ) -> tuple[jax.Array, Any]:
     """Logits of decoder tokens, and the cache for the tokens after them.
 
@@ -312,31 +314,31 @@ class Transformer(nn.Module):
     # Unpacked decoder rows see every real encoder token of their row; in packed
     # rows segments must agree.
     outputs, cache = self.decoder(
-        self.token_embedder(decoder_input_tokens),
-        encoded_BKM,
-        decoder_segment_ids=decoder_segment_ids,
-        cross_q_segment_ids=decoder_segment_ids,
-        encoder_segment_ids=encoder_segment_ids,
-        cache=cache,
-        cache_length=cache_length,
-        index=index,
-        enable_dropout=enable_dropout,
+      self.token_embedder(decoder_input_tokens),
+      encoded_BKM,
+      decoder_segment_ids=decoder_segment_ids,
+      cross_q_segment_ids=decoder_segment_ids,
+      encoder_segment_ids=encoder_segment_ids,
+      cache=cache,
+      cache_length=cache_length,
+      index=index,
+      enable_dropout=enable_dropout,
     )
     if self.config.logits_via_embedding:
       outputs = self.token_embedder.attend(outputs)
     return outputs, cache
 
   def __call__(
-      self,
-      encoder_input_tokens: jax.Array,
-      decoder_input_tokens: jax.Array,
-      decoder_target_tokens: jax.Array | None = None,
-      encoder_segment_ids: jax.Array | None = None,
-      decoder_segment_ids: jax.Array | None = None,
-      encoder_positions: jax.Array | None = None,
-      decoder_positions: jax.Array | None = None,
-      *,
-      enable_dropout: bool = False,
+    self,
+    encoder_input_tokens: jax.Array,
+    decoder_input_tokens: jax.Array,
+    decoder_target_tokens: jax.Array | None = None,
+    encoder_segment_ids: jax.Array | None = None,
+    decoder_segment_ids: jax.Array | None = None,
+    encoder_positions: jax.Array | None = None,
+    decoder_positions: jax.Array | None = None,
+    *,
+    enable_dropout: bool = False,
   ) -> jax.Array:
     """float32 logits (B, L, V) of every decoder position.
 
@@ -359,7 +361,7 @@ class Transformer(nn.Module):
     """
     if (encoder_segment_ids is None) != (decoder_segment_ids is None):
       raise ValueError(
-          "packing needs encoder_segment_ids and decoder_segment_ids, or neither"
+        "packing needs encoder_segment_ids and decoder_segment_ids, or neither"
       )
     _check_positions("encoder", encoder_positions, encoder_segment_ids)
     _check_positions("decoder", decoder_positions, decoder_segment_ids)
@@ -368,14 +370,14 @@ class Transformer(nn.Module):
       if decoder_target_tokens is not None:
         decoder_segment_ids = self.segments(decoder_target_tokens)
     encoded_BKM = self.encode(
-        encoder_input_tokens, encoder_segment_ids, enable_dropout=enable_dropout
+      encoder_input_tokens, encoder_segment_ids, enable_dropout=enable_dropout
     )
     return self.decode(
-        encoded_BKM,
-        encoder_segment_ids,
-        decoder_input_tokens,
-        decoder_segment_ids=decoder_segment_ids,
-        enable_dropout=enable_dropout,
+      encoded_BKM,
+      encoder_segment_ids,
+      decoder_input_tokens,
+      decoder_segment_ids=decoder_segment_ids,
+      enable_dropout=enable_dropout,
     )[0]
 
   def segments(self, tokens_BL: jax.Array) -> jax.Array:
@@ -397,6 +399,6 @@ def _check_positions(side, positions_BL, segment_ids_BL) -> None:
   if segment_ids_BL is not None and wrong.any():
     row, column = np.argwhere(wrong)[0]
     raise ValueError(
-        f"{side}_positions[{row}] does not count up by one at column"
-        f" {column + 1}: T5 attends by distance within a contiguous segment"
+      f"{side}_positions[{row}] does not count up by one at column"
+      f" {column + 1}: T5 attends by distance within a contiguous segment"
     )

@@ -15,23 +15,23 @@ from pallas_kernels.flash_attention.relative_bias import RelativeBuckets
 Implementation = Literal["reference", "chunked"]
 
 _IMPLEMENTATIONS = {
-    "reference": reference.attention,
-    "chunked": chunked.attention,
+  "reference": reference.attention,
+  "chunked": chunked.attention,
 }
 
 
 def flash_attention(
-    q_BQHD: jax.Array,
-    k_BKHD: jax.Array,
-    v_BKHD: jax.Array,
-    *,
-    position: RelativeBuckets | None = None,
-    causal: bool = False,
-    q_segment_ids: jax.Array | None = None,
-    kv_segment_ids: jax.Array | None = None,
-    scale: float = 1.0,
-    implementation: Implementation | None = None,
-    q_offset: int | jax.Array = 0,
+  q_BQHD: jax.Array,
+  k_BKHD: jax.Array,
+  v_BKHD: jax.Array,
+  *,
+  position: RelativeBuckets | None = None,
+  causal: bool = False,
+  q_segment_ids: jax.Array | None = None,
+  kv_segment_ids: jax.Array | None = None,
+  scale: float = 1.0,
+  implementation: Implementation | None = None,
+  q_offset: int | jax.Array = 0,
 ) -> jax.Array:
   """softmax(scale * q k^T + bias(position), masked) v.
 
@@ -64,24 +64,22 @@ def flash_attention(
     NotImplementedError: if the named implementation does not exist.
   """
   q_BQHD, k_BKHD, v_BKHD = map(jnp.asarray, (q_BQHD, k_BKHD, v_BKHD))
-  _check_shapes(
-      q_BQHD, k_BKHD, v_BKHD, position, q_segment_ids, kv_segment_ids
-  )
+  _check_shapes(q_BQHD, k_BKHD, v_BKHD, position, q_segment_ids, kv_segment_ids)
   name = _choose(implementation)
   groups = q_BQHD.shape[2] // k_BKHD.shape[2]
   if groups > 1:
     k_BKHD = jnp.repeat(k_BKHD, groups, axis=2)
     v_BKHD = jnp.repeat(v_BKHD, groups, axis=2)
   return _IMPLEMENTATIONS[name](
-      q_BQHD,
-      k_BKHD,
-      v_BKHD,
-      None if position is None else position.distance_vector(),
-      q_segment_ids,
-      kv_segment_ids,
-      q_offset,
-      causal=causal,
-      scale=scale,
+    q_BQHD,
+    k_BKHD,
+    v_BKHD,
+    None if position is None else position.distance_vector(),
+    q_segment_ids,
+    kv_segment_ids,
+    q_offset,
+    causal=causal,
+    scale=scale,
   )
 
 
@@ -91,13 +89,13 @@ def _choose(implementation: str | None) -> str:
     return "chunked"
   if implementation not in _IMPLEMENTATIONS:
     raise NotImplementedError(
-        f"attention implementation {implementation!r} does not exist; there "
-        f"are: {', '.join(_IMPLEMENTATIONS)}"
+      f"attention implementation {implementation!r} does not exist; there "
+      f"are: {', '.join(_IMPLEMENTATIONS)}"
     )
   return implementation
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def _say_once(name: str) -> None:
   logging.getLogger("pallas_kernels").info("attention: %s", name)
 
@@ -105,7 +103,7 @@ def _say_once(name: str) -> None:
 def _check_shapes(q, k, v, position, q_segment_ids, kv_segment_ids) -> None:
   def fail(name, array, expected):
     raise ValueError(
-        f"flash_attention: {name} has shape {array.shape}, expected {expected}"
+      f"flash_attention: {name} has shape {array.shape}, expected {expected}"
     )
 
   if q.ndim != 4:
@@ -119,12 +117,12 @@ def _check_shapes(q, k, v, position, q_segment_ids, kv_segment_ids) -> None:
     fail("v_BKHD", v, f"that of k_BKHD, {k.shape}")
   if position is not None and position.num_heads != heads:
     raise ValueError(
-        f"flash_attention: position has {position.num_heads} heads, "
-        f"q_BQHD has {heads}"
+      f"flash_attention: position has {position.num_heads} heads, "
+      f"q_BQHD has {heads}"
     )
   for name, ids, length in (
-      ("q_segment_ids", q_segment_ids, queries),
-      ("kv_segment_ids", kv_segment_ids, k.shape[1]),
+    ("q_segment_ids", q_segment_ids, queries),
+    ("kv_segment_ids", kv_segment_ids, k.shape[1]),
   ):
     if ids is not None and ids.shape != (batch, length):
       fail(name, ids, f"({batch}, {length})")

@@ -25,11 +25,11 @@ def _tile_scores(q, k, bias_HQK, mask, scale):
   """float32 (B, H, q, k) masked scores of one tile."""
   precision = _precision(q.dtype)
   s = jnp.einsum(
-      "bhqd,bhkd->bhqk",
-      q,
-      k,
-      precision=precision,
-      preferred_element_type=jnp.float32,
+    "bhqd,bhkd->bhqk",
+    q,
+    k,
+    precision=precision,
+    preferred_element_type=jnp.float32,
   )
   if scale != 1.0:
     s = s * scale
@@ -85,14 +85,18 @@ def _first_query_block(causal, q_offset, j, bq, bk, nq):
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(7, 8, 9, 10))
-def _attention(q, k, v, vector_HR, q_seg, kv_seg, q_offset, causal, scale, bq, bk):
+def _attention(
+  q, k, v, vector_HR, q_seg, kv_seg, q_offset, causal, scale, bq, bk
+):
   """Blocked attention on (B, H, L, D) arrays whose lengths divide by blocks."""
   return _forward(
-      q, k, v, vector_HR, q_seg, kv_seg, q_offset, causal, scale, bq, bk
+    q, k, v, vector_HR, q_seg, kv_seg, q_offset, causal, scale, bq, bk
   )[0]
 
 
-def _forward(q, k, v, vector_HR, q_seg, kv_seg, q_offset, causal, scale, bq, bk):
+def _forward(
+  q, k, v, vector_HR, q_seg, kv_seg, q_offset, causal, scale, bq, bk
+):
   batch, heads, queries, head_dim = q.shape
   nq, nk = queries // bq, k.shape[2] // bk
 
@@ -103,13 +107,13 @@ def _forward(q, k, v, vector_HR, q_seg, kv_seg, q_offset, causal, scale, bq, bk)
     def key_block(j, carry):
       o, m, l = carry
       mask = _tile_mask(
-          causal,
-          q_offset + i * bq,
-          j * bk,
-          bq,
-          bk,
-          q_seg_i,
-          None if kv_seg is None else _block(kv_seg, j, bk, 1),
+        causal,
+        q_offset + i * bq,
+        j * bk,
+        bq,
+        bk,
+        q_seg_i,
+        None if kv_seg is None else _block(kv_seg, j, bk, 1),
       )
       bias = _tile_bias(vector_HR, j * bk - i * bq - q_offset, bq, bk)
       s = _tile_scores(q_i, _block(k, j, bk, 2), bias, mask, scale)
@@ -120,23 +124,23 @@ def _forward(q, k, v, vector_HR, q_seg, kv_seg, q_offset, causal, scale, bq, bk)
         p = jnp.where(mask, p, 0.0)
       correction = jnp.exp(m - m_next)
       o = o * correction[..., None] + jnp.einsum(
-          "bhqk,bhkd->bhqd",
-          p.astype(v.dtype),
-          _block(v, j, bk, 2),
-          precision=_precision(v.dtype),
-          preferred_element_type=jnp.float32,
+        "bhqk,bhkd->bhqd",
+        p.astype(v.dtype),
+        _block(v, j, bk, 2),
+        precision=_precision(v.dtype),
+        preferred_element_type=jnp.float32,
       )
       return o, m_next, l * correction + p.sum(axis=-1)
 
     o, m, l = jax.lax.fori_loop(
-        0,
-        _last_key_block(causal, q_offset, i, bq, bk, nk),
-        key_block,
-        (
-            jnp.zeros((batch, heads, bq, head_dim), jnp.float32),
-            jnp.full((batch, heads, bq), _MASKED, jnp.float32),
-            jnp.zeros((batch, heads, bq), jnp.float32),
-        ),
+      0,
+      _last_key_block(causal, q_offset, i, bq, bk, nk),
+      key_block,
+      (
+        jnp.zeros((batch, heads, bq, head_dim), jnp.float32),
+        jnp.full((batch, heads, bq), _MASKED, jnp.float32),
+        jnp.zeros((batch, heads, bq), jnp.float32),
+      ),
     )
     visible = l > 0
     safe_l = jnp.where(visible, l, 1.0)
@@ -157,11 +161,11 @@ def _backward(causal, scale, bq, bk, residuals, do):
 
   def product(expression, a, b):
     return jnp.einsum(
-        expression,
-        a,
-        b,
-        precision=_precision(q.dtype),
-        preferred_element_type=jnp.float32,
+      expression,
+      a,
+      b,
+      precision=_precision(q.dtype),
+      preferred_element_type=jnp.float32,
     )
 
   def key_block(carry, j):
@@ -172,13 +176,13 @@ def _backward(causal, scale, bq, bk, residuals, do):
       dq, dvector, dk_j, dv_j = carry
       q_i, do_i = _block(q, i, bq, 2), _block(do, i, bq, 2)
       mask = _tile_mask(
-          causal,
-          q_offset + i * bq,
-          j * bk,
-          bq,
-          bk,
-          None if kv_seg is None else _block(q_seg, i, bq, 1),
-          kv_seg_j,
+        causal,
+        q_offset + i * bq,
+        j * bk,
+        bq,
+        bk,
+        None if kv_seg is None else _block(q_seg, i, bq, 1),
+        kv_seg_j,
       )
       first_distance = j * bk - i * bq - q_offset
       bias = _tile_bias(vector_HR, first_distance, bq, bk)
@@ -191,9 +195,9 @@ def _backward(causal, scale, bq, bk, residuals, do):
       ds = p * (dp - _block(delta, i, bq, 2)[..., None])
       if dvector is not None:
         dvector += relative_bias.scatter_distances(
-            relative_bias.diagonal_sums(ds.sum(axis=0)),
-            relative_bias.tile_distances(first_distance, bq, bk),
-            dvector.shape[1] // 2,
+          relative_bias.diagonal_sums(ds.sum(axis=0)),
+          relative_bias.tile_distances(first_distance, bq, bk),
+          dvector.shape[1] // 2,
         )
       ds_low = (ds * scale).astype(q.dtype)
       dk_j += product("bhqk,bhqd->bhkd", ds_low, q_i)
@@ -204,16 +208,16 @@ def _backward(causal, scale, bq, bk, residuals, do):
     dq, dvector = carry
     zero = jnp.zeros(k_j.shape, jnp.float32)
     dq, dvector, dk_j, dv_j = jax.lax.fori_loop(
-        _first_query_block(causal, q_offset, j, bq, bk, nq),
-        nq,
-        query_block,
-        (dq, dvector, zero, zero),
+      _first_query_block(causal, q_offset, j, bq, bk, nq),
+      nq,
+      query_block,
+      (dq, dvector, zero, zero),
     )
     return (dq, dvector), (dk_j.astype(k.dtype), dv_j.astype(v.dtype))
 
   dvector = None if vector_HR is None else jnp.zeros_like(vector_HR)
   (dq, dvector), (dk_blocks, dv_blocks) = jax.lax.scan(
-      key_block, (jnp.zeros(q.shape, jnp.float32), dvector), jnp.arange(nk)
+    key_block, (jnp.zeros(q.shape, jnp.float32), dvector), jnp.arange(nk)
   )
   dk = jnp.moveaxis(dk_blocks, 0, 2).reshape(k.shape)
   dv = jnp.moveaxis(dv_blocks, 0, 2).reshape(v.shape)
@@ -234,17 +238,17 @@ def _pad_to(x, multiple, axis):
 
 
 def attention(
-    q_BQHD,
-    k_BKHD,
-    v_BKHD,
-    vector_HR,
-    q_segment_ids,
-    kv_segment_ids,
-    q_offset,
-    *,
-    causal: bool,
-    scale: float,
-    block: int = BLOCK,
+  q_BQHD,
+  k_BKHD,
+  v_BKHD,
+  vector_HR,
+  q_segment_ids,
+  kv_segment_ids,
+  q_offset,
+  *,
+  causal: bool,
+  scale: float,
+  block: int = BLOCK,
 ) -> jax.Array:
   """Same function as reference.attention, in memory linear in Q + K."""
   batch, queries = q_BQHD.shape[:2]
@@ -259,20 +263,20 @@ def attention(
     q_segment_ids = _pad_to(q_segment_ids, bq, 1)
     kv_segment_ids = _pad_to(kv_segment_ids, bk, 1)
   q, k, v = (
-      _pad_to(jnp.swapaxes(x, 1, 2), b, 2)
-      for x, b in ((q_BQHD, bq), (k_BKHD, bk), (v_BKHD, bk))
+    _pad_to(jnp.swapaxes(x, 1, 2), b, 2)
+    for x, b in ((q_BQHD, bq), (k_BKHD, bk), (v_BKHD, bk))
   )
   o = _attention(
-      q,
-      k,
-      v,
-      vector_HR,
-      q_segment_ids,
-      kv_segment_ids,
-      jnp.asarray(q_offset, jnp.int32),
-      causal,
-      scale,
-      bq,
-      bk,
+    q,
+    k,
+    v,
+    vector_HR,
+    q_segment_ids,
+    kv_segment_ids,
+    jnp.asarray(q_offset, jnp.int32),
+    causal,
+    scale,
+    bq,
+    bk,
   )
   return jnp.swapaxes(o[:, :, :queries], 1, 2)

@@ -12,13 +12,13 @@ from pallas_kernels.flash_attention import relative_bias
 
 
 def attention_mask(
-    queries: int,
-    keys: int,
-    *,
-    causal: bool,
-    q_offset,
-    q_segment_ids: jax.Array | None,
-    kv_segment_ids: jax.Array | None,
+  queries: int,
+  keys: int,
+  *,
+  causal: bool,
+  q_offset,
+  q_segment_ids: jax.Array | None,
+  kv_segment_ids: jax.Array | None,
 ) -> jax.Array | None:
   """Boolean, broadcastable to (B, 1, Q, K): which key each query may see.
 
@@ -39,16 +39,16 @@ def attention_mask(
 
 
 def attention(
-    q_BQHD,
-    k_BKHD,
-    v_BKHD,
-    vector_HR,
-    q_segment_ids,
-    kv_segment_ids,
-    q_offset,
-    *,
-    causal: bool,
-    scale: float,
+  q_BQHD,
+  k_BKHD,
+  v_BKHD,
+  vector_HR,
+  q_segment_ids,
+  kv_segment_ids,
+  q_offset,
+  *,
+  causal: bool,
+  scale: float,
 ) -> jax.Array:
   """softmax(scale * q k^T + bias, masked) v in float32; cast to q's dtype."""
   queries, keys = q_BQHD.shape[1], k_BKHD.shape[1]
@@ -59,12 +59,12 @@ def attention(
     distances = jnp.arange(keys) - (jnp.arange(queries) + q_offset)[:, None]
     s_BHQK += relative_bias.gather_distances(vector_HR, distances)
   mask = attention_mask(
-      queries,
-      keys,
-      causal=causal,
-      q_offset=q_offset,
-      q_segment_ids=q_segment_ids,
-      kv_segment_ids=kv_segment_ids,
+    queries,
+    keys,
+    causal=causal,
+    q_offset=q_offset,
+    q_segment_ids=q_segment_ids,
+    kv_segment_ids=kv_segment_ids,
   )
   p_BHQK = jax.nn.softmax(s_BHQK, axis=-1, where=mask)
   if mask is not None:

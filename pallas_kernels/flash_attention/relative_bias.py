@@ -17,9 +17,9 @@ import jax.numpy as jnp
 import numpy as np
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def distance_buckets(
-    num_buckets: int, max_distance: int, bidirectional: bool
+  num_buckets: int, max_distance: int, bidirectional: bool
 ) -> np.ndarray:
   """The bucket of every distance from -max_distance to +max_distance.
 
@@ -47,9 +47,9 @@ def distance_buckets(
   max_exact = side_buckets // 2
   if max_exact < 1 or max_distance <= max_exact:
     raise ValueError(
-        f"num_buckets={num_buckets} and max_distance={max_distance} leave no "
-        f"room for logarithmic buckets: max_distance must exceed {max_exact}, "
-        "and a side needs at least 2 buckets"
+      f"num_buckets={num_buckets} and max_distance={max_distance} leave no "
+      f"room for logarithmic buckets: max_distance must exceed {max_exact}, "
+      "and a side needs at least 2 buckets"
     )
   distance = np.arange(-max_distance, max_distance + 1)
   offset = 0
@@ -59,17 +59,19 @@ def distance_buckets(
   else:
     behind = np.maximum(-distance, 0)
   ratio = np.log(
-      np.maximum(behind, 1).astype(np.float32) / np.float32(max_exact)
+    np.maximum(behind, 1).astype(np.float32) / np.float32(max_exact)
   ) / np.float32(math.log(max_distance / max_exact))
   far = max_exact + (ratio * np.float32(side_buckets - max_exact)).astype(int)
-  bucket = np.where(behind < max_exact, behind, np.minimum(far, side_buckets - 1))
+  bucket = np.where(
+    behind < max_exact, behind, np.minimum(far, side_buckets - 1)
+  )
   return (offset + bucket).astype(np.int32)
 
 
 @functools.partial(
-    jax.tree_util.register_dataclass,
-    data_fields=["table_HN"],
-    meta_fields=["bidirectional", "max_distance"],
+  jax.tree_util.register_dataclass,
+  data_fields=["table_HN"],
+  meta_fields=["bidirectional", "max_distance"],
 )
 @dataclasses.dataclass(frozen=True)
 class RelativeBuckets:
@@ -92,7 +94,7 @@ class RelativeBuckets:
   def distance_vector(self) -> jax.Array:
     """float32 (H, 2 * max_distance + 1): the bias of every distance."""
     buckets_R = distance_buckets(
-        self.table_HN.shape[1], self.max_distance, self.bidirectional
+      self.table_HN.shape[1], self.max_distance, self.bidirectional
     )
     return jnp.asarray(self.table_HN, jnp.float32)[:, buckets_R]
 
@@ -148,7 +150,7 @@ def gather_distances(vector_HR: jax.Array, distances: jax.Array) -> jax.Array:
 
 
 def scatter_distances(
-    values: jax.Array, distances: jax.Array, radius: int
+  values: jax.Array, distances: jax.Array, radius: int
 ) -> jax.Array:
   """(H, 2 * radius + 1): values summed by saturated distance.
 
@@ -156,6 +158,6 @@ def scatter_distances(
   instead of a scatter, so that the sum has one order on every backend.
   """
   one_hot = jax.nn.one_hot(
-      distance_index(distances, radius), 2 * radius + 1, dtype=values.dtype
+    distance_index(distances, radius), 2 * radius + 1, dtype=values.dtype
   )
   return jnp.dot(values, one_hot, precision=jax.lax.Precision.HIGHEST)
