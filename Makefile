@@ -4,6 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 QUICKSTART_DIR ?= /tmp/quickstart
 STAMP := $(VENV)/.installed
+ORACLE := $(VENV)/oracle-4.37
 
 .PHONY: help install quickstart test lint clean
 
@@ -24,7 +25,11 @@ install: $(STAMP)
 quickstart: $(STAMP)
 	$(BIN)/python -m fat5_jax.train --gin_file=recipes/quickstart.gin --gin.MODEL_DIR=$(QUICKSTART_DIR)
 
-test: $(STAMP)
+# The oldest transformers that exports must load in, beside the current one.
+$(ORACLE): $(STAMP)
+	$(BIN)/python -m pip install --quiet --no-deps --target $@ transformers==4.37.1 tokenizers==0.15.2 huggingface-hub==0.23.4
+
+test: $(STAMP) $(ORACLE)
 	$(BIN)/python -m pytest tests
 
 lint: $(STAMP)

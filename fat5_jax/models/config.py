@@ -11,6 +11,8 @@ import dataclasses
 import json
 from typing import Any, Literal
 
+import numpy as np
+
 # Names as in T5X; "gelu" is the tanh approximation (HF's "gelu_new").
 ACTIVATIONS = ("relu", "gelu", "gelu_exact", "silu", "linear")
 DTYPES = ("float32", "bfloat16")
@@ -70,6 +72,9 @@ class T5Config:
 
   def __post_init__(self):
     object.__setattr__(self, "mlp_activations", tuple(self.mlp_activations))
+    if not isinstance(self.dtype, str):
+      # T5X's gin files say jnp.bfloat16.
+      object.__setattr__(self, "dtype", np.dtype(self.dtype).name)
     if self.dtype == "float16":
       raise ValueError(
         "dtype='float16': T5's feed-forward outputs exceed 65504, the largest"

@@ -386,17 +386,19 @@ class Transformer(nn.Module):
 
 
 def _check_positions(side, positions_BL, segment_ids_BL) -> None:
-  if positions_BL is None or isinstance(positions_BL, jax.core.Tracer):
-    return
-  if isinstance(segment_ids_BL, jax.core.Tracer):
+  """Raises unless known positions count up by one inside each segment."""
+  known = (positions_BL, segment_ids_BL)
+  if positions_BL is None or any(isinstance(x, jax.core.Tracer) for x in known):
     return
   positions = np.asarray(positions_BL)
-  same_segment = np.ones(positions[:, 1:].shape, bool)
-  if segment_ids_BL is not None:
+  if segment_ids_BL is None:
+    # The row is one segment, and zeros after its start are padding.
+    inside = positions[:, 1:] != 0
+  else:
     segments = np.asarray(segment_ids_BL)
-    same_segment = (segments[:, 1:] == segments[:, :-1]) & (segments[:, 1:] > 0)
-  wrong = same_segment & (np.diff(positions, axis=1) != 1)
-  if segment_ids_BL is not None and wrong.any():
+    inside = (segments[:, 1:] == segments[:, :-1]) & (segments[:, 1:] > 0)
+  wrong = inside & (np.diff(positions, axis=1) != 1)
+  if wrong.any():
     row, column = np.argwhere(wrong)[0]
     raise ValueError(
       f"{side}_positions[{row}] does not count up by one at column"
