@@ -4,13 +4,13 @@ import os
 import subprocess
 import sys
 
+from conftest import ROOT
+import hf_models
 import jax
 import numpy as np
 import pytest
 
-from conftest import ROOT
 from fat5_jax.convert import hf
-import hf_models
 
 TOOL = os.path.join(ROOT, "tools", "convert_checkpoint.py")
 

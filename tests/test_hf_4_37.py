@@ -9,6 +9,7 @@ import os
 import subprocess
 import sys
 
+import hf_models
 import jax
 import numpy as np
 import pytest
@@ -16,7 +17,6 @@ import seqio
 
 from fat5_jax.convert import hf
 from fat5_jax.models.t5 import Transformer
-import hf_models
 
 ORACLE = os.path.join(sys.prefix, "oracle-4.37")
 
