@@ -49,6 +49,7 @@ GIN_ROOTS = [
 ]
 _INCLUDE = re.compile(r"^[ \t]*include[ \t]+['\"]([^'\"]+)['\"]", re.MULTILINE)
 _MACRO_SET = re.compile(r"^[ \t]*([A-Z][A-Z0-9_]*)\s*=", re.MULTILINE)
+_REFERENCE = re.compile(r"@[\w./]+|%[A-Z][A-Z0-9_]*")
 _MACRO_USED = re.compile(r"%([A-Z][A-Z0-9_]*)")
 
 
@@ -190,8 +191,10 @@ def _check_macros(files: _GinFiles, bindings: list[str]) -> None:
         )
 
 
-def _parse(files: list[str], bindings: list[str], search_paths: list[str]):
-  """Parses everything into gin's global configuration."""
+def _parse(
+  files: list[str], bindings: list[str], search_paths: list[str], function: str
+) -> None:
+  """Parses everything that `function` shall be called with."""
   import importlib.util  # gin 0.5 uses it without importing it  # noqa: F401
 
   import gin
@@ -215,30 +218,38 @@ def _parse(files: list[str], bindings: list[str], search_paths: list[str]):
     raise UserError(f"gin: {e}") from None
   except (ValueError, TypeError, SyntaxError, RuntimeError, OSError) as e:
     raise UserError(_explain_gin_error(str(e))) from None
-  _check_required(gin)
+  _check_required(gin, function)
 
 
-def _check_required(gin) -> None:
-  """Raises for macros left at %gin.REQUIRED that the configuration uses."""
+def _check_required(gin, function: str) -> None:
+  """Raises for macros at %gin.REQUIRED that a command's function comes to use.
+
+  Bindings of other commands in the same files do not count.
+  """
   config = gin.config._CONFIG  # gin has no public view of its bindings.
-  macros = {
-    scope: values.get("value")
-    for (scope, selector), values in config.items()
-    if selector == "gin.macro"
-  }
-  used = set()
-  for values in config.values():
-    for value in values.values():
-      used |= set(_MACRO_USED.findall(repr(value)))
-  missing = sorted(
-    name
-    for name, value in macros.items()
-    if "REQUIRED" in repr(value) and name in used
-  )
+  todo, seen, missing = [f"@{function}"], set(), []
+  while todo:
+    reference = todo.pop()
+    if reference in seen:
+      continue
+    seen.add(reference)
+    name = reference[1:].split("/")[-1]
+    for (scope, selector), values in config.items():
+      if selector == "gin.macro":
+        found = reference == f"%{scope}"
+      else:
+        found = reference[0] == "@" and f".{selector}".endswith(f".{name}")
+      if not found:
+        continue
+      text = repr(list(values.values()))
+      if selector == "gin.macro" and "REQUIRED" in text:
+        missing.append(scope)
+      todo += _REFERENCE.findall(text)
   if missing:
-    flags = " ".join(f"--gin.{name}=..." for name in missing)
+    flags = " ".join(f"--gin.{name}=..." for name in sorted(missing))
     raise UserError(
-      f"{', '.join(missing)} must be set: in a gin file, or with {flags}"
+      f"{', '.join(sorted(missing))} must be set: in a gin file, or with"
+      f" {flags}"
     )
 
 
@@ -312,7 +323,12 @@ def _run(command: str, arguments: list[str]) -> None:
 
   module = importlib.import_module(module_name)
   search_paths = [p for p in flags.gin_search_paths.split(",") if p]
-  _parse(files, [*flags.gin_bindings, *bindings], search_paths)
+  _parse(
+    files,
+    [*flags.gin_bindings, *bindings],
+    search_paths,
+    function_name,
+  )
   function = gin.get_configurable(getattr(module, function_name))
   try:
     function(config_text=gin.config_str, dry_run=flags.dry_run)

@@ -67,11 +67,9 @@ def infer(
   """
   del config_text
   model, params, own_vocabulary, source = load_model(checkpoint_path, model)
-  vocabulary = own_vocabulary or vocabulary
+  vocabulary = vocabulary or own_vocabulary
   if vocabulary is None:
-    raise UserError(
-      f"{source.path} brings no vocabulary; set VOCABULARY in gin"
-    )
+    raise UserError(f"{source.path} brings no vocabulary; set INFER_VOCABULARY")
   output_format = _choose_format(output, output_format)
   if input is None and dataset_cfg is not None:
     if dataset_cfg.vocabulary is None:

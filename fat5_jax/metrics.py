@@ -79,9 +79,14 @@ class MetricsLog:
     """Adds scalars to the CSV and, where `events` names a folder, there too."""
     values = {key: float(np.asarray(v)) for key, v in values.items()}
     rows = [(step, dataset, key, value) for key, value in values.items()]
-    self._rows += rows
-    with open(self._path, "a", encoding="utf-8", newline="") as file:
-      csv.writer(file, lineterminator="\n").writerows(rows)
+    # An evaluation that a kill cut short is run, and written, again.
+    again = {row[:3] for row in rows} & {row[:3] for row in self._rows}
+    self._rows = [row for row in self._rows if row[:3] not in again] + rows
+    if again:
+      self._rewrite()
+    else:
+      with open(self._path, "a", encoding="utf-8", newline="") as file:
+        csv.writer(file, lineterminator="\n").writerows(rows)
     if events is not None:
       if events not in self._writers:
         self._writers[events] = metric_writers.SummaryWriter(
@@ -89,6 +94,10 @@ class MetricsLog:
         )
       self._writers[events].write_scalars(step, values)
       self._writers[events].flush()
+
+  def has(self, step: int, prefix: str) -> bool:
+    """Whether a data set whose name starts so has values at a step."""
+    return any(s == step and d.startswith(prefix) for s, d, _, _ in self._rows)
 
   def latest(self) -> dict[str, dict[str, float]]:
     """The last value of every metric, by data set."""

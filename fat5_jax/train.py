@@ -31,6 +31,12 @@ from fat5_jax.data import pipeline, vocabularies
 from fat5_jax.errors import UserError
 from fat5_jax.eval import InferenceEvaluator, loss_metrics
 
+_CLOSING_METRICS = (
+  "loss_per_nonpadding_target_token",
+  "accuracy",
+  "non_padding_fraction/overall",
+  "timing/target_tokens_per_second",
+)
 # Steps that may be in flight; bounds how late a NaN or a signal is seen.
 _IN_FLIGHT = 2
 
@@ -254,6 +260,9 @@ def train(
   pending: collections.deque = collections.deque()
   mark, waited = time.monotonic(), 0.0
   last_evaluated = None
+  last_part = "training_eval/" if evaluator is None else "inference_eval/"
+  if log.has(first_step, last_part):
+    last_evaluated = first_step
 
   def drain(limit: int) -> None:
     """Takes the sums of finished steps in, until `limit` are in flight."""
@@ -304,6 +313,16 @@ def train(
   with _StopSignal() as stop:
     if own_step is None:
       save()
+    elif (
+      eval_period
+      and step > begin_step
+      and step % eval_period == 0
+      and last_evaluated != step
+    ):
+      # The run was killed between saving this step and evaluating it.
+      with off_the_clock():
+        run_evaluation()
+        last_evaluated = step
     while step < last_step and not stop.received:
       state, sums = train_step(state, next(batches))
       step += 1
@@ -395,7 +414,7 @@ def _closing_words(log, evaluator, model_dir: str, step: int) -> None:
       (dataset, metric, value)
       for dataset, values in log.latest().items()
       for metric, value in values.items()
-      if not metric.startswith("timing/")
+      if metric in _CLOSING_METRICS or dataset.startswith("inference_eval")
     ],
   )
   if evaluator is not None:

@@ -49,7 +49,7 @@ def clean_gin():
 
 
 def model_config(file):
-  cli._parse([file], ["VOCAB_FILE = 'none'"], [])
+  cli._parse([file], ["VOCAB_FILE = 'none'"], [], "none")
   return gin.get_configurable("config.T5Config")()
 
 
@@ -97,4 +97,4 @@ def test_a_run_file_parses(file):
   ]
   bindings += ["MODEL = None", "VOCABULARY = None"]
   files = ["runs/infer.gin", file] if "infer" in file else [file]
-  cli._parse(files, bindings, [])
+  cli._parse(files, bindings, [], "train")
