@@ -30,7 +30,7 @@ $(ORACLE): $(STAMP)
 	$(BIN)/python -m pip install --quiet --no-deps --target $@ transformers==4.37.1 tokenizers==0.15.2 huggingface-hub==0.23.4
 
 test: $(STAMP) $(ORACLE)
-	$(BIN)/python -m pytest tests
+	$(BIN)/python -m pytest -n 2 tests
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

@@ -233,18 +233,21 @@ def _check_required(gin, function: str) -> None:
     if reference in seen:
       continue
     seen.add(reference)
-    name = reference[1:].split("/")[-1]
+    *scopes, name = reference[1:].split("/")
+    # A scoped reference takes unscoped bindings too, where it has none itself.
+    bindings: dict[str, object] = {}
+    is_macro = reference[0] == "%"
     for (scope, selector), values in config.items():
-      if selector == "gin.macro":
-        found = reference == f"%{scope}"
+      if is_macro:
+        found = selector == "gin.macro" and scope == name
       else:
-        found = reference[0] == "@" and f".{selector}".endswith(f".{name}")
-      if not found:
-        continue
-      text = repr(list(values.values()))
-      if selector == "gin.macro" and "REQUIRED" in text:
-        missing.append(scope)
-      todo += _REFERENCE.findall(text)
+        found = scope in ("", *scopes) and f".{selector}".endswith(f".{name}")
+      if found:
+        bindings = bindings | values if scope else values | bindings
+    text = repr(list(bindings.values()))
+    if is_macro and "REQUIRED" in text:
+      missing.append(name)
+    todo += _REFERENCE.findall(text)
   if missing:
     flags = " ".join(f"--gin.{name}=..." for name in sorted(missing))
     raise UserError(
