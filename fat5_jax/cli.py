@@ -332,9 +332,13 @@ def _run(command: str, arguments: list[str]) -> None:
     search_paths,
     function_name,
   )
-  function = gin.get_configurable(getattr(module, function_name))
+  plain_function = getattr(module, function_name)
+  function = gin.get_configurable(plain_function)
+  options = {"dry_run": flags.dry_run}
+  if "config_text" in inspect.signature(plain_function).parameters:
+    options["config_text"] = gin.config_str
   try:
-    function(config_text=gin.config_str, dry_run=flags.dry_run)
+    function(**options)
   except (RuntimeError, TypeError, ValueError) as e:
     # Only gin's own complaints are the user's; others keep their traceback.
     cause = _gin_call_error(e, function_name)

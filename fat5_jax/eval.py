@@ -52,7 +52,7 @@ class InferenceEvaluator:
         async_compute_metrics=False,
       )
     if self._evaluator.eval_tasks:
-      pipeline.check_vocabulary(config, model.config.vocab_size)
+      pipeline.check_vocabulary(config, model.config)
       shapes = self._evaluator.model_feature_shapes
       max_length = shapes["decoder_target_tokens"][0]
       self._predict = jax.jit(

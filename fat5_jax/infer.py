@@ -6,7 +6,7 @@ if __name__ == "__main__":
 
   raise SystemExit(cli.main("infer"))
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 import contextlib
 import dataclasses
 import itertools
@@ -40,7 +40,6 @@ def infer(
   max_output_length: int = 256,
   model: Any = None,
   vocabulary: seqio.Vocabulary | None = None,
-  config_text: Callable[[], str] | None = None,
   dry_run: bool = False,
 ) -> None:
   """Writes a prediction for every line, or every example of a task.
@@ -59,13 +58,11 @@ def infer(
     max_output_length: most tokens of a prediction.
     model: overrides the checkpoint's own T5Config (same architecture).
     vocabulary: overrides the checkpoint's own.
-    config_text: unused, for symmetry of the commands.
     dry_run: stop once everything is built.
 
   Raises:
     UserError: for a mistake in the checkpoint, the input or the task.
   """
-  del config_text
   model, params, own_vocabulary, source = load_model(checkpoint_path, model)
   vocabulary = vocabulary or own_vocabulary
   if vocabulary is None:
@@ -86,9 +83,8 @@ def infer(
     )
   )
   params = jax.device_put(params)
-  if rows is not None and (input or "-") == "-" and dataset_cfg is None:
-    if sys.stdin.isatty():
-      console.say("one input a line, end with Ctrl-D:")
+  if (input or "-") == "-" and dataset_cfg is None and sys.stdin.isatty():
+    console.say("one input a line, end with Ctrl-D:")
   count = 0
   with _open_output(output) as file:
     for batch in _batches(rows, batch_size):
@@ -96,7 +92,9 @@ def infer(
         _encode(vocabulary, row["inputs"], max_input_length, model.config)
         for row in batch
       ]
-      predictions = np.asarray(predict(params, _pad(tokens, batch_size)))
+      predictions = np.asarray(
+        predict(params, _pad(tokens, batch_size, model.config.pad_token_id))
+      )
       for row, ids in zip(batch, predictions):
         row["prediction"] = vocabulary.decode(ids.tolist())
         file.write(_format(row, output_format, header=count == 0))
@@ -125,7 +123,7 @@ def _input_rows(path: str) -> Iterator[dict[str, str]]:
       raise UserError(f"{path}: no such input file")
     located = (
       (f"{path}, row {n}", {"text": line})
-      for n, line in sources._read_lines(path, open)
+      for n, line in sources.read_lines(path, open)
     )
   else:
     located = sources.read_file(path)
@@ -182,10 +180,10 @@ def _encode(vocabulary, text: str, max_length: int | None, config) -> list[int]:
   return ids
 
 
-def _pad(tokens: list[list[int]], rows: int) -> np.ndarray:
+def _pad(tokens: list[list[int]], rows: int, pad_id: int) -> np.ndarray:
   longest = max(map(len, tokens))
   length = -(-longest // _LENGTH_STEP) * _LENGTH_STEP
-  padded = np.zeros((rows, length), np.int32)
+  padded = np.full((rows, length), pad_id, np.int32)
   for row, ids in zip(padded, tokens):
     row[: len(ids)] = ids
   return padded

@@ -105,7 +105,7 @@ def train(
     raise UserError(f"RANDOM_SEED = {random_seed!r} must be a whole number")
   config = model.config
   task = train_dataset_cfg.task()
-  pipeline.check_vocabulary(train_dataset_cfg, config.vocab_size)
+  pipeline.check_vocabulary(train_dataset_cfg, config)
   train_step = jax.jit(
     steps.make_train_step(
       model,

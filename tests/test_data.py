@@ -9,6 +9,7 @@ import seqio
 
 from fat5_jax.data import pipeline, sources, spoken_values, tasks, vocabularies
 from fat5_jax.errors import UserError
+from fat5_jax.models.config import T5Config
 
 BYTES = seqio.ByteVocabulary(0)
 ROWS = [{"text": f"number {i}", "label": str(i)} for i in range(12)]
@@ -182,7 +183,13 @@ def test_a_token_beyond_the_embedding_is_an_error(tmp_path):
   with pytest.raises(UserError, match="vocab_size = 100"):
     next(pipeline.train_batches(config, 100))
   with pytest.raises(UserError, match="259 ids"):
-    pipeline.check_vocabulary(config, 100)
+    pipeline.check_vocabulary(config, T5Config(vocab_size=100))
+
+
+def test_a_model_that_pads_with_another_id_is_refused(tmp_path):
+  model = T5Config(vocab_size=384, pad_token_id=1)
+  with pytest.raises(UserError, match="pad_token_id = 1"):
+    pipeline.check_vocabulary(make_config(make_task(tmp_path)), model)
 
 
 def test_an_unknown_task_names_the_nearest():

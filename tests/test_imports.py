@@ -41,6 +41,7 @@ ALLOWED = {
     "fat5_jax.data",
     "fat5_jax.errors",
     "fat5_jax.checkpoints",
+    "fat5_jax.models.config",
   },
 }
 

@@ -20,6 +20,7 @@ import tensorflow_datasets as tfds
 
 from fat5_jax.data import sources, tasks
 from fat5_jax.errors import UserError, nearest
+from fat5_jax.models.config import T5Config
 
 # TensorFlow reads data; the accelerator is JAX's.
 tf.config.set_visible_devices([], "GPU")
@@ -197,16 +198,27 @@ def fill_rows(batch: Batch, rows: int) -> Batch:
   }
 
 
-def check_vocabulary(config: DatasetConfig, vocab_size: int) -> None:
-  """Raises UserError if the task has more ids than the model's embedding."""
+def check_vocabulary(config: DatasetConfig, model_config: T5Config) -> None:
+  """Raises UserError unless the task's ids mean to the model what they are.
+
+  The task may have no more ids than the embedding, and SeqIO pads rows and
+  starts decoder inputs with 0.
+  """
   task = config.task()
+  rows = model_config.vocab_size
   for name, feature in task.output_features.items():
-    if feature.vocabulary.vocab_size > vocab_size:
+    if feature.vocabulary.vocab_size > rows:
       raise UserError(
         f"task {task.name!r}: the vocabulary of {name!r} has"
         f" {feature.vocabulary.vocab_size} ids, the model's embedding"
-        f" {vocab_size} rows; token ids beyond it would have no embedding. Set"
-        " T5Config.vocab_size or use the model's own vocabulary"
+        f" {rows} rows; token ids beyond it would have no embedding."
+        " Set T5Config.vocab_size or use the model's own vocabulary"
+      )
+  for key in ("pad_token_id", "decoder_start_token_id"):
+    if getattr(model_config, key) != 0:
+      raise UserError(
+        f"the model has {key} = {getattr(model_config, key)}; SeqIO's batches"
+        " have 0 there, so it cannot be trained or scored on a task"
       )
 
 

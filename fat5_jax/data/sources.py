@@ -63,7 +63,7 @@ def _located(path: str, number: int) -> str:
   return f"{path}, row {number}"
 
 
-def _read_lines(path: str, opener) -> Iterator[tuple[int, str]]:
+def read_lines(path: str, opener) -> Iterator[tuple[int, str]]:
   """(1-based line number, text), without byte-order mark and line ends."""
   with opener(path, "rb") as file:
     for number, line in enumerate(file, 1):
@@ -78,7 +78,7 @@ def _read_lines(path: str, opener) -> Iterator[tuple[int, str]]:
 
 
 def _read_jsonl(path: str, opener) -> Iterator[LocatedRow]:
-  for number, line in _read_lines(path, opener):
+  for number, line in read_lines(path, opener):
     where = _located(path, number)
     if not line.strip():
       raise UserError(f"{where}: empty line")
@@ -98,7 +98,7 @@ def _read_delimited(
   quoting: bool,
   columns: Sequence[str] | None,
 ) -> Iterator[LocatedRow]:
-  lines = _read_lines(path, opener)
+  lines = read_lines(path, opener)
   if quoting:
     # Quoted fields may hold line ends, so the csv reader needs them back.
     records = csv.reader(
@@ -180,7 +180,7 @@ def read_file(
   if suffix == ".txt":
     return (
       (_located(path, number), {"text": line})
-      for number, line in _read_lines(path, opener)
+      for number, line in read_lines(path, opener)
     )
   raise UserError(
     f"{path}: unknown format {suffix!r}; known are .tsv .csv .jsonl .json"
@@ -248,7 +248,7 @@ class ParallelFiles:
 
   def rows(self, split: str) -> Iterator[LocatedRow]:
     columns = self.splits[split]
-    readers = [_read_lines(p, _suffix(p)[1]) for p in columns.values()]
+    readers = [read_lines(p, _suffix(p)[1]) for p in columns.values()]
     first = next(iter(columns.values()))
     number = 0
     while True:
