@@ -16,6 +16,7 @@ import contextlib
 import itertools
 import os
 import shlex
+import shutil
 import signal
 import sys
 import time
@@ -417,12 +418,20 @@ def _closing_words(log, evaluator, model_dir: str, step: int) -> None:
       if metric in _CLOSING_METRICS or dataset.startswith("inference_eval")
     ],
   )
+  example = ""
   if evaluator is not None:
-    console.samples_table(evaluator.samples(step, 8))
+    samples = list(evaluator.samples(step, 8))
+    console.samples_table(samples)
+    if samples:
+      example = f"echo {shlex.quote(samples[0]['input'])} | "
   console.say(f"curves: {log.plot()}")
+  python = "python"
+  if shutil.which("python") != sys.executable:
+    python = sys.executable
   console.say(
     "try your own lines next:\n"
-    f"  python -m fat5_jax.infer --gin.MODEL_DIR={shlex.quote(model_dir)}"
+    f"  {example}{python} -m fat5_jax.infer"
+    f" --gin.MODEL_DIR={shlex.quote(model_dir)}"
   )
 
 
