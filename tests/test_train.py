@@ -181,6 +181,21 @@ def test_a_killed_run_goes_on_to_the_same_bits(folder):
   assert [row["inputs"] for row in rows] == ["say a", "say b", "say c"]
   assert all(isinstance(row["prediction"], str) for row in rows)
 
+  # A task's split instead of lines, targets beside.
+  done = run(
+    folder,
+    "infer",
+    *TRAIN,
+    "--gin_file=runs/infer_task.gin",
+    "--gin.OUTPUT=task.jsonl",
+  )
+  assert done.returncode == 0, done.stderr
+  rows = [
+    json.loads(line)
+    for line in (folder / "task.jsonl").read_text().splitlines()
+  ]
+  assert len(rows) == 60 and rows[3]["targets"] == "21"
+
 
 @pytest.mark.slow
 def test_sigterm_saves_and_says_how_to_go_on(folder):

@@ -76,6 +76,8 @@ class DatasetConfig:
     Raises:
       UserError: for an unknown task, split or module.
     """
+    if self.mixture_or_task_name is None:
+      raise UserError("MIXTURE_OR_TASK_NAME must be set")
     if self.module:
       try:
         importlib.import_module(self.module)
