@@ -133,7 +133,6 @@ def test_a_killed_run_goes_on_to_the_same_bits(folder):
     assert (run_dir / name).exists(), name
   assert checkpoints.steps(run_dir) == [6, 9, 12], "KEEP = 3"
 
-  # Slow the process down a little so that the kill lands inside.
   process = subprocess.Popen(
     command("train", "--gin_file=tiny.gin", "--gin.MODEL_DIR=killed"),
     cwd=folder,

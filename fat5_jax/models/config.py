@@ -8,7 +8,6 @@ position buckets. Arrays with two or more axes carry them in their names.
 from __future__ import annotations
 
 import dataclasses
-import json
 from typing import Any, Literal
 
 import numpy as np
@@ -117,13 +116,6 @@ class T5Config:
 
   def replace(self, **changes: Any) -> T5Config:
     return dataclasses.replace(self, **changes)
-
-  def to_json(self) -> str:
-    return json.dumps(dataclasses.asdict(self), indent=2)
-
-  @classmethod
-  def from_json(cls, text: str) -> T5Config:
-    return cls(**json.loads(text))
 
   def architecture(self) -> dict[str, Any]:
     """The fields that fix the function, without the run-time choices."""
