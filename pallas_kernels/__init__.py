@@ -6,6 +6,17 @@ Axis legend, used in every array name of this repository: `B` batch,
 """
 
 from pallas_kernels.flash_attention.api import flash_attention
-from pallas_kernels.flash_attention.relative_bias import RelativeBuckets
+from pallas_kernels.flash_attention.positions import (
+  Alibi,
+  DistanceVector,
+  FullBias,
+  RelativeBuckets,
+)
 
-__all__ = ["RelativeBuckets", "flash_attention"]
+__all__ = [
+  "Alibi",
+  "DistanceVector",
+  "FullBias",
+  "RelativeBuckets",
+  "flash_attention",
+]

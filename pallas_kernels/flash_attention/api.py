@@ -3,20 +3,28 @@
 from __future__ import annotations
 
 import functools
+import importlib
 import logging
 from typing import Literal
 
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.flash_attention import chunked, reference
-from pallas_kernels.flash_attention.relative_bias import RelativeBuckets
+from pallas_kernels.flash_attention import tiling
+from pallas_kernels.flash_attention.positions import FullBias, Position
 
-Implementation = Literal["reference", "chunked"]
+Implementation = Literal[
+  "reference", "chunked", "mosaic_tpu", "mosaic_gpu", "triton"
+]
 
-_IMPLEMENTATIONS = {
-  "reference": reference.attention,
-  "chunked": chunked.attention,
+# A module each, imported when first asked for: a kernel's needs a jax that has
+# its compiler.
+_MODULES = {
+  "reference": "reference",
+  "chunked": "chunked",
+  "mosaic_tpu": "tpu",
+  "mosaic_gpu": "gpu_mosaic",
+  "triton": "gpu_triton",
 }
 
 
@@ -25,7 +33,7 @@ def flash_attention(
   k_BKHD: jax.Array,
   v_BKHD: jax.Array,
   *,
-  position: RelativeBuckets | None = None,
+  position: Position | None = None,
   causal: bool = False,
   q_segment_ids: jax.Array | None = None,
   kv_segment_ids: jax.Array | None = None,
@@ -50,8 +58,10 @@ def flash_attention(
       ones.
     kv_segment_ids: integers (B, K), likewise.
     scale: multiplies q k^T. T5 uses 1 (no 1/sqrt(D)).
-    implementation: "reference" (dense, float32) or "chunked" (memory linear in
-      length); None picks one that runs.
+    implementation: "reference" (dense, float32), "chunked" (plain XLA, memory
+      linear in length), or a kernel: "mosaic_tpu", "mosaic_gpu" (Hopper and
+      later, jax 0.11 and later), "triton" (Ampere and later). None picks the
+      best that runs, and logs once which.
     q_offset: position of the first query, a number or a traced scalar: the
       cache index in decoding.
 
@@ -61,43 +71,87 @@ def flash_attention(
 
   Raises:
     ValueError: if the shapes do not fit together, naming the argument.
-    NotImplementedError: if the named implementation does not exist.
+    NotImplementedError: if the named implementation does not exist or cannot
+      take these arguments, with the reason.
   """
   q_BQHD, k_BKHD, v_BKHD = map(jnp.asarray, (q_BQHD, k_BKHD, v_BKHD))
   _check_shapes(q_BQHD, k_BKHD, v_BKHD, position, q_segment_ids, kv_segment_ids)
-  name = _choose(implementation)
+  bias = None if position is None else position.lowered()
+  module = _choose(implementation, q_BQHD, k_BKHD, bias)
   groups = q_BQHD.shape[2] // k_BKHD.shape[2]
   if groups > 1:
     k_BKHD = jnp.repeat(k_BKHD, groups, axis=2)
     v_BKHD = jnp.repeat(v_BKHD, groups, axis=2)
-  return _IMPLEMENTATIONS[name](
+  # Padding may hold anything, NaN too, and 0 * NaN is NaN: it is emptied here,
+  # and by the transpose of these lines in the backward pass.
+  q_BQHD = _without_padding(q_BQHD, q_segment_ids)
+  k_BKHD = _without_padding(k_BKHD, kv_segment_ids)
+  v_BKHD = _without_padding(v_BKHD, kv_segment_ids)
+  o_BQHD = module.attention(
     q_BQHD,
     k_BKHD,
     v_BKHD,
-    None if position is None else position.distance_vector(),
+    bias,
     q_segment_ids,
     kv_segment_ids,
     q_offset,
     causal=causal,
     scale=scale,
   )
+  return _without_padding(o_BQHD, q_segment_ids)
 
 
-def _choose(implementation: str | None) -> str:
-  if implementation is None:
-    _say_once("chunked")
-    return "chunked"
-  if implementation not in _IMPLEMENTATIONS:
-    raise NotImplementedError(
-      f"attention implementation {implementation!r} does not exist; there "
-      f"are: {', '.join(_IMPLEMENTATIONS)}"
-    )
-  return implementation
+def _without_padding(x_BLHD, segment_ids_BL):
+  if segment_ids_BL is None:
+    return x_BLHD
+  real_BL11 = (segment_ids_BL != 0)[:, :, None, None]
+  return jnp.where(real_BL11, x_BLHD, 0)
+
+
+def _module(name: str):
+  return importlib.import_module(
+    f"pallas_kernels.flash_attention.{_MODULES[name]}"
+  )
+
+
+def _choose(implementation: str | None, q, k, bias):
+  """The module that computes; the named one, or the best that runs."""
+  if implementation is not None:
+    if implementation not in _MODULES:
+      raise NotImplementedError(
+        f"attention implementation {implementation!r} does not exist; there "
+        f"are: {', '.join(_MODULES)}"
+      )
+    reason = _unsupported(implementation, q, k, bias)
+    if reason:
+      raise NotImplementedError(
+        f"attention implementation {implementation!r} cannot run: {reason}"
+      )
+    return _module(implementation)
+  reasons = []
+  for name in tiling.preferred(q.shape[1]):
+    reason = _unsupported(name, q, k, bias)
+    if not reason:
+      _say_once(name, "; ".join(reasons))
+      return _module(name)
+    reasons.append(f"not {name}: {reason}")
+  raise AssertionError("chunked takes everything")
+
+
+def _unsupported(name: str, q, k, bias) -> str | None:
+  try:
+    module = _module(name)
+  except ImportError as error:
+    return str(error)
+  check = getattr(module, "unsupported", None)
+  return check(q, k, bias) if check else None
 
 
 @functools.cache
-def _say_once(name: str) -> None:
-  logging.getLogger("pallas_kernels").info("attention: %s", name)
+def _say_once(name: str, reasons: str) -> None:
+  logging.getLogger("pallas_kernels").info(
+    "attention: %s%s", name, f" ({reasons})" if reasons else ""
+  )
 
 
 def _check_shapes(q, k, v, position, q_segment_ids, kv_segment_ids) -> None:
@@ -115,7 +169,16 @@ def _check_shapes(q, k, v, position, q_segment_ids, kv_segment_ids) -> None:
     fail("k_BKHD", k, f"a number of heads that divides {heads}")
   if v.shape != k.shape:
     fail("v_BKHD", v, f"that of k_BKHD, {k.shape}")
-  if position is not None and position.num_heads != heads:
+  if isinstance(position, FullBias):
+    sizes = ((1, batch), (1, heads), (queries,), (k.shape[1],))
+    shape = position.bias_BHQK.shape
+    if len(shape) != 4 or any(a not in b for a, b in zip(shape, sizes)):
+      fail(
+        "FullBias.bias_BHQK",
+        position.bias_BHQK,
+        f"(1 or {batch}, 1 or {heads}, {queries}, {k.shape[1]})",
+      )
+  elif position is not None and position.num_heads != heads:
     raise ValueError(
       f"flash_attention: position has {position.num_heads} heads, "
       f"q_BQHD has {heads}"

@@ -3,7 +3,8 @@
 Forward: online softmax over key blocks for one query block at a time
 (FlashAttention, arXiv:2205.14135). Backward: recomputes each tile from the
 saved log-sum-exp, one key block at a time. The bias is cut tile by tile from
-the distance vector, and its gradient is summed along diagonals.
+the distance vector, and its gradient is summed along diagonals. A few queries
+against many keys (decoding) are one tile, without a loop.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels.flash_attention import relative_bias
+from pallas_kernels.flash_attention.positions import FullBias
 
 # Tiles of 512 x 512 keep the working set at 1 MiB a head in float32 while the
 # matrix products stay large enough to run at speed.
@@ -58,12 +60,42 @@ def _tile_mask(causal, q_start, k_start, bq, bk, q_seg, kv_seg):
   return mask
 
 
-def _tile_bias(vector_HR, first_distance, bq, bk):
-  if vector_HR is None:
+def _tile_bias(bias, i, j, bq, bk, q_offset):
+  """float32 (H, bq, bk), or (B or 1, H or 1, bq, bk) of a full bias."""
+  if bias is None:
     return None
-  distances = relative_bias.tile_distances(first_distance, bq, bk)
-  diagonals = relative_bias.gather_distances(vector_HR, distances)
-  return relative_bias.toeplitz(diagonals, bq, bk)
+  if isinstance(bias, FullBias):
+    return _full_tile(bias.bias_BHQK, i, j, bq, bk)
+  diagonals_HR = _diagonals(bias, i, j, bq, bk, q_offset)
+  return relative_bias.toeplitz(diagonals_HR, bq, bk)
+
+
+def _diagonals(bias, i, j, bq, bk, q_offset):
+  first_distance = j * bk - (i * bq + bq - 1) - q_offset
+  return bias.window(first_distance, bq + bk - 1)
+
+
+def _full_tile(x_BHQK, i, j, bq, bk):
+  return jax.lax.dynamic_slice(
+    x_BHQK, (0, 0, i * bq, j * bk), (*x_BHQK.shape[:2], bq, bk)
+  )
+
+
+def _add_bias_gradient(dbias, ds_BHQK, i, j, bq, bk, q_offset):
+  """`dbias` plus what this tile contributes to it."""
+  if dbias is None:
+    return None
+  if isinstance(dbias, FullBias):
+    x_BHQK = dbias.bias_BHQK
+    shared = tuple(a for a in (0, 1) if x_BHQK.shape[a] == 1)
+    tile = _full_tile(x_BHQK, i, j, bq, bk) + ds_BHQK.sum(shared, keepdims=True)
+    return FullBias(
+      jax.lax.dynamic_update_slice(x_BHQK, tile, (0, 0, i * bq, j * bk))
+    )
+  _, transpose = jax.vjp(lambda b: _diagonals(b, i, j, bq, bk, q_offset), dbias)
+  tile_HQK = ds_BHQK.sum(axis=0)
+  (gradient,) = transpose(relative_bias.diagonal_sums(tile_HQK))
+  return jax.tree.map(jnp.add, dbias, gradient)
 
 
 def _block(x, index, size, axis):
@@ -84,19 +116,22 @@ def _first_query_block(causal, q_offset, j, bq, bk, nq):
   return jnp.clip((j * bk - q_offset) // bq, 0, nq)
 
 
+def _loop(start, stop, most, body, carry):
+  """fori_loop; a single iteration is run in line, without a `while`."""
+  if most == 1:
+    return body(0, carry)
+  return jax.lax.fori_loop(start, stop, body, carry)
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(7, 8, 9, 10))
-def _attention(
-  q, k, v, vector_HR, q_seg, kv_seg, q_offset, causal, scale, bq, bk
-):
+def _attention(q, k, v, bias, q_seg, kv_seg, q_offset, causal, scale, bq, bk):
   """Blocked attention on (B, H, L, D) arrays whose lengths divide by blocks."""
   return _forward(
-    q, k, v, vector_HR, q_seg, kv_seg, q_offset, causal, scale, bq, bk
+    q, k, v, bias, q_seg, kv_seg, q_offset, causal, scale, bq, bk
   )[0]
 
 
-def _forward(
-  q, k, v, vector_HR, q_seg, kv_seg, q_offset, causal, scale, bq, bk
-):
+def _forward(q, k, v, bias, q_seg, kv_seg, q_offset, causal, scale, bq, bk):
   batch, heads, queries, head_dim = q.shape
   nq, nk = queries // bq, k.shape[2] // bk
 
@@ -115,8 +150,8 @@ def _forward(
         q_seg_i,
         None if kv_seg is None else _block(kv_seg, j, bk, 1),
       )
-      bias = _tile_bias(vector_HR, j * bk - i * bq - q_offset, bq, bk)
-      s = _tile_scores(q_i, _block(k, j, bk, 2), bias, mask, scale)
+      tile = _tile_bias(bias, i, j, bq, bk, q_offset)
+      s = _tile_scores(q_i, _block(k, j, bk, 2), tile, mask, scale)
       m_next = jnp.maximum(m, s.max(axis=-1))
       p = jnp.exp(s - m_next[..., None])
       if mask is not None:
@@ -132,9 +167,10 @@ def _forward(
       )
       return o, m_next, l * correction + p.sum(axis=-1)
 
-    o, m, l = jax.lax.fori_loop(
+    o, m, l = _loop(
       0,
       _last_key_block(causal, q_offset, i, bq, bk, nk),
+      nk,
       key_block,
       (
         jnp.zeros((batch, heads, bq, head_dim), jnp.float32),
@@ -147,14 +183,17 @@ def _forward(
     o = (o / safe_l[..., None]).astype(q.dtype)
     return o, jnp.where(visible, m + jnp.log(safe_l), 0.0)
 
-  o_blocks, lse_blocks = jax.lax.map(query_block, jnp.arange(nq))
-  o = jnp.moveaxis(o_blocks, 0, 2).reshape(q.shape)
-  lse = jnp.moveaxis(lse_blocks, 0, 2).reshape(batch, heads, queries)
-  return o, (q, k, v, vector_HR, q_seg, kv_seg, q_offset, o, lse)
+  if nq == 1:
+    o, lse = query_block(0)
+  else:
+    o_blocks, lse_blocks = jax.lax.map(query_block, jnp.arange(nq))
+    o = jnp.moveaxis(o_blocks, 0, 2).reshape(q.shape)
+    lse = jnp.moveaxis(lse_blocks, 0, 2).reshape(batch, heads, queries)
+  return o, (q, k, v, bias, q_seg, kv_seg, q_offset, o, lse)
 
 
 def _backward(causal, scale, bq, bk, residuals, do):
-  q, k, v, vector_HR, q_seg, kv_seg, q_offset, o, lse = residuals
+  q, k, v, bias, q_seg, kv_seg, q_offset, o, lse = residuals
   nq, nk = q.shape[2] // bq, k.shape[2] // bk
   # sum_k p dp, one number a row (FlashAttention, algorithm 4).
   delta = jnp.sum(do.astype(jnp.float32) * o.astype(jnp.float32), axis=-1)
@@ -173,7 +212,7 @@ def _backward(causal, scale, bq, bk, residuals, do):
     kv_seg_j = None if kv_seg is None else _block(kv_seg, j, bk, 1)
 
     def query_block(i, carry):
-      dq, dvector, dk_j, dv_j = carry
+      dq, dbias, dk_j, dv_j = carry
       q_i, do_i = _block(q, i, bq, 2), _block(do, i, bq, 2)
       mask = _tile_mask(
         causal,
@@ -184,44 +223,39 @@ def _backward(causal, scale, bq, bk, residuals, do):
         None if kv_seg is None else _block(q_seg, i, bq, 1),
         kv_seg_j,
       )
-      first_distance = j * bk - i * bq - q_offset
-      bias = _tile_bias(vector_HR, first_distance, bq, bk)
-      s = _tile_scores(q_i, k_j, bias, mask, scale)
+      tile = _tile_bias(bias, i, j, bq, bk, q_offset)
+      s = _tile_scores(q_i, k_j, tile, mask, scale)
       p = jnp.exp(s - _block(lse, i, bq, 2)[..., None])
       if mask is not None:
         p = jnp.where(mask, p, 0.0)
       dv_j += product("bhqk,bhqd->bhkd", p.astype(do.dtype), do_i)
       dp = product("bhqd,bhkd->bhqk", do_i, v_j)
       ds = p * (dp - _block(delta, i, bq, 2)[..., None])
-      if dvector is not None:
-        dvector += relative_bias.scatter_distances(
-          relative_bias.diagonal_sums(ds.sum(axis=0)),
-          relative_bias.tile_distances(first_distance, bq, bk),
-          dvector.shape[1] // 2,
-        )
+      dbias = _add_bias_gradient(dbias, ds, i, j, bq, bk, q_offset)
       ds_low = (ds * scale).astype(q.dtype)
       dk_j += product("bhqk,bhqd->bhkd", ds_low, q_i)
       dq_i = _block(dq, i, bq, 2) + product("bhqk,bhkd->bhqd", ds_low, k_j)
       dq = jax.lax.dynamic_update_slice_in_dim(dq, dq_i, i * bq, 2)
-      return dq, dvector, dk_j, dv_j
+      return dq, dbias, dk_j, dv_j
 
-    dq, dvector = carry
+    dq, dbias = carry
     zero = jnp.zeros(k_j.shape, jnp.float32)
-    dq, dvector, dk_j, dv_j = jax.lax.fori_loop(
+    dq, dbias, dk_j, dv_j = _loop(
       _first_query_block(causal, q_offset, j, bq, bk, nq),
       nq,
+      nq,
       query_block,
-      (dq, dvector, zero, zero),
+      (dq, dbias, zero, zero),
     )
-    return (dq, dvector), (dk_j.astype(k.dtype), dv_j.astype(v.dtype))
+    return (dq, dbias), (dk_j.astype(k.dtype), dv_j.astype(v.dtype))
 
-  dvector = None if vector_HR is None else jnp.zeros_like(vector_HR)
-  (dq, dvector), (dk_blocks, dv_blocks) = jax.lax.scan(
-    key_block, (jnp.zeros(q.shape, jnp.float32), dvector), jnp.arange(nk)
+  dbias = jax.tree.map(jnp.zeros_like, bias)
+  (dq, dbias), (dk_blocks, dv_blocks) = jax.lax.scan(
+    key_block, (jnp.zeros(q.shape, jnp.float32), dbias), jnp.arange(nk)
   )
   dk = jnp.moveaxis(dk_blocks, 0, 2).reshape(k.shape)
   dv = jnp.moveaxis(dv_blocks, 0, 2).reshape(v.shape)
-  return dq.astype(q.dtype), dk, dv, dvector, None, None, None
+  return dq.astype(q.dtype), dk, dv, dbias, None, None, None
 
 
 _attention.defvjp(_forward, _backward)
@@ -241,19 +275,20 @@ def attention(
   q_BQHD,
   k_BKHD,
   v_BKHD,
-  vector_HR,
+  bias,
   q_segment_ids,
   kv_segment_ids,
   q_offset,
   *,
   causal: bool,
   scale: float,
-  block: int = BLOCK,
 ) -> jax.Array:
   """Same function as reference.attention, in memory linear in Q + K."""
   batch, queries = q_BQHD.shape[:2]
   keys = k_BKHD.shape[1]
-  bq, bk = min(block, queries), min(block, keys)
+  bq = min(BLOCK, queries)
+  # Fewer queries leave room for more keys in a tile of the same size.
+  bk = min(BLOCK * BLOCK // bq, keys)
   # Padding rows are told apart by segment 0, so a padded side needs ids.
   if q_segment_ids is not None or kv_segment_ids is not None or keys % bk:
     if q_segment_ids is None:
@@ -266,11 +301,13 @@ def attention(
     _pad_to(jnp.swapaxes(x, 1, 2), b, 2)
     for x, b in ((q_BQHD, bq), (k_BKHD, bk), (v_BKHD, bk))
   )
+  if isinstance(bias, FullBias):
+    bias = FullBias(_pad_to(_pad_to(bias.bias_BHQK, bq, 2), bk, 3))
   o = _attention(
     q,
     k,
     v,
-    vector_HR,
+    bias,
     q_segment_ids,
     kv_segment_ids,
     jnp.asarray(q_offset, jnp.int32),

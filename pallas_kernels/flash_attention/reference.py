@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels.flash_attention import relative_bias
+from pallas_kernels.flash_attention.positions import FullBias
 
 
 def attention_mask(
@@ -42,7 +43,7 @@ def attention(
   q_BQHD,
   k_BKHD,
   v_BKHD,
-  vector_HR,
+  bias,
   q_segment_ids,
   kv_segment_ids,
   q_offset,
@@ -55,9 +56,12 @@ def attention(
   highest = jax.lax.Precision.HIGHEST
   q, k, v = (x.astype(jnp.float32) for x in (q_BQHD, k_BKHD, v_BKHD))
   s_BHQK = scale * jnp.einsum("bqhd,bkhd->bhqk", q, k, precision=highest)
-  if vector_HR is not None:
-    distances = jnp.arange(keys) - (jnp.arange(queries) + q_offset)[:, None]
-    s_BHQK += relative_bias.gather_distances(vector_HR, distances)
+  if isinstance(bias, FullBias):
+    s_BHQK += bias.bias_BHQK
+  elif bias is not None:
+    first_distance = -(queries - 1) - q_offset
+    diagonals_HR = bias.window(first_distance, queries + keys - 1)
+    s_BHQK += relative_bias.toeplitz(diagonals_HR, queries, keys)
   mask = attention_mask(
     queries,
     keys,

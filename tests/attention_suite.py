@@ -1,0 +1,322 @@
+"""The claims that every implementation of attention must meet.
+
+The oracle is numpy in float64, written from the definition. An implementation
+may err twice as much as the naive one of its own precision: dense, in jax,
+differentiated by jax.
+"""
+
+import dataclasses
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from pallas_kernels import (
+  Alibi,
+  DistanceVector,
+  RelativeBuckets,
+  flash_attention,
+)
+
+NAMES = ("o", "dq", "dk", "dv", "dposition")
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+  queries: int
+  keys: int
+  batch: int = 1
+  heads: int = 2
+  kv_heads: int | None = None
+  dim: int = 64
+  dtype: str = "bfloat16"
+  causal: bool = False
+  segments: str | None = None
+  position: str | None = "buckets"
+  buckets: tuple[int, int] = (32, 128)
+  q_offset: int = 0
+  traced_offset: bool = False
+  scale: float = 1.0
+
+  @property
+  def bidirectional(self):
+    return not self.causal
+
+
+CASES = {
+  "one query, one key": Case(1, 1),
+  "one query, many keys": Case(1, 300, q_offset=299, causal=True),
+  "odd, packed": Case(63, 100, batch=2, segments="packed"),
+  "more queries than keys": Case(100, 63, causal=True, dtype="float32"),
+  "1000 padded": Case(1000, 1000, segments="padded"),
+  "2047 causal": Case(2047, 2047, causal=True, heads=1),
+  "other buckets, packed": Case(
+    200, 333, buckets=(8, 20), segments="packed", dtype="float32"
+  ),
+  "offset": Case(130, 333, q_offset=203, causal=True, segments="padded"),
+  "traced offset": Case(130, 300, q_offset=77, traced_offset=True, causal=True),
+  "negative offset": Case(200, 200, q_offset=-100),
+  "grouped heads of 16": Case(130, 140, heads=4, kv_heads=2, dim=16),
+  "three heads of 80": Case(140, 130, heads=3, dim=80, scale=0.5),
+  "heads of 128": Case(130, 260, dim=128, causal=True, buckets=(64, 200)),
+  "heads of 256": Case(260, 130, dim=256, segments="packed"),
+  "no position": Case(200, 260, position=None, segments="padded"),
+  "no position, causal": Case(260, 260, position=None, causal=True),
+  "distance vector": Case(300, 200, position="vector"),
+  "alibi": Case(200, 300, position="alibi"),
+  "alibi, causal, offset": Case(
+    200, 300, position="alibi", causal=True, q_offset=90, segments="padded"
+  ),
+  "fully masked rows": Case(150, 270, batch=2, segments="masked"),
+}
+
+
+def segment_ids(case, length, rng):
+  ids = np.ones((case.batch, length), np.int32)
+  if case.segments == "padded":
+    ids[:, length - length // 3 :] = 0
+  elif case.segments == "packed":
+    cuts = np.sort(rng.integers(0, length + 1, (case.batch, 3)), axis=1)
+    ids = 1 + (np.arange(length)[None, :, None] >= cuts[:, None]).sum(axis=-1)
+    ids = np.where(ids == 4, 0, ids).astype(np.int32)
+  elif case.segments == "masked":
+    ids[0] = 0
+    ids[1:, ::5] = 0
+    ids[1:, 3::7] = length  # An id the other side does not have.
+  return ids
+
+
+@functools.cache
+def make_inputs(case: Case):
+  """(arrays to differentiate, do, segment ids) as numpy, already rounded."""
+  rng = np.random.default_rng(case.queries * 1000 + case.keys)
+
+  def array(length, heads):
+    x = rng.normal(size=(case.batch, length, heads, case.dim))
+    # Scores of size one, whatever the head dimension.
+    x = x * (case.dim**-0.25)
+    return np.array(jnp.asarray(x, case.dtype).astype(jnp.float32))
+
+  kv_heads = case.kv_heads or case.heads
+  q, do = array(case.queries, case.heads), array(case.queries, case.heads)
+  k, v = array(case.keys, kv_heads), array(case.keys, kv_heads)
+  shape = {
+    None: (case.heads, 1),
+    "buckets": (case.heads, case.buckets[0]),
+    "vector": (case.heads, 2 * 50 + 1),
+    "alibi": (case.heads,),
+  }[case.position]
+  position = np.abs(rng.normal(size=shape)).astype(np.float32)
+  if case.position == "alibi":
+    position = Alibi.slopes(case.heads)
+  ids = None
+  if case.segments:
+    ids = (
+      segment_ids(case, case.queries, rng),
+      segment_ids(case, case.keys, rng),
+    )
+  return (q, k, v, position), do, ids
+
+
+def distances(case):
+  queries = np.arange(case.queries) + case.q_offset
+  return np.arange(case.keys) - queries[:, None]
+
+
+def bucket_index(case):
+  """(Q, K): which parameter of a head each pair reads."""
+  d = distances(case)
+  if case.position == "vector":
+    return np.clip(d, -50, 50) + 50
+  num, furthest = case.buckets
+  side = num // 2 if case.bidirectional else num
+  behind = np.abs(d) if case.bidirectional else np.maximum(-d, 0)
+  exact = side // 2
+  # float32, as every T5 does it: the bucket of a power of two depends on it.
+  ratio = np.log(
+    np.maximum(behind, 1).astype(np.float32) / np.float32(exact)
+  ) / np.float32(math.log(furthest / exact))
+  far = exact + (ratio * np.float32(side - exact)).astype(int)
+  bucket = np.where(behind < exact, behind, np.minimum(far, side - 1))
+  return bucket + np.where(d > 0, side, 0) * case.bidirectional
+
+
+def dense_bias(case, position):
+  """float64 (H, Q, K)."""
+  if case.position is None:
+    return np.zeros((case.heads, case.queries, case.keys))
+  if case.position == "alibi":
+    return -position[:, None, None] * np.abs(distances(case)).astype(float)
+  return position[:, bucket_index(case)].astype(np.float64)
+
+
+def position_gradient(case, position, ds_HQK):
+  """The transpose of `dense_bias`, in float64."""
+  if case.position is None:
+    return np.zeros(position.shape)
+  if case.position == "alibi":
+    return -(np.asarray(ds_HQK, float) * np.abs(distances(case))).sum((1, 2))
+  index = bucket_index(case).ravel()
+  return np.stack(
+    [np.bincount(index, x.ravel(), position.shape[1]) for x in ds_HQK]
+  )
+
+
+@functools.cache
+def oracle(case: Case):
+  """([o, dq, dk, dv, dposition] in float64, the greatest score)."""
+  (q, k, v, position), do, ids = make_inputs(case)
+  q, k, v, do = (x.astype(np.float64) for x in (q, k, v, do))
+  groups = q.shape[2] // k.shape[2]
+  k, v = (np.repeat(x, groups, axis=2) for x in (k, v))
+  s = case.scale * np.einsum("bqhd,bkhd->bhqk", q, k, optimize=True)
+  s += dense_bias(case, position)
+  mask = np.ones(s.shape, bool)
+  if case.causal:
+    mask &= distances(case) <= 0
+  if ids:
+    q_ids, kv_ids = ids[0][:, None, :, None], ids[1][:, None, None, :]
+    mask &= (q_ids == kv_ids) & (kv_ids != 0)
+  s = np.where(mask, s, -np.inf)
+  top = s.max(axis=-1, keepdims=True)
+  e = np.exp(s - np.where(np.isfinite(top), top, 0))
+  total = e.sum(axis=-1, keepdims=True)
+  p = e / np.where(total == 0, 1, total)
+  o = np.einsum("bhqk,bkhd->bqhd", p, v, optimize=True)
+  dp = np.einsum("bqhd,bkhd->bhqk", do, v, optimize=True)
+  ds = p * (dp - (p * dp).sum(axis=-1, keepdims=True))
+  dq = case.scale * np.einsum("bhqk,bkhd->bqhd", ds, k, optimize=True)
+  dk = case.scale * np.einsum("bhqk,bqhd->bkhd", ds, q, optimize=True)
+  dv = np.einsum("bhqk,bqhd->bkhd", p, do, optimize=True)
+  fold = lambda x: x.reshape(*x.shape[:2], -1, groups, x.shape[3]).sum(axis=3)
+  dposition = position_gradient(case, position, ds.sum(axis=0))
+  return [o, dq, fold(dk), fold(dv), dposition], np.abs(s[mask]).max(initial=0)
+
+
+def position_object(case, parameters):
+  if case.position == "alibi":
+    return Alibi(parameters)
+  if case.position == "vector":
+    return DistanceVector(parameters)
+  if case.position == "buckets":
+    return RelativeBuckets(
+      parameters,
+      bidirectional=case.bidirectional,
+      max_distance=case.buckets[1],
+    )
+  return None
+
+
+def kernel_attention(case, implementation):
+  def attention(q, k, v, position, q_ids, kv_ids, q_offset):
+    return flash_attention(
+      q,
+      k,
+      v,
+      position=position_object(case, position),
+      causal=case.causal,
+      q_segment_ids=q_ids,
+      kv_segment_ids=kv_ids,
+      scale=case.scale,
+      q_offset=q_offset,
+      implementation=implementation,
+    )
+
+  return attention
+
+
+def naive_attention(case):
+  """Dense, each product in the precision of its inputs; takes a whole bias."""
+
+  def attention(q, k, v, bias_HQK, q_ids, kv_ids, q_offset):
+    del q_offset
+    groups = q.shape[2] // k.shape[2]
+    k, v = (jnp.repeat(x, groups, axis=2) for x in (k, v))
+    s = jnp.einsum("bqhd,bkhd->bhqk", q, k, preferred_element_type=jnp.float32)
+    s = s * case.scale + bias_HQK
+    mask = jnp.ones((1, 1, *s.shape[2:]), bool)
+    if case.causal:
+      mask &= jnp.asarray(distances(case) <= 0)
+    if q_ids is not None:
+      same = q_ids[:, None, :, None] == kv_ids[:, None, None, :]
+      mask &= same & (kv_ids[:, None, None, :] != 0)
+    p = jnp.where(mask, jax.nn.softmax(s, axis=-1, where=mask), 0)
+    p = p.astype(q.dtype)
+    o = jnp.einsum("bhqk,bkhd->bqhd", p, v, preferred_element_type=jnp.float32)
+    return o.astype(q.dtype)
+
+  return attention
+
+
+@functools.cache
+def naive(case: Case):
+  position = make_inputs(case)[0][3]
+  bias = dense_bias(case, position).astype(np.float32)
+  *found, ds_HQK = gradients(naive_attention(case), case, position=bias)
+  return [*found, position_gradient(case, position, ds_HQK)]
+
+
+def gradients(attention, case, *, poison=False, position=None):
+  """[o, dq, dk, dv, dposition] of an attention function, as float64."""
+  arrays, do, ids = make_inputs(case)
+  position = jnp.asarray(arrays[3] if position is None else position)
+  low = [jnp.asarray(x, case.dtype) for x in (*arrays[:3], do)]
+  if poison:
+    # Nobody may read what lies in padding.
+    for n, side in enumerate((0, 1, 1, 0)):
+      padding = (ids[side] == 0)[:, :, None, None]
+      low[n] = jnp.where(padding, jnp.nan, low[n])
+
+  def objective(q, k, v, position, do, ids, q_offset):
+    q_ids, kv_ids = ids or (None, None)
+    o = attention(q, k, v, position, q_ids, kv_ids, q_offset)
+    if q_ids is None:
+      product = o * do
+    else:
+      product = jnp.where((q_ids != 0)[:, :, None, None], o * do, 0)
+    return product.astype(jnp.float32).sum(), o
+
+  grad = jax.grad(objective, argnums=(0, 1, 2, 3), has_aux=True)
+  *qkv, do = low
+  if case.traced_offset:
+    found, o = jax.jit(grad)(*qkv, position, do, ids, case.q_offset)
+  else:
+    fixed = lambda *x: grad(*x, case.q_offset)
+    found, o = jax.jit(fixed)(*qkv, position, do, ids)
+  return [np.asarray(x, np.float64) for x in (o, *found)]
+
+
+def check(implementation: str, case: Case):
+  """Within twice the naive error, nowhere NaN, zero where all is masked."""
+  expected, top_score = oracle(case)
+  (_, _, _, position), do, ids = make_inputs(case)
+  found = gradients(
+    kernel_attention(case, implementation),
+    case,
+    poison=case.segments == "masked",
+  )
+  # What rounding alone may do: a result to its dtype, a score to float32.
+  unit = float(jnp.finfo(case.dtype).eps) / 2
+  unit += float(jnp.finfo(jnp.float32).eps) / 2 * top_score * math.log2(math.e)
+  for name, f, n, e in zip(NAMES, found, naive(case), expected):
+    assert np.isfinite(f).all(), name
+    # A gradient can vanish (a single visible key); inputs are of size one.
+    size = np.linalg.norm(e)
+    floor = unit * max(size, 1e-2 * math.sqrt(e.size))
+    allowed = 2 * max(np.linalg.norm(n - e), floor)
+    assert np.linalg.norm(f - e) <= allowed, (
+      f"{name}: error {np.linalg.norm(f - e):.2e} of {size:.2e}, "
+      f"naive {np.linalg.norm(n - e):.2e}, rounding {floor:.2e}"
+    )
+  o, dq, dk, dv, dposition = found
+  if case.position == "buckets":
+    # Each row of dS sums to zero, up to the rounding of its o . do.
+    row = np.linalg.norm(o, axis=3) * np.linalg.norm(do, axis=3)
+    sums = np.abs(dposition.sum(axis=1))
+    assert (sums <= 4 * unit * np.linalg.norm(row) + 1e-6).all(), sums
+  if ids:
+    seen = (ids[0][:, :, None] == ids[1][:, None, :]) & (ids[1] != 0)[:, None]
+    assert not o[~seen.any(axis=2)].any() and not dq[~seen.any(axis=2)].any()
+    assert not dk[~seen.any(axis=1)].any() and not dv[~seen.any(axis=1)].any()
