@@ -81,7 +81,7 @@ def test_queries_beyond_vmem_are_taken_in_chunks(monkeypatch):
 def small_inputs(queries=40, keys=40, heads=2, dim=16):
   rng = np.random.default_rng(0)
   shapes = [(2, n, heads, dim) for n in (queries, keys, keys)]
-  arrays = [jnp.asarray(rng.normal(size=s), jnp.float32) for s in shapes]
+  arrays = [jnp.asarray(rng.normal(size=s) / 2, jnp.float32) for s in shapes]
   return *arrays, jnp.asarray(rng.normal(size=(heads, 32)), jnp.float32)
 
 
@@ -129,7 +129,8 @@ def test_vmap_and_remat(implementation):
     one = jax.jit(grad)
     expected = [one(*(x[n] for x in arrays)) for n in range(3)]
   for f, *e in zip(found, *expected):
-    np.testing.assert_allclose(f, jnp.stack(e), rtol=1e-5, atol=1e-5)
+    e = jnp.stack(e)
+    assert jnp.linalg.norm(f - e) <= 1e-5 * jnp.linalg.norm(e)
 
 
 @pytest.mark.parametrize("implementation", ["reference", "chunked"])
@@ -157,8 +158,10 @@ def test_full_bias_and_its_gradient(implementation):
 def test_a_bias_that_is_not_differentiated_costs_no_gradient():
   (q, k, v, table), seen = small_inputs(), []
   kernels = blocked.Kernels(
-    lambda q, k, v, *_: (q, jnp.zeros((2, 2, 40))),
-    lambda q, k, v, *rest: (seen.append(rest[-1]), (q, k, v, rest[0]))[1],
+    lambda q, k, v, *_, **__: (q, jnp.zeros((2, 2, 40))),
+    lambda q, k, v, bias, *_, need_dbias, plan: (
+      (seen.append(need_dbias), (q, k, v, bias))[1]
+    ),
   )
 
   def loss(q, table, stop):

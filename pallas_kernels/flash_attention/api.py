@@ -12,6 +12,7 @@ import jax.numpy as jnp
 
 from pallas_kernels.flash_attention import tiling
 from pallas_kernels.flash_attention.positions import FullBias, Position
+from pallas_kernels.manual_axes import vary_together
 
 Implementation = Literal[
   "reference", "chunked", "mosaic_tpu", "mosaic_gpu", "triton"
@@ -87,16 +88,9 @@ def flash_attention(
   q_BQHD = _without_padding(q_BQHD, q_segment_ids)
   k_BKHD = _without_padding(k_BKHD, kv_segment_ids)
   v_BKHD = _without_padding(v_BKHD, kv_segment_ids)
+  operands = (q_BQHD, k_BKHD, v_BKHD, bias, q_segment_ids, kv_segment_ids)
   o_BQHD = module.attention(
-    q_BQHD,
-    k_BKHD,
-    v_BKHD,
-    bias,
-    q_segment_ids,
-    kv_segment_ids,
-    q_offset,
-    causal=causal,
-    scale=scale,
+    *vary_together(operands), q_offset, causal=causal, scale=scale
   )
   return _without_padding(o_BQHD, q_segment_ids)
 

@@ -19,7 +19,7 @@ import math
 from typing import NamedTuple
 
 import jax
-from jax import lax
+from jax.custom_batching import sequential_vmap
 import jax.numpy as jnp
 import numpy as np
 
@@ -227,7 +227,7 @@ def make_segments(q_BQ, kv_BK, plan: Plan) -> Segments:
 
 
 class Kernels(NamedTuple):
-  """One implementation.
+  """One implementation; under vmap its calls run one after the other.
 
   forward(q, k, v, bias, segments, shift, phase, plan, need_lse) gives
   (o_BQHD, lse_BHQ), with lse the base-2 logarithm of the sum of
@@ -239,12 +239,21 @@ class Kernels(NamedTuple):
   forward: Callable
   backward: Callable
 
+  def run_forward(self, *operands, **static):
+    return sequential_vmap(functools.partial(self.forward, **static))(*operands)
+
+  def run_backward(self, *operands, **static):
+    call = functools.partial(self.backward, **static)
+    return sequential_vmap(call)(*operands)
+
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _attention(kernels, plan, q, k, v, bias, segments, q_offset):
   shift, phase = jnp.divmod(q_offset, plan.unit)
   cut = cut_bias(bias, phase, plan) if plan.biased else None
-  o, _ = kernels.forward(q, k, v, cut, segments, shift, phase, plan, False)
+  o, _ = kernels.run_forward(
+    q, k, v, cut, segments, shift, phase, plan=plan, need_lse=False
+  )
   return o
 
 
@@ -257,7 +266,9 @@ def _attention_forward(kernels, plan, q, k, v, bias, segments, q_offset):
   )
   shift, phase = jnp.divmod(q_offset, plan.unit)
   cut = cut_bias(bias, phase, plan) if plan.biased else None
-  o, lse = kernels.forward(q, k, v, cut, segments, shift, phase, plan, True)
+  o, lse = kernels.run_forward(
+    q, k, v, cut, segments, shift, phase, plan=plan, need_lse=True
+  )
   mark = () if need_dbias else None
   return o, (q, k, v, bias, segments, q_offset, o, lse, mark)
 
@@ -274,7 +285,7 @@ def _attention_backward(kernels, plan, residuals, do):
   delta_BHQ = jnp.einsum(
     "bqhd,bqhd->bhq", do.astype(jnp.float32), o.astype(jnp.float32)
   )
-  dq, dk, dv, dcut = kernels.backward(
+  dq, dk, dv, dcut = kernels.run_backward(
     q,
     k,
     v,
@@ -285,8 +296,8 @@ def _attention_backward(kernels, plan, residuals, do):
     lse,
     delta_BHQ,
     do.astype(q.dtype),
-    plan,
-    mark is not None and plan.biased,
+    plan=plan,
+    need_dbias=mark is not None and plan.biased,
   )
   dbias = None if dcut is None else transpose(dcut)[0]
   if dbias is None:
@@ -319,22 +330,6 @@ def pad_to(x, multiple: int, axis: int):
   widths = [(0, 0)] * x.ndim
   widths[axis] = (0, missing)
   return jnp.pad(x, widths)
-
-
-def _vary_together(operands):
-  """Under shard_map, lets all arrays vary over the union of their mesh axes.
-
-  A table that every shard shares meets queries that differ; the transpose of
-  this sums its gradient over the shards.
-  """
-  axes = lambda x: jax.typeof(x).manual_axis_type.varying
-  union = set().union(*map(axes, jax.tree.leaves(operands)))
-
-  def vary(x):
-    missing = tuple(sorted(union - axes(x)))
-    return lax.pcast(x, missing, to="varying") if missing else x
-
-  return jax.tree.map(vary, operands)
 
 
 def attention(
@@ -391,5 +386,5 @@ def attention(
     for x, block in ((q_BQHD, bq), (k_BKHD, bk), (v_BKHD, bk))
   )
   operands = (q, k, v, bias, segments, jnp.asarray(q_offset, jnp.int32))
-  o = _attention(kernels, plan, *_vary_together(operands))
+  o = _attention(kernels, plan, *operands)
   return o[:, :queries, :, :dim]

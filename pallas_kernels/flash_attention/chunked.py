@@ -16,6 +16,7 @@ import jax.numpy as jnp
 
 from pallas_kernels.flash_attention import relative_bias
 from pallas_kernels.flash_attention.positions import FullBias
+from pallas_kernels.manual_axes import vary_together
 
 # Tiles of 512 x 512 keep the working set at 1 MiB a head in float32 while the
 # matrix products stay large enough to run at speed.
@@ -116,10 +117,11 @@ def _first_query_block(causal, q_offset, j, bq, bk, nq):
   return jnp.clip((j * bk - q_offset) // bq, 0, nq)
 
 
-def _loop(start, stop, most, body, carry):
+def _loop(start, stop, most, body, carry, like):
   """fori_loop; a single iteration is run in line, without a `while`."""
   if most == 1:
     return body(0, carry)
+  carry = vary_together(carry, like)
   return jax.lax.fori_loop(start, stop, body, carry)
 
 
@@ -177,6 +179,7 @@ def _forward(q, k, v, bias, q_seg, kv_seg, q_offset, causal, scale, bq, bk):
         jnp.full((batch, heads, bq), _MASKED, jnp.float32),
         jnp.zeros((batch, heads, bq), jnp.float32),
       ),
+      like=q,
     )
     visible = l > 0
     safe_l = jnp.where(visible, l, 1.0)
@@ -246,12 +249,14 @@ def _backward(causal, scale, bq, bk, residuals, do):
       nq,
       query_block,
       (dq, dbias, zero, zero),
+      like=q,
     )
     return (dq, dbias), (dk_j.astype(k.dtype), dv_j.astype(v.dtype))
 
   dbias = jax.tree.map(jnp.zeros_like, bias)
+  start = vary_together((jnp.zeros(q.shape, jnp.float32), dbias), like=q)
   (dq, dbias), (dk_blocks, dv_blocks) = jax.lax.scan(
-    key_block, (jnp.zeros(q.shape, jnp.float32), dbias), jnp.arange(nk)
+    key_block, start, jnp.arange(nk)
   )
   dk = jnp.moveaxis(dk_blocks, 0, 2).reshape(k.shape)
   dv = jnp.moveaxis(dv_blocks, 0, 2).reshape(v.shape)

@@ -29,6 +29,7 @@ import jax.numpy as jnp
 
 from pallas_kernels.flash_attention import blocked, tiling
 from pallas_kernels.flash_attention.blocked import LOG2E, Plan
+from pallas_kernels.manual_axes import vary_together
 
 LANES = 128
 # The running maximum starts here rather than at -inf, so that a row that has
@@ -633,7 +634,8 @@ def _backward(
 
   dbias = jax.tree.map(jnp.zeros_like, bias) if need_dbias else None
   dk, dv = (jnp.zeros_like(x, jnp.float32) for x in (k, v))
-  (dk, dv, dbias), dq_chunks = lax.scan(one, (dk, dv, dbias), per_chunk)
+  start = vary_together((dk, dv, dbias), like=q)
+  (dk, dv, dbias), dq_chunks = lax.scan(one, start, per_chunk)
   dq = jnp.moveaxis(dq_chunks, 0, 1).reshape(q.shape[0], -1, q.shape[2])
   gradients = dq[:, : q.shape[1]], dk.astype(k.dtype), dv.astype(v.dtype)
   return *map(jnp.reshape, gradients, shapes), dbias
