@@ -1,0 +1,882 @@
+"""Flash attention for Hopper and later in Pallas (Mosaic GPU).
+
+Every kernel is three warpgroups: two compute 64 rows each, the third only loads
+tiles into a ring of shared memory. Forward follows FlashAttention-3
+(arXiv:2407.08608): a barrier lets one warpgroup do softmax while the other
+multiplies. Backward is three kernels without atomics: dq, (dk, dv), and the
+near tiles of the bias, which are few.
+
+A block visits its near tiles first and then all far ones: the order of an
+online softmax is free, and so each kernel has two loop bodies, one that reads a
+bias tile and one that adds a number.
+
+Needs jax 0.11 (`plgpu.kernel` with warpgroup lowering), hence Python 3.12.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+from jax import lax
+from jax.experimental import pallas as pl
+import jax.numpy as jnp
+
+from pallas_kernels.flash_attention import blocked
+from pallas_kernels.flash_attention.blocked import LOG2E, Plan
+from pallas_kernels.flash_attention.relative_bias import diagonal_sums, toeplitz
+
+if tuple(map(int, jax.__version__.split(".")[:2])) < (0, 11):
+  raise ImportError(
+    f"it needs jax 0.11 or later (and so Python 3.12); this is {jax.__version__}"
+  )
+import jax.experimental.pallas.mosaic_gpu as plgpu
+
+ROWS = 64  # Of one warpgroup: M of wgmma.
+WARPGROUPS = 2
+BLOCK = ROWS * WARPGROUPS
+STAGES = 2
+_COMPUTE_REGISTERS, _LOAD_REGISTERS = 232, 40
+_LOWEST = -1e30
+_TILE = plgpu.Layout.WGMMA
+_PER_ROW, _PER_COLUMN = _TILE.reduce(1), _TILE.reduce(0)
+# The interpreter knows neither accumulators that start from a value nor wgmma
+# operands in registers; tests set this and the kernels go without.
+INTERPRETED = False
+
+
+def _across(x_R, columns: int):
+  """A value a row, for a whole tile."""
+  return lax.broadcast_in_dim(x_R, (x_R.shape[0], columns), [0])
+
+
+def _down(x_C, rows: int):
+  """A value a column, for a whole tile."""
+  return lax.broadcast_in_dim(x_C, (rows, x_C.shape[0]), [1])
+
+
+def _zeros(*shape):
+  layout = _TILE if len(shape) == 2 else _PER_ROW
+  return plgpu.layout_cast(jnp.zeros(shape, jnp.float32), layout)
+
+
+def _read(ref, layout):
+  """Straight from global memory; the few values a warpgroup needs a tile."""
+  return plgpu.load(ref, layout=layout, optimized=False)
+
+
+def _products(*pairs):
+  """a b^T of each pair of refs in shared memory, float32, waited for once."""
+
+  def run(*accumulators):
+    for accumulator, (a, b) in zip(accumulators, pairs):
+      plgpu.wgmma(accumulator, a, b.T)
+    return tuple(accumulator[...] for accumulator in accumulators)
+
+  shapes = [(a.shape[0], b.shape[0]) for a, b in pairs]
+  return pl.run_scoped(run, *(plgpu.ACC(s, jnp.float32) for s in shapes))
+
+
+def _add_product(total, left, right, staging=None, then=lambda: None):
+  """total + left @ right; left in registers, `then` runs while it multiplies."""
+  if INTERPRETED:
+    staging[...] = left
+    plgpu.commit_smem()
+
+    def run(accumulator):
+      plgpu.wgmma(accumulator, staging, right)
+      then()
+      return accumulator[...]
+
+    return total + pl.run_scoped(run, plgpu.ACC(total.shape, jnp.float32))
+
+  def run(accumulator):
+    plgpu.wgmma(accumulator, left, right)
+    then()
+
+  return pl.run_state(run)(plgpu.ACC.init(total))
+
+
+def _slot(t):
+  return lax.rem(t, jnp.asarray(STAGES, t.dtype))
+
+
+def _ring(total, load, free):
+  """The loading warpgroup: load(t, slot) for t < total, as slots get free."""
+  for t in range(STAGES):
+    pl.when(t < total)(functools.partial(load, jnp.int32(t), t))
+
+  @pl.loop(0, total - STAGES)
+  def _(t):
+    for barrier in free:
+      plgpu.barrier_wait(barrier.at[_slot(t)])
+    load(t + STAGES, _slot(t))
+
+  # Every arrival is waited for, so that no barrier ends in an odd phase.
+  for t in range(STAGES):
+
+    @pl.when(total - STAGES + t >= 0)
+    def _(t=t):
+      for barrier in free:
+        plgpu.barrier_wait(barrier.at[_slot(total - STAGES + t)])
+
+
+class _Span:
+  """The blocks one program visits: near ones, those before, those after."""
+
+  def __init__(self, ref):
+    self.start, self.near, self.far, self.stop = (ref[n] for n in range(4))
+    self.near_count = self.far - self.near
+    self.count = self.stop - self.start
+
+  def block(self, t):
+    """The t-th block to visit."""
+    before = t - self.near_count + self.start
+    after = t
+    far = jnp.where(before < self.near, before, after + self.start)
+    return jnp.where(t < self.near_count, self.near + t, far)
+
+
+def _span(start, near, far, stop):
+  """int32 (..., 4): a _Span, each bound clipped into the ones around it."""
+  stop = jnp.maximum(start, stop)
+  near, far = (jnp.clip(x, start, stop) for x in (near, far))
+  return jnp.stack([start, near, jnp.maximum(near, far), stop], axis=-1)
+
+
+def _key_spans(plan: Plan, segments, shift, batch, nq, nk):
+  """int32 (B, nq, 4): the key blocks that each query block visits."""
+  i = jnp.arange(nq)[None]
+  start = jnp.zeros((batch, nq), jnp.int32)
+  stop = jnp.broadcast_to(plan.key_blocks(i, shift, nk), start.shape)
+  if plan.masked:
+    seen = _overlap(segments).swapaxes(1, 2)
+    start, stop = _extent(seen, start, stop)
+  # bq == bk == unit: a step is a number of blocks.
+  near = plan.first + shift + i
+  return _span(start, near, near + plan.near, stop).astype(jnp.int32)
+
+
+def _query_spans(plan: Plan, segments, shift, batch, nq, nk):
+  """int32 (B, nk, 4): the query blocks that visit each key block."""
+  j = jnp.arange(nk)[None]
+  stop = jnp.full((batch, nk), nq, jnp.int32)
+  start = jnp.broadcast_to(plan.first_query_block(j, shift, nq), stop.shape)
+  if plan.masked:
+    start, stop = _extent(_overlap(segments), start, stop)
+  near = j - shift - plan.last
+  return _span(start, near, near + plan.near, stop).astype(jnp.int32)
+
+
+def _overlap(segments):
+  """Boolean (B, nq, nk), for a reduction that fuses it away."""
+  q, kv = segments.q_range_BI3[:, :, None], segments.kv_range_BJ3[:, None]
+  return (q[..., 0] <= kv[..., 1]) & (kv[..., 0] <= q[..., 1])
+
+
+def _extent(seen_BXY, start_BY, stop_BY):
+  """From the first to one past the last X that is seen, within the bounds."""
+  x = jnp.arange(seen_BXY.shape[1])[None, :, None]
+  first = jnp.where(seen_BXY, x, seen_BXY.shape[1]).min(axis=1)
+  last = jnp.where(seen_BXY, x, -1).max(axis=1)
+  return jnp.maximum(start_BY, first), jnp.minimum(stop_BY, last + 1)
+
+
+def _call(name, kernel, grid, inputs, outputs, scratch):
+  """plgpu.kernel on operands by name; kernel gets a dict of refs.
+
+  grid maps axis name -> size; outputs, name -> ShapeDtypeStruct; scratch, name
+  -> scratch type, None for what this variant does not need.
+  """
+  scratch = {n: x for n, x in scratch.items() if x is not None}
+  names = [*inputs, *outputs, *scratch]
+  axes = jax.typeof(inputs["q"]).manual_axis_type
+  results = plgpu.kernel(
+    lambda *refs: kernel(dict(zip(names, refs))),
+    out_type=[
+      jax.ShapeDtypeStruct(x.shape, x.dtype, manual_axis_type=axes)
+      for x in outputs.values()
+    ],
+    scratch_types=list(scratch.values()),
+    grid=tuple(grid.values()),
+    grid_names=tuple(grid),
+    num_threads=WARPGROUPS + 1,
+    thread_name="wg",
+    kernel_name=name,
+    compiler_params=plgpu.CompilerParams(approx_math=True),
+  )(*inputs.values())
+  return dict(zip(outputs, results))
+
+
+def _shared(dtype):
+  """Makes scratch types: a matrix in shared memory as wgmma wants it."""
+  transforms = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))
+  return lambda *shape: plgpu.SMEM(shape, dtype, transforms=transforms)
+
+
+def _arrivals(number):
+  return plgpu.Barrier(num_arrivals=number, num_barriers=STAGES)
+
+
+def _by_role(compute, load):
+  wg = lax.axis_index("wg")
+
+  @pl.when(wg < WARPGROUPS)
+  def _():
+    plgpu.set_max_registers(_COMPUTE_REGISTERS, action="increase")
+    compute(wg)
+
+  @pl.when(wg == WARPGROUPS)
+  def _():
+    plgpu.set_max_registers(_LOAD_REGISTERS, action="decrease")
+    load()
+
+
+def _masked(s, r, b, i, j, row_ids, column_ids_ref):
+  """Scores with -inf where ids differ; most tiles are all of one id."""
+
+  def mask(s):
+    column_ids = _read(column_ids_ref, _PER_COLUMN)
+    same = _across(row_ids, s.shape[1]) == _down(column_ids, s.shape[0])
+    return jnp.where(same, s, -jnp.inf)
+
+  whole = r["q_only"][b, i] == r["kv_only"][b, j]
+  return lax.cond(whole, lambda s: s, mask, s)
+
+
+def _bias_operands(bias, plan: Plan, *, transposed=False):
+  """Tiles (H, T, bq, bk) or transposed, and (H, 2) constants, base 2."""
+  if not plan.biased:
+    return {}
+  heads, tiles, length = bias.diagonals_HTL.shape
+  flat = bias.diagonals_HTL.reshape(-1, length) * LOG2E
+  if transposed:
+    flat = toeplitz(flat[:, ::-1], plan.bk, plan.bq)
+  else:
+    flat = toeplitz(flat, plan.bq, plan.bk)
+  return {
+    "tiles": flat.reshape(heads, tiles, *flat.shape[1:]),
+    "constants": bias.constants_H22[:, :, 0] * LOG2E,
+  }
+
+
+def _ids(segments):
+  if segments is None:
+    return {}
+  return {
+    "q_ids": segments.q_BQ,
+    "kv_ids": segments.kv_BK,
+    "q_only": segments.q_range_BI3[:, :, 2],
+    "kv_only": segments.kv_range_BJ3[:, :, 2],
+  }
+
+
+def _forward(q, k, v, bias, segments, shift, phase, *, plan, need_lse):
+  del phase  # It is in the tiles.
+  batch, queries, heads, dim = q.shape
+  nq, nk = queries // plan.bq, k.shape[1] // plan.bk
+
+  def kernel(r):
+    h, i, b = (lax.axis_index(name) for name in ("heads", "queries", "batch"))
+    span = _Span(r["spans"].at[b, i])
+
+    def compute(wg):
+      q_s = r["q_s"].at[wg]
+      rows = pl.ds(i * BLOCK + wg * ROWS, ROWS)
+
+      def in_turn():
+        plgpu.barrier_arrive(r["turn"])
+        plgpu.barrier_wait(r["turn"])
+
+      plgpu.copy_gmem_to_smem(r["q"].at[b, rows, h], q_s, r["q_ready"].at[wg])
+      plgpu.barrier_wait(r["q_ready"].at[wg])
+      if plan.masked:
+        q_ids = _read(r["q_ids"].at[b, rows], _PER_ROW)
+      if plan.biased:
+        before, after = r["constants"][h, 0], r["constants"][h, 1]
+      pl.when(span.count > 0)(lambda: plgpu.barrier_wait(r["k_ready"].at[0]))
+      pl.when(wg == 1)(in_turn)
+
+      def step(near, t, carry):
+        o, m, l = carry
+        slot, j = _slot(t), span.block(t)
+
+        def scores(accumulator):
+          plgpu.wgmma(accumulator, q_s, r["k_s"].at[slot].T)
+          tile = None
+          if near:
+            index = j - i - r["shift"][0] - plan.first
+            tile_rows = pl.ds(wg * ROWS, ROWS)
+            tile = _read(r["tiles"].at[h, index, tile_rows], _TILE)
+          in_turn()
+          return accumulator[...], tile
+
+        s, tile = pl.run_scoped(scores, plgpu.ACC((ROWS, plan.bk), jnp.float32))
+        plgpu.barrier_arrive(r["k_free"].at[slot])
+        if plan.masked:
+          columns = pl.ds(j * plan.bk, plan.bk)
+          s = _masked(s, r, b, i, j, q_ids, r["kv_ids"].at[b, columns])
+        unit = plan.scale * LOG2E
+        if near:
+          s = s * unit + tile
+          m_new = jnp.maximum(m, s.max(axis=1))
+          p = jnp.exp2(s - _across(m_new, plan.bk))
+        else:
+          # Softmax does not see a constant: it moves the maximum instead.
+          c = jnp.where(j < span.near, before, after) if plan.biased else 0.0
+          m_new = jnp.maximum(m, s.max(axis=1) * unit + c)
+          p = jnp.exp2(s * unit - _across(m_new - c, plan.bk))
+        shrink = jnp.exp2(m - m_new)
+        l = l * shrink + p.sum(axis=1)
+        o = o * _across(shrink, dim)
+        p = p.astype(q.dtype)
+        # Keeps the compiler from moving softmax into the other's turn.
+        o, l, m_new, p = lax.optimization_barrier((o, l, m_new, p))
+        plgpu.barrier_arrive(r["turn"])
+        plgpu.barrier_wait(r["v_ready"].at[slot])
+        plgpu.barrier_wait(r["turn"])
+
+        def next_keys():
+          pl.when(t + 1 < span.count)(
+            lambda: plgpu.barrier_wait(r["k_ready"].at[_slot(t + 1)])
+          )
+
+        staging = r["p_s"].at[wg] if INTERPRETED else None
+        o = _add_product(o, p, r["v_s"].at[slot], staging, next_keys)
+        plgpu.barrier_arrive(r["v_free"].at[slot])
+        return o, m_new, l
+
+      lowest = plgpu.layout_cast(
+        jnp.full((ROWS,), _LOWEST, jnp.float32), _PER_ROW
+      )
+      carry = _zeros(ROWS, dim), lowest, _zeros(ROWS)
+      start = 0
+      if plan.biased:
+        start = span.near_count
+        carry = lax.fori_loop(0, start, functools.partial(step, True), carry)
+      o, m, l = lax.fori_loop(
+        start, span.count, functools.partial(step, False), carry
+      )
+      pl.when(wg == 0)(in_turn)
+      seen = l > 0
+      l = jnp.where(seen, l, 1.0)
+      q_s[...] = (o * _across(1.0 / l, dim)).astype(q.dtype)
+      if need_lse:
+        lse = jnp.where(seen, m + jnp.log(l) * LOG2E, 0.0)
+        r["lse_s"].at[wg][...] = lse
+      plgpu.commit_smem()
+      plgpu.copy_smem_to_gmem(q_s, r["o"].at[b, rows, h])
+      if need_lse:
+        plgpu.copy_smem_to_gmem(r["lse_s"].at[wg], r["lse"].at[b, h, rows])
+      plgpu.wait_smem_to_gmem(0)
+
+    def load():
+      def fetch(name, t, slot):
+        rows = pl.ds(span.block(t) * plan.bk, plan.bk)
+        plgpu.copy_gmem_to_smem(
+          r[name].at[b, rows, h],
+          r[f"{name}_s"].at[slot],
+          r[f"{name}_ready"].at[slot],
+        )
+
+      for t in range(STAGES):
+
+        @pl.when(t < span.count)
+        def _(t=t):
+          fetch("k", jnp.int32(t), t)
+          fetch("v", jnp.int32(t), t)
+
+      @pl.loop(0, span.count)
+      def _(t):
+        for name in ("k", "v"):
+          plgpu.barrier_wait(r[f"{name}_free"].at[_slot(t)])
+
+          @pl.when(t + STAGES < span.count)
+          def _(name=name):
+            fetch(name, t + STAGES, _slot(t))
+
+    _by_role(compute, load)
+
+  matrix = _shared(q.dtype)
+  outputs = {"o": jax.ShapeDtypeStruct(q.shape, q.dtype)}
+  if need_lse:
+    outputs["lse"] = jax.ShapeDtypeStruct((batch, heads, queries), jnp.float32)
+  out = _call(
+    "flash_attention_forward",
+    kernel,
+    {"heads": heads, "queries": nq, "batch": batch},
+    {
+      "q": q,
+      "k": k,
+      "v": v,
+      "spans": _key_spans(plan, segments, shift, batch, nq, nk),
+      "shift": shift[None],
+      **_bias_operands(bias, plan),
+      **_ids(segments),
+    },
+    outputs,
+    {
+      "q_s": matrix(WARPGROUPS, ROWS, dim),
+      "k_s": matrix(STAGES, plan.bk, dim),
+      "v_s": matrix(STAGES, plan.bk, dim),
+      "lse_s": plgpu.SMEM((WARPGROUPS, ROWS), jnp.float32)
+      if need_lse
+      else None,
+      "p_s": matrix(WARPGROUPS, ROWS, plan.bk) if INTERPRETED else None,
+      "q_ready": plgpu.Barrier(num_barriers=WARPGROUPS),
+      "k_ready": _arrivals(1),
+      "v_ready": _arrivals(1),
+      "k_free": _arrivals(WARPGROUPS),
+      "v_free": _arrivals(WARPGROUPS),
+      "turn": plgpu.Barrier(num_arrivals=WARPGROUPS),
+    },
+  )
+  return out["o"], out.get("lse")
+
+
+def _dq(operands, plan, need_dbias):
+  """(dq, sums of dS over the far keys before and after, (B, H, 2, Q)).
+
+  One program a block of queries, over half blocks of keys: a whole one spills.
+  """
+  q = operands["q"]
+  batch, queries, heads, dim = q.shape
+  nq = queries // BLOCK
+  part = plan.bk // 2
+
+  def kernel(r):
+    h, i, b = (lax.axis_index(name) for name in ("heads", "queries", "batch"))
+    span = _Span(r["spans"].at[b, i])
+    total = span.count * 2
+
+    def compute(wg):
+      rows = pl.ds(i * BLOCK + wg * ROWS, ROWS)
+      q_s, do_s = r["q_s"].at[wg], r["do_s"].at[wg]
+      ready = r["rows_ready"].at[wg]
+      plgpu.copy_gmem_to_smem(r["q"].at[b, rows, h], q_s, ready)
+      plgpu.copy_gmem_to_smem(r["do"].at[b, rows, h], do_s, ready)
+      lse = _read(r["lse"].at[b, h, rows], _PER_ROW)
+      delta = _read(r["delta"].at[b, h, rows], _PER_ROW)
+      if plan.masked:
+        q_ids = _read(r["q_ids"].at[b, rows], _PER_ROW)
+      if plan.biased:
+        before, after = r["constants"][h, 0], r["constants"][h, 1]
+      plgpu.barrier_wait(ready)
+
+      def step(near, t, carry):
+        dq, sums = carry
+        slot, j, half = _slot(t), span.block(t // 2), lax.rem(t, 2)
+        columns = pl.ds(j * plan.bk + half * part, part)
+        tile = None
+        if near:
+          index = j - i - r["shift"][0] - plan.first
+          tile = _read(
+            r["tiles"].at[
+              h, index, pl.ds(wg * ROWS, ROWS), pl.ds(half * part, part)
+            ],
+            _TILE,
+          )
+        plgpu.barrier_wait(r["kv_ready"].at[slot])
+        k_s, v_s = r["k_s"].at[slot], r["v_s"].at[slot]
+        s, dp = _products((q_s, k_s), (do_s, v_s))
+        if plan.masked:
+          s = _masked(s, r, b, i, j, q_ids, r["kv_ids"].at[b, columns])
+        s = s * (plan.scale * LOG2E)
+        is_before = j < span.near
+        top = lse
+        if near:
+          s = s + tile
+        elif plan.biased:
+          top = lse - jnp.where(is_before, before, after)
+        p = jnp.exp2(s - _across(top, part))
+        ds = p * (dp - _across(delta, part))
+        if need_dbias and not near:
+          row_sums = ds.sum(axis=1)
+          sums = tuple(
+            total + row_sums * jnp.where(mine, 1.0, 0.0)
+            for total, mine in zip(sums, (is_before, j >= span.near))
+          )
+        ds = (ds if plan.scale == 1.0 else ds * plan.scale).astype(q.dtype)
+        dq = _add_product(
+          dq, ds, k_s, r["ds_s"].at[wg] if INTERPRETED else None
+        )
+        plgpu.barrier_arrive(r["kv_free"].at[slot])
+        return dq, sums
+
+      sums = (_zeros(ROWS), _zeros(ROWS)) if need_dbias else ()
+      carry = _zeros(ROWS, dim), sums
+      start = 0
+      if plan.biased:
+        start = span.near_count * 2
+        carry = lax.fori_loop(0, start, functools.partial(step, True), carry)
+      dq, sums = lax.fori_loop(
+        start, total, functools.partial(step, False), carry
+      )
+      q_s[...] = dq.astype(q.dtype)
+      for side, x in enumerate(sums):
+        r["far_s"].at[wg, side][...] = x
+      plgpu.commit_smem()
+      plgpu.copy_smem_to_gmem(q_s, r["dq"].at[b, rows, h])
+      for side in range(len(sums)):
+        plgpu.copy_smem_to_gmem(
+          r["far_s"].at[wg, side], r["far"].at[b, h, side, rows]
+        )
+      plgpu.wait_smem_to_gmem(0)
+
+    def load():
+      def fetch(t, slot):
+        half = lax.rem(t, 2)
+        rows = pl.ds(span.block(t // 2) * plan.bk + half * part, part)
+        ready = r["kv_ready"].at[slot]
+        for name in ("k", "v"):
+          plgpu.copy_gmem_to_smem(
+            r[name].at[b, rows, h], r[f"{name}_s"].at[slot], ready
+          )
+
+      _ring(total, fetch, [r["kv_free"]])
+
+    _by_role(compute, load)
+
+  matrix = _shared(q.dtype)
+  outputs = {"dq": jax.ShapeDtypeStruct(q.shape, q.dtype)}
+  if need_dbias:
+    outputs["far"] = jax.ShapeDtypeStruct(
+      (batch, heads, 2, queries), jnp.float32
+    )
+  out = _call(
+    "flash_attention_dq",
+    kernel,
+    {"heads": heads, "queries": nq, "batch": batch},
+    operands,
+    outputs,
+    {
+      "q_s": matrix(WARPGROUPS, ROWS, dim),
+      "do_s": matrix(WARPGROUPS, ROWS, dim),
+      "k_s": matrix(STAGES, part, dim),
+      "v_s": matrix(STAGES, part, dim),
+      "far_s": plgpu.SMEM((WARPGROUPS, 2, ROWS), jnp.float32)
+      if need_dbias
+      else None,
+      "ds_s": matrix(WARPGROUPS, ROWS, part) if INTERPRETED else None,
+      "rows_ready": plgpu.Barrier(num_arrivals=2, num_barriers=WARPGROUPS),
+      "kv_ready": _arrivals(2),
+      "kv_free": _arrivals(WARPGROUPS),
+    },
+  )
+  return out["dq"], out.get("far")
+
+
+def _dkv(operands, plan):
+  """(dk, dv): one program a block of keys, over half blocks of queries.
+
+  Transposed, keys down and queries across, so that P^T and dS^T are the left
+  operands that registers may hold.
+  """
+  q, k = operands["q"], operands["k"]
+  batch, keys, heads, dim = k.shape
+  part = plan.bq // 2
+
+  def kernel(r):
+    h, j, b = (lax.axis_index(name) for name in ("heads", "keys", "batch"))
+    span = _Span(r["spans"].at[b, j])
+    total = span.count * 2
+
+    def compute(wg):
+      rows = pl.ds(j * BLOCK + wg * ROWS, ROWS)
+      k_s, v_s, ready = r["k_s"].at[wg], r["v_s"].at[wg], r["rows_ready"].at[wg]
+      plgpu.copy_gmem_to_smem(r["k"].at[b, rows, h], k_s, ready)
+      plgpu.copy_gmem_to_smem(r["v"].at[b, rows, h], v_s, ready)
+      if plan.masked:
+        kv_ids = _read(r["kv_ids"].at[b, rows], _PER_ROW)
+      if plan.biased:
+        before, after = r["constants"][h, 0], r["constants"][h, 1]
+      plgpu.barrier_wait(ready)
+
+      def step(near, t, carry):
+        dk, dv = carry
+        slot, i, half = _slot(t), span.block(t // 2), lax.rem(t, 2)
+        columns = pl.ds(i * plan.bq + half * part, part)
+        tile = None
+        if near:
+          index = j - i - r["shift"][0] - plan.first
+          tile = _read(
+            r["tiles"].at[
+              h, index, pl.ds(wg * ROWS, ROWS), pl.ds(half * part, part)
+            ],
+            _TILE,
+          )
+        plgpu.barrier_wait(r["q_ready"].at[slot])
+        q_s, do_s = r["q_s"].at[slot], r["do_s"].at[slot]
+        s_KQ, dp_KQ = _products((k_s, q_s), (v_s, do_s))
+        if plan.masked:
+          q_ids = r["q_ids"].at[b, columns]
+          s_KQ = _masked(s_KQ, r, b, i, j, kv_ids, q_ids)
+        s_KQ = s_KQ * (plan.scale * LOG2E)
+        top = plgpu.load(r["lse_s"].at[slot], layout=_PER_COLUMN)
+        delta = plgpu.load(r["delta_s"].at[slot], layout=_PER_COLUMN)
+        if near:
+          s_KQ = s_KQ + tile
+        elif plan.biased:
+          # Queries before the near ones see these keys after themselves.
+          top = top - jnp.where(i < span.near, after, before)
+        p_KQ = jnp.exp2(s_KQ - _down(top, ROWS))
+        ds_KQ = p_KQ * (dp_KQ - _down(delta, ROWS))
+        if plan.scale != 1.0:
+          ds_KQ = ds_KQ * plan.scale
+        staging = r["p_s"].at[wg] if INTERPRETED else None
+        dv = _add_product(dv, p_KQ.astype(q.dtype), do_s, staging)
+        dk = _add_product(dk, ds_KQ.astype(q.dtype), q_s, staging)
+        plgpu.barrier_arrive(r["q_free"].at[slot])
+        return dk, dv
+
+      carry = _zeros(ROWS, dim), _zeros(ROWS, dim)
+      start = 0
+      if plan.biased:
+        start = span.near_count * 2
+        carry = lax.fori_loop(0, start, functools.partial(step, True), carry)
+      dk, dv = lax.fori_loop(
+        start, total, functools.partial(step, False), carry
+      )
+      k_s[...] = dk.astype(k.dtype)
+      v_s[...] = dv.astype(k.dtype)
+      plgpu.commit_smem()
+      plgpu.copy_smem_to_gmem(k_s, r["dk"].at[b, rows, h])
+      plgpu.copy_smem_to_gmem(v_s, r["dv"].at[b, rows, h])
+      plgpu.wait_smem_to_gmem(0)
+
+    def load():
+      def fetch(t, slot):
+        rows = pl.ds(span.block(t // 2) * plan.bq + lax.rem(t, 2) * part, part)
+        ready = r["q_ready"].at[slot]
+        for name in ("q", "do"):
+          plgpu.copy_gmem_to_smem(
+            r[name].at[b, rows, h], r[f"{name}_s"].at[slot], ready
+          )
+        for name in ("lse", "delta"):
+          plgpu.copy_gmem_to_smem(
+            r[name].at[b, h, rows], r[f"{name}_s"].at[slot], ready
+          )
+
+      _ring(total, fetch, [r["q_free"]])
+
+    _by_role(compute, load)
+
+  matrix = _shared(q.dtype)
+  out = _call(
+    "flash_attention_dkv",
+    kernel,
+    {"heads": heads, "keys": keys // BLOCK, "batch": batch},
+    operands,
+    {
+      "dk": jax.ShapeDtypeStruct(k.shape, k.dtype),
+      "dv": jax.ShapeDtypeStruct(k.shape, k.dtype),
+    },
+    {
+      "k_s": matrix(WARPGROUPS, ROWS, dim),
+      "v_s": matrix(WARPGROUPS, ROWS, dim),
+      "q_s": matrix(STAGES, part, dim),
+      "do_s": matrix(STAGES, part, dim),
+      "lse_s": plgpu.SMEM((STAGES, part), jnp.float32),
+      "delta_s": plgpu.SMEM((STAGES, part), jnp.float32),
+      "p_s": matrix(WARPGROUPS, ROWS, part) if INTERPRETED else None,
+      "rows_ready": plgpu.Barrier(num_arrivals=2, num_barriers=WARPGROUPS),
+      "q_ready": _arrivals(4),
+      "q_free": _arrivals(WARPGROUPS),
+    },
+  )
+  return out["dk"], out["dv"]
+
+
+def _dtiles(operands, plan, splits):
+  """float32 (H, near, splits, bq, bk): dS of the near tiles, summed.
+
+  One program a head, near tile and split of the (batch, query block) pairs: it
+  recomputes their dS and keeps the sum in registers. No atomics.
+  """
+  q, k = operands["q"], operands["k"]
+  batch, queries, heads, dim = q.shape
+  nq, nk = queries // BLOCK, k.shape[1] // BLOCK
+
+  def kernel(r):
+    h, n, split = (lax.axis_index(a) for a in ("heads", "tiles", "splits"))
+    # The tile's blocks are (i, i + offset), where both exist.
+    offset = n + plan.first + r["shift"][0]
+    first = jnp.maximum(0, -offset)
+    per_row = jnp.maximum(jnp.minimum(nq, nk - offset) - first, 0)
+    pairs = batch * per_row
+    share = (pairs + splits - 1) // splits
+    start = split * share
+    total = jnp.clip(pairs - start, 0, share)
+
+    def place(t):
+      pair = start + t
+      return lax.div(pair, per_row), lax.rem(pair, per_row) + first
+
+    def compute(wg):
+      mine = pl.ds(wg * ROWS, ROWS)
+
+      def step(t, dtile):
+        slot = _slot(t)
+        b, i = place(t)
+        rows = pl.ds(i * BLOCK + wg * ROWS, ROWS)
+        columns = pl.ds((i + offset) * BLOCK, BLOCK)
+        lse = _read(r["lse"].at[b, h, rows], _PER_ROW)
+        delta = _read(r["delta"].at[b, h, rows], _PER_ROW)
+        plgpu.barrier_wait(r["ready"].at[slot])
+        s, dp = _products(
+          (r["q_s"].at[slot, mine], r["k_s"].at[slot]),
+          (r["do_s"].at[slot, mine], r["v_s"].at[slot]),
+        )
+        plgpu.barrier_arrive(r["free"].at[slot])
+        if plan.masked:
+          ids = _read(r["q_ids"].at[b, rows], _PER_ROW)
+          kv_ids = r["kv_ids"].at[b, columns]
+          s = _masked(s, r, b, i, i + offset, ids, kv_ids)
+        # Read again a step: kept in registers, it would make others spill.
+        tile = _read(r["tiles"].at[h, n, mine], _TILE)
+        s = s * (plan.scale * LOG2E) + tile
+        p = jnp.exp2(s - _across(lse, BLOCK))
+        return dtile + p * (dp - _across(delta, BLOCK))
+
+      r["dtiles"][h, n, split, mine] = lax.fori_loop(
+        0, total, step, _zeros(ROWS, BLOCK)
+      )
+
+    def load():
+      def fetch(t, slot):
+        b, i = place(t)
+        rows, columns = (
+          pl.ds(i * BLOCK, BLOCK),
+          pl.ds((i + offset) * BLOCK, BLOCK),
+        )
+        for name, span in (
+          ("q", rows),
+          ("k", columns),
+          ("do", rows),
+          ("v", columns),
+        ):
+          plgpu.copy_gmem_to_smem(
+            r[name].at[b, span, h], r[f"{name}_s"].at[slot], r["ready"].at[slot]
+          )
+
+      _ring(total, fetch, [r["free"]])
+
+    _by_role(compute, load)
+
+  matrix = _shared(q.dtype)
+  out = _call(
+    "flash_attention_dbias",
+    kernel,
+    {"heads": heads, "tiles": plan.near, "splits": splits},
+    operands,
+    {
+      "dtiles": jax.ShapeDtypeStruct(
+        (heads, plan.near, splits, BLOCK, BLOCK), jnp.float32
+      )
+    },
+    {
+      **{f"{x}_s": matrix(STAGES, BLOCK, dim) for x in ("q", "k", "do", "v")},
+      "ready": _arrivals(4),
+      "free": _arrivals(WARPGROUPS),
+    },
+  )
+  return out["dtiles"]
+
+
+def _backward(
+  q, k, v, bias, segments, shift, phase, lse, delta, do, *, plan, need_dbias
+):
+  del phase  # It is in the tiles.
+  batch, queries, heads, _ = q.shape
+  nq, nk = queries // plan.bq, k.shape[1] // plan.bk
+  shared = {
+    "q": q,
+    "k": k,
+    "v": v,
+    "do": do,
+    "lse": lse,
+    "delta": delta,
+    "shift": shift[None],
+    **_ids(segments),
+  }
+  by_query = {
+    **shared,
+    **_bias_operands(bias, plan),
+    "spans": _key_spans(plan, segments, shift, batch, nq, nk),
+  }
+  by_key = {
+    **shared,
+    **_bias_operands(bias, plan, transposed=True),
+    "spans": _query_spans(plan, segments, shift, batch, nq, nk),
+  }
+  dq, far_BHSQ = _dq(by_query, plan, need_dbias)
+  dk, dv = _dkv(by_key, plan)
+  if not need_dbias:
+    return dq, dk, dv, None
+  # Enough programs for every multiprocessor, few enough to stay small.
+  splits = min(-(-132 // (heads * plan.near)), batch * nq)
+  dtiles = _dtiles(by_query, plan, splits).sum(axis=2)
+  far_HS = far_BHSQ.sum(axis=(0, 3))
+  return (
+    dq,
+    dk,
+    dv,
+    blocked.Bias(
+      diagonal_sums(dtiles.reshape(-1, BLOCK, BLOCK)).reshape(
+        heads, plan.near, -1
+      ),
+      jnp.stack([far_HS, jnp.zeros_like(far_HS)], axis=2),
+    ),
+  )
+
+
+_KERNELS = blocked.Kernels(_forward, _backward)
+
+
+def unsupported(q_BQHD, k_BKHD, bias) -> str | None:
+  """Why these arguments cannot run here, or None."""
+  reason = blocked.unsupported(q_BQHD, bias)
+  if reason:
+    return reason
+  if q_BQHD.dtype not in (jnp.bfloat16, jnp.float16):
+    return (
+      f"wgmma multiplies 16-bit floats, the inputs are {q_BQHD.dtype}; use "
+      "'triton' or 'chunked'"
+    )
+  if {q_BQHD.dtype, k_BKHD.dtype} != {q_BQHD.dtype}:
+    return f"queries are {q_BQHD.dtype}, keys {k_BKHD.dtype}"
+  if q_BQHD.shape[3] > 128:
+    return "head dimensions above 128 leave no registers; use 'triton'"
+  if bias is not None and bias.slopes_H2 is not None:
+    return "ALiBi is not constant far away; use 'chunked'"
+  return None
+
+
+def attention(
+  q_BQHD,
+  k_BKHD,
+  v_BKHD,
+  bias,
+  q_segment_ids,
+  kv_segment_ids,
+  q_offset,
+  *,
+  causal: bool,
+  scale: float,
+) -> jax.Array:
+  """Same function as reference.attention, on Hopper and later."""
+  return blocked.attention(
+    _KERNELS,
+    q_BQHD,
+    k_BKHD,
+    v_BKHD,
+    bias,
+    q_segment_ids,
+    kv_segment_ids,
+    q_offset,
+    causal=causal,
+    scale=scale,
+    bq=BLOCK,
+    bk=BLOCK,
+    head_dim=-(-q_BQHD.shape[3] // 64) * 64,
+  )
