@@ -28,7 +28,8 @@ from pallas_kernels.flash_attention.relative_bias import diagonal_sums, toeplitz
 
 if tuple(map(int, jax.__version__.split(".")[:2])) < (0, 11):
   raise ImportError(
-    f"it needs jax 0.11 or later (and so Python 3.12); this is {jax.__version__}"
+    "it needs jax 0.11 or later (and so Python 3.12); this is "
+    f"{jax.__version__}"
   )
 import jax.experimental.pallas.mosaic_gpu as plgpu
 
@@ -36,7 +37,7 @@ ROWS = 64  # Of one warpgroup: M of wgmma.
 WARPGROUPS = 2
 BLOCK = ROWS * WARPGROUPS
 STAGES = 2
-_COMPUTE_REGISTERS, _LOAD_REGISTERS = 232, 40
+_COMPUTE_REGISTERS, _LOAD_REGISTERS = 240, 24
 _LOWEST = -1e30
 _TILE = plgpu.Layout.WGMMA
 _PER_ROW, _PER_COLUMN = _TILE.reduce(1), _TILE.reduce(0)
@@ -78,7 +79,7 @@ def _products(*pairs):
 
 
 def _add_product(total, left, right, staging=None, then=lambda: None):
-  """total + left @ right; left in registers, `then` runs while it multiplies."""
+  """total + left @ right, left in registers; `then` runs meanwhile."""
   if INTERPRETED:
     staging[...] = left
     plgpu.commit_smem()
@@ -106,19 +107,11 @@ def _ring(total, load, free):
   for t in range(STAGES):
     pl.when(t < total)(functools.partial(load, jnp.int32(t), t))
 
-  @pl.loop(0, total - STAGES)
-  def _(t):
-    for barrier in free:
-      plgpu.barrier_wait(barrier.at[_slot(t)])
-    load(t + STAGES, _slot(t))
-
   # Every arrival is waited for, so that no barrier ends in an odd phase.
-  for t in range(STAGES):
-
-    @pl.when(total - STAGES + t >= 0)
-    def _(t=t):
-      for barrier in free:
-        plgpu.barrier_wait(barrier.at[_slot(total - STAGES + t)])
+  @pl.loop(0, total)
+  def _(t):
+    plgpu.barrier_wait(free.at[_slot(t)])
+    pl.when(t + STAGES < total)(lambda: load(t + STAGES, _slot(t)))
 
 
 class _Span:
@@ -129,8 +122,16 @@ class _Span:
     self.near_count = self.far - self.near
     self.count = self.stop - self.start
 
-  def block(self, t):
-    """The t-th block to visit."""
+  def part(self, t, parts: int):
+    """(block, slice within it, slice of positions) of the t-th visit."""
+    if parts == 1:
+      j, part = self._block(t), 0
+    else:
+      j, part = self._block(t // parts), lax.rem(t, parts)
+    size = BLOCK // parts
+    return j, pl.ds(part * size, size), pl.ds(j * BLOCK + part * size, size)
+
+  def _block(self, t):
     before = t - self.near_count + self.start
     after = t
     far = jnp.where(before < self.near, before, after + self.start)
@@ -232,13 +233,16 @@ def _by_role(compute, load):
     load()
 
 
-def _masked(s, r, b, i, j, row_ids, column_ids_ref):
-  """Scores with -inf where ids differ; most tiles are all of one id."""
+def _masked(s, r, b, i, j, row_ids, column_ids):
+  """Scores with -inf where ids differ; most tiles are all of one id.
+
+  The ids come as refs, read only where they matter: no register holds them.
+  """
 
   def mask(s):
-    column_ids = _read(column_ids_ref, _PER_COLUMN)
-    same = _across(row_ids, s.shape[1]) == _down(column_ids, s.shape[0])
-    return jnp.where(same, s, -jnp.inf)
+    rows = _across(_read(row_ids, _PER_ROW), s.shape[1])
+    columns = _down(_read(column_ids, _PER_COLUMN), s.shape[0])
+    return jnp.where(rows == columns, s, -jnp.inf)
 
   whole = r["q_only"][b, i] == r["kv_only"][b, j]
   return lax.cond(whole, lambda s: s, mask, s)
@@ -271,14 +275,24 @@ def _ids(segments):
   }
 
 
+def _parts(dim: int) -> dict[str, int]:
+  """Into how many parts each kernel cuts a tile, for want of registers."""
+  if dim <= 64:
+    return dict(forward=1, dq=2, dkv=2, dbias=1)
+  return dict(forward=2, dq=2, dkv=2, dbias=2)
+
+
 def _forward(q, k, v, bias, segments, shift, phase, *, plan, need_lse):
   del phase  # It is in the tiles.
   batch, queries, heads, dim = q.shape
-  nq, nk = queries // plan.bq, k.shape[1] // plan.bk
+  nq, nk = queries // BLOCK, k.shape[1] // BLOCK
+  parts = _parts(dim)["forward"]
+  part = BLOCK // parts
 
   def kernel(r):
     h, i, b = (lax.axis_index(name) for name in ("heads", "queries", "batch"))
     span = _Span(r["spans"].at[b, i])
+    total = span.count * parts
 
     def compute(wg):
       q_s = r["q_s"].at[wg]
@@ -290,42 +304,41 @@ def _forward(q, k, v, bias, segments, shift, phase, *, plan, need_lse):
 
       plgpu.copy_gmem_to_smem(r["q"].at[b, rows, h], q_s, r["q_ready"].at[wg])
       plgpu.barrier_wait(r["q_ready"].at[wg])
-      if plan.masked:
-        q_ids = _read(r["q_ids"].at[b, rows], _PER_ROW)
       if plan.biased:
         before, after = r["constants"][h, 0], r["constants"][h, 1]
-      pl.when(span.count > 0)(lambda: plgpu.barrier_wait(r["k_ready"].at[0]))
+      pl.when(total > 0)(lambda: plgpu.barrier_wait(r["k_ready"].at[0]))
       pl.when(wg == 1)(in_turn)
 
       def step(near, t, carry):
         o, m, l = carry
-        slot, j = _slot(t), span.block(t)
+        slot = _slot(t)
+        j, within, columns = span.part(t, parts)
 
         def scores(accumulator):
           plgpu.wgmma(accumulator, q_s, r["k_s"].at[slot].T)
           tile = None
           if near:
             index = j - i - r["shift"][0] - plan.first
-            tile_rows = pl.ds(wg * ROWS, ROWS)
-            tile = _read(r["tiles"].at[h, index, tile_rows], _TILE)
+            mine = pl.ds(wg * ROWS, ROWS)
+            tile = _read(r["tiles"].at[h, index, mine, within], _TILE)
           in_turn()
           return accumulator[...], tile
 
-        s, tile = pl.run_scoped(scores, plgpu.ACC((ROWS, plan.bk), jnp.float32))
+        s, tile = pl.run_scoped(scores, plgpu.ACC((ROWS, part), jnp.float32))
         plgpu.barrier_arrive(r["k_free"].at[slot])
         if plan.masked:
-          columns = pl.ds(j * plan.bk, plan.bk)
-          s = _masked(s, r, b, i, j, q_ids, r["kv_ids"].at[b, columns])
+          q_ids, kv_ids = r["q_ids"].at[b, rows], r["kv_ids"].at[b, columns]
+          s = _masked(s, r, b, i, j, q_ids, kv_ids)
         unit = plan.scale * LOG2E
         if near:
           s = s * unit + tile
           m_new = jnp.maximum(m, s.max(axis=1))
-          p = jnp.exp2(s - _across(m_new, plan.bk))
+          p = jnp.exp2(s - _across(m_new, part))
         else:
           # Softmax does not see a constant: it moves the maximum instead.
           c = jnp.where(j < span.near, before, after) if plan.biased else 0.0
           m_new = jnp.maximum(m, s.max(axis=1) * unit + c)
-          p = jnp.exp2(s * unit - _across(m_new - c, plan.bk))
+          p = jnp.exp2(s * unit - _across(m_new - c, part))
         shrink = jnp.exp2(m - m_new)
         l = l * shrink + p.sum(axis=1)
         o = o * _across(shrink, dim)
@@ -337,7 +350,7 @@ def _forward(q, k, v, bias, segments, shift, phase, *, plan, need_lse):
         plgpu.barrier_wait(r["turn"])
 
         def next_keys():
-          pl.when(t + 1 < span.count)(
+          pl.when(t + 1 < total)(
             lambda: plgpu.barrier_wait(r["k_ready"].at[_slot(t + 1)])
           )
 
@@ -352,10 +365,10 @@ def _forward(q, k, v, bias, segments, shift, phase, *, plan, need_lse):
       carry = _zeros(ROWS, dim), lowest, _zeros(ROWS)
       start = 0
       if plan.biased:
-        start = span.near_count
+        start = span.near_count * parts
         carry = lax.fori_loop(0, start, functools.partial(step, True), carry)
       o, m, l = lax.fori_loop(
-        start, span.count, functools.partial(step, False), carry
+        start, total, functools.partial(step, False), carry
       )
       pl.when(wg == 0)(in_turn)
       seen = l > 0
@@ -372,7 +385,7 @@ def _forward(q, k, v, bias, segments, shift, phase, *, plan, need_lse):
 
     def load():
       def fetch(name, t, slot):
-        rows = pl.ds(span.block(t) * plan.bk, plan.bk)
+        *_, rows = span.part(t, parts)
         plgpu.copy_gmem_to_smem(
           r[name].at[b, rows, h],
           r[f"{name}_s"].at[slot],
@@ -381,17 +394,17 @@ def _forward(q, k, v, bias, segments, shift, phase, *, plan, need_lse):
 
       for t in range(STAGES):
 
-        @pl.when(t < span.count)
+        @pl.when(t < total)
         def _(t=t):
           fetch("k", jnp.int32(t), t)
           fetch("v", jnp.int32(t), t)
 
-      @pl.loop(0, span.count)
+      @pl.loop(0, total)
       def _(t):
         for name in ("k", "v"):
           plgpu.barrier_wait(r[f"{name}_free"].at[_slot(t)])
 
-          @pl.when(t + STAGES < span.count)
+          @pl.when(t + STAGES < total)
           def _(name=name):
             fetch(name, t + STAGES, _slot(t))
 
@@ -417,12 +430,12 @@ def _forward(q, k, v, bias, segments, shift, phase, *, plan, need_lse):
     outputs,
     {
       "q_s": matrix(WARPGROUPS, ROWS, dim),
-      "k_s": matrix(STAGES, plan.bk, dim),
-      "v_s": matrix(STAGES, plan.bk, dim),
+      "k_s": matrix(STAGES, part, dim),
+      "v_s": matrix(STAGES, part, dim),
       "lse_s": plgpu.SMEM((WARPGROUPS, ROWS), jnp.float32)
       if need_lse
       else None,
-      "p_s": matrix(WARPGROUPS, ROWS, plan.bk) if INTERPRETED else None,
+      "p_s": matrix(WARPGROUPS, ROWS, part) if INTERPRETED else None,
       "q_ready": plgpu.Barrier(num_barriers=WARPGROUPS),
       "k_ready": _arrivals(1),
       "v_ready": _arrivals(1),
@@ -437,17 +450,18 @@ def _forward(q, k, v, bias, segments, shift, phase, *, plan, need_lse):
 def _dq(operands, plan, need_dbias):
   """(dq, sums of dS over the far keys before and after, (B, H, 2, Q)).
 
-  One program a block of queries, over half blocks of keys: a whole one spills.
+  One program a block of queries.
   """
   q = operands["q"]
   batch, queries, heads, dim = q.shape
   nq = queries // BLOCK
-  part = plan.bk // 2
+  parts = _parts(dim)["dq"]
+  part = BLOCK // parts
 
   def kernel(r):
     h, i, b = (lax.axis_index(name) for name in ("heads", "queries", "batch"))
     span = _Span(r["spans"].at[b, i])
-    total = span.count * 2
+    total = span.count * parts
 
     def compute(wg):
       rows = pl.ds(i * BLOCK + wg * ROWS, ROWS)
@@ -457,30 +471,25 @@ def _dq(operands, plan, need_dbias):
       plgpu.copy_gmem_to_smem(r["do"].at[b, rows, h], do_s, ready)
       lse = _read(r["lse"].at[b, h, rows], _PER_ROW)
       delta = _read(r["delta"].at[b, h, rows], _PER_ROW)
-      if plan.masked:
-        q_ids = _read(r["q_ids"].at[b, rows], _PER_ROW)
       if plan.biased:
         before, after = r["constants"][h, 0], r["constants"][h, 1]
       plgpu.barrier_wait(ready)
 
       def step(near, t, carry):
         dq, sums = carry
-        slot, j, half = _slot(t), span.block(t // 2), lax.rem(t, 2)
-        columns = pl.ds(j * plan.bk + half * part, part)
+        slot = _slot(t)
+        j, within, columns = span.part(t, parts)
         tile = None
         if near:
           index = j - i - r["shift"][0] - plan.first
-          tile = _read(
-            r["tiles"].at[
-              h, index, pl.ds(wg * ROWS, ROWS), pl.ds(half * part, part)
-            ],
-            _TILE,
-          )
+          mine = pl.ds(wg * ROWS, ROWS)
+          tile = _read(r["tiles"].at[h, index, mine, within], _TILE)
         plgpu.barrier_wait(r["kv_ready"].at[slot])
         k_s, v_s = r["k_s"].at[slot], r["v_s"].at[slot]
         s, dp = _products((q_s, k_s), (do_s, v_s))
         if plan.masked:
-          s = _masked(s, r, b, i, j, q_ids, r["kv_ids"].at[b, columns])
+          q_ids, kv_ids = r["q_ids"].at[b, rows], r["kv_ids"].at[b, columns]
+          s = _masked(s, r, b, i, j, q_ids, kv_ids)
         s = s * (plan.scale * LOG2E)
         is_before = j < span.near
         top = lse
@@ -507,7 +516,7 @@ def _dq(operands, plan, need_dbias):
       carry = _zeros(ROWS, dim), sums
       start = 0
       if plan.biased:
-        start = span.near_count * 2
+        start = span.near_count * parts
         carry = lax.fori_loop(0, start, functools.partial(step, True), carry)
       dq, sums = lax.fori_loop(
         start, total, functools.partial(step, False), carry
@@ -525,15 +534,14 @@ def _dq(operands, plan, need_dbias):
 
     def load():
       def fetch(t, slot):
-        half = lax.rem(t, 2)
-        rows = pl.ds(span.block(t // 2) * plan.bk + half * part, part)
+        *_, rows = span.part(t, parts)
         ready = r["kv_ready"].at[slot]
         for name in ("k", "v"):
           plgpu.copy_gmem_to_smem(
             r[name].at[b, rows, h], r[f"{name}_s"].at[slot], ready
           )
 
-      _ring(total, fetch, [r["kv_free"]])
+      _ring(total, fetch, r["kv_free"])
 
     _by_role(compute, load)
 
@@ -567,64 +575,63 @@ def _dq(operands, plan, need_dbias):
 
 
 def _dkv(operands, plan):
-  """(dk, dv): one program a block of keys, over half blocks of queries.
+  """(dk, dv): one program a block of keys.
 
   Transposed, keys down and queries across, so that P^T and dS^T are the left
   operands that registers may hold.
   """
   q, k = operands["q"], operands["k"]
   batch, keys, heads, dim = k.shape
-  part = plan.bq // 2
+  parts = _parts(dim)["dkv"]
+  part = BLOCK // parts
+  # S and dP wait for each other's product once, where both fit registers.
+  together = dim <= 64
 
   def kernel(r):
     h, j, b = (lax.axis_index(name) for name in ("heads", "keys", "batch"))
     span = _Span(r["spans"].at[b, j])
-    total = span.count * 2
+    total = span.count * parts
 
     def compute(wg):
       rows = pl.ds(j * BLOCK + wg * ROWS, ROWS)
       k_s, v_s, ready = r["k_s"].at[wg], r["v_s"].at[wg], r["rows_ready"].at[wg]
       plgpu.copy_gmem_to_smem(r["k"].at[b, rows, h], k_s, ready)
       plgpu.copy_gmem_to_smem(r["v"].at[b, rows, h], v_s, ready)
-      if plan.masked:
-        kv_ids = _read(r["kv_ids"].at[b, rows], _PER_ROW)
-      if plan.biased:
-        before, after = r["constants"][h, 0], r["constants"][h, 1]
       plgpu.barrier_wait(ready)
 
       def step(near, t, carry):
         dk, dv = carry
-        slot, i, half = _slot(t), span.block(t // 2), lax.rem(t, 2)
-        columns = pl.ds(i * plan.bq + half * part, part)
-        tile = None
-        if near:
-          index = j - i - r["shift"][0] - plan.first
-          tile = _read(
-            r["tiles"].at[
-              h, index, pl.ds(wg * ROWS, ROWS), pl.ds(half * part, part)
-            ],
-            _TILE,
-          )
+        slot = _slot(t)
+        i, within, columns = span.part(t, parts)
         plgpu.barrier_wait(r["q_ready"].at[slot])
         q_s, do_s = r["q_s"].at[slot], r["do_s"].at[slot]
-        s_KQ, dp_KQ = _products((k_s, q_s), (v_s, do_s))
+        if together:
+          s_KQ, dp_KQ = _products((k_s, q_s), (v_s, do_s))
+        else:
+          (s_KQ,) = _products((k_s, q_s))
         if plan.masked:
-          q_ids = r["q_ids"].at[b, columns]
+          q_ids, kv_ids = r["q_ids"].at[b, columns], r["kv_ids"].at[b, rows]
           s_KQ = _masked(s_KQ, r, b, i, j, kv_ids, q_ids)
         s_KQ = s_KQ * (plan.scale * LOG2E)
         top = plgpu.load(r["lse_s"].at[slot], layout=_PER_COLUMN)
-        delta = plgpu.load(r["delta_s"].at[slot], layout=_PER_COLUMN)
         if near:
-          s_KQ = s_KQ + tile
+          # Not read ahead: dk and dv leave no registers to hold it.
+          index = j - i - r["shift"][0] - plan.first
+          mine = pl.ds(wg * ROWS, ROWS)
+          s_KQ += _read(r["tiles"].at[h, index, mine, within], _TILE)
         elif plan.biased:
           # Queries before the near ones see these keys after themselves.
-          top = top - jnp.where(i < span.near, after, before)
+          side = jnp.where(i < span.near, 1, 0)
+          top = top - r["constants"][h, side]
         p_KQ = jnp.exp2(s_KQ - _down(top, ROWS))
+        staging = r["p_s"].at[wg] if INTERPRETED else None
+        dv = _add_product(dv, p_KQ.astype(q.dtype), do_s, staging)
+        if not together:
+          (dp_KQ,) = _products((v_s, do_s))
+        delta = plgpu.load(r["delta_s"].at[slot], layout=_PER_COLUMN)
         ds_KQ = p_KQ * (dp_KQ - _down(delta, ROWS))
         if plan.scale != 1.0:
           ds_KQ = ds_KQ * plan.scale
-        staging = r["p_s"].at[wg] if INTERPRETED else None
-        dv = _add_product(dv, p_KQ.astype(q.dtype), do_s, staging)
         dk = _add_product(dk, ds_KQ.astype(q.dtype), q_s, staging)
         plgpu.barrier_arrive(r["q_free"].at[slot])
         return dk, dv
@@ -632,7 +639,7 @@ def _dkv(operands, plan):
       carry = _zeros(ROWS, dim), _zeros(ROWS, dim)
       start = 0
       if plan.biased:
-        start = span.near_count * 2
+        start = span.near_count * parts
         carry = lax.fori_loop(0, start, functools.partial(step, True), carry)
       dk, dv = lax.fori_loop(
         start, total, functools.partial(step, False), carry
@@ -646,7 +653,7 @@ def _dkv(operands, plan):
 
     def load():
       def fetch(t, slot):
-        rows = pl.ds(span.block(t // 2) * plan.bq + lax.rem(t, 2) * part, part)
+        *_, rows = span.part(t, parts)
         ready = r["q_ready"].at[slot]
         for name in ("q", "do"):
           plgpu.copy_gmem_to_smem(
@@ -657,7 +664,7 @@ def _dkv(operands, plan):
             r[name].at[b, h, rows], r[f"{name}_s"].at[slot], ready
           )
 
-      _ring(total, fetch, [r["q_free"]])
+      _ring(total, fetch, r["q_free"])
 
     _by_role(compute, load)
 
@@ -696,9 +703,12 @@ def _dtiles(operands, plan, splits):
   q, k = operands["q"], operands["k"]
   batch, queries, heads, dim = q.shape
   nq, nk = queries // BLOCK, k.shape[1] // BLOCK
+  parts = _parts(dim)["dbias"]
+  part = BLOCK // parts
 
   def kernel(r):
     h, n, split = (lax.axis_index(a) for a in ("heads", "tiles", "splits"))
+    n, within = n // parts, lax.rem(n, parts) * part
     # The tile's blocks are (i, i + offset), where both exist.
     offset = n + plan.first + r["shift"][0]
     first = jnp.maximum(0, -offset)
@@ -719,7 +729,7 @@ def _dtiles(operands, plan, splits):
         slot = _slot(t)
         b, i = place(t)
         rows = pl.ds(i * BLOCK + wg * ROWS, ROWS)
-        columns = pl.ds((i + offset) * BLOCK, BLOCK)
+        columns = pl.ds((i + offset) * BLOCK + within, part)
         lse = _read(r["lse"].at[b, h, rows], _PER_ROW)
         delta = _read(r["delta"].at[b, h, rows], _PER_ROW)
         plgpu.barrier_wait(r["ready"].at[slot])
@@ -729,26 +739,23 @@ def _dtiles(operands, plan, splits):
         )
         plgpu.barrier_arrive(r["free"].at[slot])
         if plan.masked:
-          ids = _read(r["q_ids"].at[b, rows], _PER_ROW)
-          kv_ids = r["kv_ids"].at[b, columns]
-          s = _masked(s, r, b, i, i + offset, ids, kv_ids)
+          q_ids, kv_ids = r["q_ids"].at[b, rows], r["kv_ids"].at[b, columns]
+          s = _masked(s, r, b, i, i + offset, q_ids, kv_ids)
         # Read again a step: kept in registers, it would make others spill.
-        tile = _read(r["tiles"].at[h, n, mine], _TILE)
+        tile = _read(r["tiles"].at[h, n, mine, pl.ds(within, part)], _TILE)
         s = s * (plan.scale * LOG2E) + tile
-        p = jnp.exp2(s - _across(lse, BLOCK))
-        return dtile + p * (dp - _across(delta, BLOCK))
+        p = jnp.exp2(s - _across(lse, part))
+        return dtile + p * (dp - _across(delta, part))
 
-      r["dtiles"][h, n, split, mine] = lax.fori_loop(
-        0, total, step, _zeros(ROWS, BLOCK)
+      r["dtiles"][h, n, split, mine, pl.ds(within, part)] = lax.fori_loop(
+        0, total, step, _zeros(ROWS, part)
       )
 
     def load():
       def fetch(t, slot):
         b, i = place(t)
-        rows, columns = (
-          pl.ds(i * BLOCK, BLOCK),
-          pl.ds((i + offset) * BLOCK, BLOCK),
-        )
+        rows = pl.ds(i * BLOCK, BLOCK)
+        columns = pl.ds((i + offset) * BLOCK + within, part)
         for name, span in (
           ("q", rows),
           ("k", columns),
@@ -759,7 +766,7 @@ def _dtiles(operands, plan, splits):
             r[name].at[b, span, h], r[f"{name}_s"].at[slot], r["ready"].at[slot]
           )
 
-      _ring(total, fetch, [r["free"]])
+      _ring(total, fetch, r["free"])
 
     _by_role(compute, load)
 
@@ -767,7 +774,7 @@ def _dtiles(operands, plan, splits):
   out = _call(
     "flash_attention_dbias",
     kernel,
-    {"heads": heads, "tiles": plan.near, "splits": splits},
+    {"heads": heads, "tiles": plan.near * parts, "splits": splits},
     operands,
     {
       "dtiles": jax.ShapeDtypeStruct(
@@ -775,7 +782,8 @@ def _dtiles(operands, plan, splits):
       )
     },
     {
-      **{f"{x}_s": matrix(STAGES, BLOCK, dim) for x in ("q", "k", "do", "v")},
+      **{f"{x}_s": matrix(STAGES, BLOCK, dim) for x in ("q", "do")},
+      **{f"{x}_s": matrix(STAGES, part, dim) for x in ("k", "v")},
       "ready": _arrivals(4),
       "free": _arrivals(WARPGROUPS),
     },
