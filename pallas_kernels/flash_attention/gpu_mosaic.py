@@ -6,9 +6,8 @@ tiles into a ring of shared memory. Forward follows FlashAttention-3
 multiplies. Backward is three kernels without atomics: dq, (dk, dv), and the
 near tiles of the bias, which are few.
 
-A block visits its near tiles first and then all far ones: the order of an
-online softmax is free, and so each kernel has two loop bodies, one that reads a
-bias tile and one that adds a number.
+Each kernel has two loop bodies: one for near blocks, which reads a bias tile,
+and one for far blocks, which adds a number.
 
 Needs jax 0.11 (`plgpu.kernel` with warpgroup lowering), hence Python 3.12.
 """
@@ -23,8 +22,17 @@ from jax.experimental import pallas as pl
 import jax.numpy as jnp
 
 from pallas_kernels.flash_attention import blocked
-from pallas_kernels.flash_attention.blocked import LOG2E, Plan
-from pallas_kernels.flash_attention.relative_bias import diagonal_sums, toeplitz
+from pallas_kernels.flash_attention.blocked import LOG2E
+from pallas_kernels.flash_attention.gpu_common import (
+  Span,
+  bias_gradient,
+  bias_operands,
+  dbias_splits,
+  id_operands,
+  key_spans,
+  pairs_of_tile,
+  query_spans,
+)
 
 if tuple(map(int, jax.__version__.split(".")[:2])) < (0, 11):
   raise ImportError(
@@ -114,75 +122,6 @@ def _ring(total, load, free):
     pl.when(t + STAGES < total)(lambda: load(t + STAGES, _slot(t)))
 
 
-class _Span:
-  """The blocks one program visits: near ones, those before, those after."""
-
-  def __init__(self, ref):
-    self.start, self.near, self.far, self.stop = (ref[n] for n in range(4))
-    self.near_count = self.far - self.near
-    self.count = self.stop - self.start
-
-  def part(self, t, parts: int):
-    """(block, slice within it, slice of positions) of the t-th visit."""
-    if parts == 1:
-      j, part = self._block(t), 0
-    else:
-      j, part = self._block(t // parts), lax.rem(t, parts)
-    size = BLOCK // parts
-    return j, pl.ds(part * size, size), pl.ds(j * BLOCK + part * size, size)
-
-  def _block(self, t):
-    before = t - self.near_count + self.start
-    after = t
-    far = jnp.where(before < self.near, before, after + self.start)
-    return jnp.where(t < self.near_count, self.near + t, far)
-
-
-def _span(start, near, far, stop):
-  """int32 (..., 4): a _Span, each bound clipped into the ones around it."""
-  stop = jnp.maximum(start, stop)
-  near, far = (jnp.clip(x, start, stop) for x in (near, far))
-  return jnp.stack([start, near, jnp.maximum(near, far), stop], axis=-1)
-
-
-def _key_spans(plan: Plan, segments, shift, batch, nq, nk):
-  """int32 (B, nq, 4): the key blocks that each query block visits."""
-  i = jnp.arange(nq)[None]
-  start = jnp.zeros((batch, nq), jnp.int32)
-  stop = jnp.broadcast_to(plan.key_blocks(i, shift, nk), start.shape)
-  if plan.masked:
-    seen = _overlap(segments).swapaxes(1, 2)
-    start, stop = _extent(seen, start, stop)
-  # bq == bk == unit: a step is a number of blocks.
-  near = plan.first + shift + i
-  return _span(start, near, near + plan.near, stop).astype(jnp.int32)
-
-
-def _query_spans(plan: Plan, segments, shift, batch, nq, nk):
-  """int32 (B, nk, 4): the query blocks that visit each key block."""
-  j = jnp.arange(nk)[None]
-  stop = jnp.full((batch, nk), nq, jnp.int32)
-  start = jnp.broadcast_to(plan.first_query_block(j, shift, nq), stop.shape)
-  if plan.masked:
-    start, stop = _extent(_overlap(segments), start, stop)
-  near = j - shift - plan.last
-  return _span(start, near, near + plan.near, stop).astype(jnp.int32)
-
-
-def _overlap(segments):
-  """Boolean (B, nq, nk), for a reduction that fuses it away."""
-  q, kv = segments.q_range_BI3[:, :, None], segments.kv_range_BJ3[:, None]
-  return (q[..., 0] <= kv[..., 1]) & (kv[..., 0] <= q[..., 1])
-
-
-def _extent(seen_BXY, start_BY, stop_BY):
-  """From the first to one past the last X that is seen, within the bounds."""
-  x = jnp.arange(seen_BXY.shape[1])[None, :, None]
-  first = jnp.where(seen_BXY, x, seen_BXY.shape[1]).min(axis=1)
-  last = jnp.where(seen_BXY, x, -1).max(axis=1)
-  return jnp.maximum(start_BY, first), jnp.minimum(stop_BY, last + 1)
-
-
 def _call(name, kernel, grid, inputs, outputs, scratch):
   """plgpu.kernel on operands by name; kernel gets a dict of refs.
 
@@ -248,33 +187,6 @@ def _masked(s, r, b, i, j, row_ids, column_ids):
   return lax.cond(whole, lambda s: s, mask, s)
 
 
-def _bias_operands(bias, plan: Plan, *, transposed=False):
-  """Tiles (H, T, bq, bk) or transposed, and (H, 2) constants, base 2."""
-  if not plan.biased:
-    return {}
-  heads, tiles, length = bias.diagonals_HTL.shape
-  flat = bias.diagonals_HTL.reshape(-1, length) * LOG2E
-  if transposed:
-    flat = toeplitz(flat[:, ::-1], plan.bk, plan.bq)
-  else:
-    flat = toeplitz(flat, plan.bq, plan.bk)
-  return {
-    "tiles": flat.reshape(heads, tiles, *flat.shape[1:]),
-    "constants": bias.constants_H22[:, :, 0] * LOG2E,
-  }
-
-
-def _ids(segments):
-  if segments is None:
-    return {}
-  return {
-    "q_ids": segments.q_BQ,
-    "kv_ids": segments.kv_BK,
-    "q_only": segments.q_range_BI3[:, :, 2],
-    "kv_only": segments.kv_range_BJ3[:, :, 2],
-  }
-
-
 def _parts(dim: int) -> dict[str, int]:
   """Into how many parts each kernel cuts a tile, for want of registers."""
   if dim <= 64:
@@ -291,7 +203,7 @@ def _forward(q, k, v, bias, segments, shift, phase, *, plan, need_lse):
 
   def kernel(r):
     h, i, b = (lax.axis_index(name) for name in ("heads", "queries", "batch"))
-    span = _Span(r["spans"].at[b, i])
+    span = Span(r["spans"].at[b, i], BLOCK)
     total = span.count * parts
 
     def compute(wg):
@@ -422,10 +334,10 @@ def _forward(q, k, v, bias, segments, shift, phase, *, plan, need_lse):
       "q": q,
       "k": k,
       "v": v,
-      "spans": _key_spans(plan, segments, shift, batch, nq, nk),
+      "spans": key_spans(plan, segments, shift, batch, nq, nk),
       "shift": shift[None],
-      **_bias_operands(bias, plan),
-      **_ids(segments),
+      **bias_operands(bias, plan),
+      **id_operands(segments),
     },
     outputs,
     {
@@ -460,7 +372,7 @@ def _dq(operands, plan, need_dbias):
 
   def kernel(r):
     h, i, b = (lax.axis_index(name) for name in ("heads", "queries", "batch"))
-    span = _Span(r["spans"].at[b, i])
+    span = Span(r["spans"].at[b, i], BLOCK)
     total = span.count * parts
 
     def compute(wg):
@@ -469,8 +381,8 @@ def _dq(operands, plan, need_dbias):
       ready = r["rows_ready"].at[wg]
       plgpu.copy_gmem_to_smem(r["q"].at[b, rows, h], q_s, ready)
       plgpu.copy_gmem_to_smem(r["do"].at[b, rows, h], do_s, ready)
-      lse = _read(r["lse"].at[b, h, rows], _PER_ROW)
-      delta = _read(r["delta"].at[b, h, rows], _PER_ROW)
+      lse = _read(r["statistics"].at[b, h, 0, rows], _PER_ROW)
+      delta = _read(r["statistics"].at[b, h, 1, rows], _PER_ROW)
       if plan.biased:
         before, after = r["constants"][h, 0], r["constants"][h, 1]
       plgpu.barrier_wait(ready)
@@ -589,7 +501,7 @@ def _dkv(operands, plan):
 
   def kernel(r):
     h, j, b = (lax.axis_index(name) for name in ("heads", "keys", "batch"))
-    span = _Span(r["spans"].at[b, j])
+    span = Span(r["spans"].at[b, j], BLOCK)
     total = span.count * parts
 
     def compute(wg):
@@ -613,7 +525,7 @@ def _dkv(operands, plan):
           q_ids, kv_ids = r["q_ids"].at[b, columns], r["kv_ids"].at[b, rows]
           s_KQ = _masked(s_KQ, r, b, i, j, kv_ids, q_ids)
         s_KQ = s_KQ * (plan.scale * LOG2E)
-        top = plgpu.load(r["lse_s"].at[slot], layout=_PER_COLUMN)
+        top = plgpu.load(r["statistics_s"].at[slot, 0], layout=_PER_COLUMN)
         if near:
           # Not read ahead: dk and dv leave no registers to hold it.
           index = j - i - r["shift"][0] - plan.first
@@ -628,7 +540,7 @@ def _dkv(operands, plan):
         dv = _add_product(dv, p_KQ.astype(q.dtype), do_s, staging)
         if not together:
           (dp_KQ,) = _products((v_s, do_s))
-        delta = plgpu.load(r["delta_s"].at[slot], layout=_PER_COLUMN)
+        delta = plgpu.load(r["statistics_s"].at[slot, 1], layout=_PER_COLUMN)
         ds_KQ = p_KQ * (dp_KQ - _down(delta, ROWS))
         if plan.scale != 1.0:
           ds_KQ = ds_KQ * plan.scale
@@ -659,10 +571,9 @@ def _dkv(operands, plan):
           plgpu.copy_gmem_to_smem(
             r[name].at[b, rows, h], r[f"{name}_s"].at[slot], ready
           )
-        for name in ("lse", "delta"):
-          plgpu.copy_gmem_to_smem(
-            r[name].at[b, h, rows], r[f"{name}_s"].at[slot], ready
-          )
+        plgpu.copy_gmem_to_smem(
+          r["statistics"].at[b, h, :, rows], r["statistics_s"].at[slot], ready
+        )
 
       _ring(total, fetch, r["q_free"])
 
@@ -683,11 +594,10 @@ def _dkv(operands, plan):
       "v_s": matrix(WARPGROUPS, ROWS, dim),
       "q_s": matrix(STAGES, part, dim),
       "do_s": matrix(STAGES, part, dim),
-      "lse_s": plgpu.SMEM((STAGES, part), jnp.float32),
-      "delta_s": plgpu.SMEM((STAGES, part), jnp.float32),
+      "statistics_s": plgpu.SMEM((STAGES, 2, part), jnp.float32),
       "p_s": matrix(WARPGROUPS, ROWS, part) if INTERPRETED else None,
       "rows_ready": plgpu.Barrier(num_arrivals=2, num_barriers=WARPGROUPS),
-      "q_ready": _arrivals(4),
+      "q_ready": _arrivals(3),
       "q_free": _arrivals(WARPGROUPS),
     },
   )
@@ -709,29 +619,21 @@ def _dtiles(operands, plan, splits):
   def kernel(r):
     h, n, split = (lax.axis_index(a) for a in ("heads", "tiles", "splits"))
     n, within = n // parts, lax.rem(n, parts) * part
-    # The tile's blocks are (i, i + offset), where both exist.
-    offset = n + plan.first + r["shift"][0]
-    first = jnp.maximum(0, -offset)
-    per_row = jnp.maximum(jnp.minimum(nq, nk - offset) - first, 0)
-    pairs = batch * per_row
+    pairs, place = pairs_of_tile(n, r["shift"][0], plan, batch, nq, nk)
     share = (pairs + splits - 1) // splits
     start = split * share
     total = jnp.clip(pairs - start, 0, share)
-
-    def place(t):
-      pair = start + t
-      return lax.div(pair, per_row), lax.rem(pair, per_row) + first
 
     def compute(wg):
       mine = pl.ds(wg * ROWS, ROWS)
 
       def step(t, dtile):
         slot = _slot(t)
-        b, i = place(t)
+        b, i, j = place(start + t)
         rows = pl.ds(i * BLOCK + wg * ROWS, ROWS)
-        columns = pl.ds((i + offset) * BLOCK + within, part)
-        lse = _read(r["lse"].at[b, h, rows], _PER_ROW)
-        delta = _read(r["delta"].at[b, h, rows], _PER_ROW)
+        columns = pl.ds(j * BLOCK + within, part)
+        lse = _read(r["statistics"].at[b, h, 0, rows], _PER_ROW)
+        delta = _read(r["statistics"].at[b, h, 1, rows], _PER_ROW)
         plgpu.barrier_wait(r["ready"].at[slot])
         s, dp = _products(
           (r["q_s"].at[slot, mine], r["k_s"].at[slot]),
@@ -740,7 +642,7 @@ def _dtiles(operands, plan, splits):
         plgpu.barrier_arrive(r["free"].at[slot])
         if plan.masked:
           q_ids, kv_ids = r["q_ids"].at[b, rows], r["kv_ids"].at[b, columns]
-          s = _masked(s, r, b, i, i + offset, q_ids, kv_ids)
+          s = _masked(s, r, b, i, j, q_ids, kv_ids)
         # Read again a step: kept in registers, it would make others spill.
         tile = _read(r["tiles"].at[h, n, mine, pl.ds(within, part)], _TILE)
         s = s * (plan.scale * LOG2E) + tile
@@ -753,9 +655,9 @@ def _dtiles(operands, plan, splits):
 
     def load():
       def fetch(t, slot):
-        b, i = place(t)
+        b, i, j = place(start + t)
         rows = pl.ds(i * BLOCK, BLOCK)
-        columns = pl.ds((i + offset) * BLOCK + within, part)
+        columns = pl.ds(j * BLOCK + within, part)
         for name, span in (
           ("q", rows),
           ("k", columns),
@@ -802,40 +704,27 @@ def _backward(
     "k": k,
     "v": v,
     "do": do,
-    "lse": lse,
-    "delta": delta,
+    "statistics": jnp.stack([lse, delta], axis=2),
     "shift": shift[None],
-    **_ids(segments),
+    **id_operands(segments),
   }
   by_query = {
     **shared,
-    **_bias_operands(bias, plan),
-    "spans": _key_spans(plan, segments, shift, batch, nq, nk),
+    **bias_operands(bias, plan),
+    "spans": key_spans(plan, segments, shift, batch, nq, nk),
   }
   by_key = {
     **shared,
-    **_bias_operands(bias, plan, transposed=True),
-    "spans": _query_spans(plan, segments, shift, batch, nq, nk),
+    **bias_operands(bias, plan, transposed=True),
+    "spans": query_spans(plan, segments, shift, batch, nq, nk),
   }
   dq, far_BHSQ = _dq(by_query, plan, need_dbias)
   dk, dv = _dkv(by_key, plan)
   if not need_dbias:
     return dq, dk, dv, None
-  # Enough programs for every multiprocessor, few enough to stay small.
-  splits = min(-(-132 // (heads * plan.near)), batch * nq)
-  dtiles = _dtiles(by_query, plan, splits).sum(axis=2)
-  far_HS = far_BHSQ.sum(axis=(0, 3))
-  return (
-    dq,
-    dk,
-    dv,
-    blocked.Bias(
-      diagonal_sums(dtiles.reshape(-1, BLOCK, BLOCK)).reshape(
-        heads, plan.near, -1
-      ),
-      jnp.stack([far_HS, jnp.zeros_like(far_HS)], axis=2),
-    ),
-  )
+  splits = dbias_splits(heads, plan, batch * nq)
+  dtiles = _dtiles(by_query, plan, splits)
+  return dq, dk, dv, bias_gradient(dtiles, far_BHSQ)
 
 
 _KERNELS = blocked.Kernels(_forward, _backward)

@@ -1,0 +1,462 @@
+"""Flash attention in Pallas (Triton): Ampere and Ada, and Hopper's fallback.
+
+Upstream has deprecated this backend of Pallas since jax 0.11; when it goes, so
+does this file, and nothing else. Forward, dq, (dk, dv) and the near tiles of
+the bias are a kernel each, without atomics.
+"""
+
+from __future__ import annotations
+
+import functools
+import types
+
+import jax
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import triton as plt
+import jax.numpy as jnp
+
+from pallas_kernels.flash_attention import blocked
+from pallas_kernels.flash_attention.blocked import LOG2E
+from pallas_kernels.flash_attention.gpu_common import (
+  Span,
+  bias_gradient,
+  bias_operands,
+  dbias_splits,
+  id_operands,
+  key_spans,
+  pairs_of_tile,
+  query_spans,
+)
+
+_LOWEST = -1e30
+# Tests set this to run on a CPU.
+INTERPRETED = False
+
+
+def _exp2(x):
+  """2^x; jnp.exp2 spends a third of a kernel's instructions on denormals."""
+  if INTERPRETED:
+    return jnp.exp2(x)
+  [y] = plt.elementwise_inline_asm(
+    "ex2.approx.ftz.f32 $0, $1;",
+    args=[x],
+    constraints="=f,f",
+    pack=1,
+    result_shape_dtypes=[jax.ShapeDtypeStruct(x.shape, x.dtype)],
+  )
+  return y
+
+
+def _dot(a, b):
+  # float32 inputs ask for float32 products, not TensorFloat-32.
+  full = a.dtype == jnp.float32
+  precision = lax.Precision.HIGHEST if full else lax.Precision.DEFAULT
+  return jnp.dot(a, b, precision=precision, preferred_element_type=jnp.float32)
+
+
+def _block(dim: int, dtype) -> int:
+  """Queries and keys of a tile."""
+  return 128 if dim <= 128 and dtype != jnp.float32 else 64
+
+
+def _part(dim: int, dtype) -> int:
+  """Keys (or queries, for dk and dv) that a program takes at a time."""
+  return 64 if dim <= 128 and dtype != jnp.float32 else 32
+
+
+def _call(name, kernel, grid, inputs, outputs, stages: int):
+  """pallas_call with operands by name, name -> (array or struct, BlockSpec)."""
+  names = [*inputs, *outputs]
+  arrays, in_specs = zip(*inputs.values())
+  out_shape, out_specs = zip(*outputs.values())
+  axes = jax.typeof(inputs["q"][0]).manual_axis_type
+  results = pl.pallas_call(
+    lambda *refs: kernel(types.SimpleNamespace(**dict(zip(names, refs)))),
+    grid=grid,
+    in_specs=in_specs,
+    out_specs=out_specs,
+    out_shape=[
+      jax.ShapeDtypeStruct(x.shape, x.dtype, manual_axis_type=axes)
+      for x in out_shape
+    ],
+    compiler_params=plt.CompilerParams(num_warps=8, num_stages=stages),
+    interpret=INTERPRETED,
+    name=name,
+  )(*arrays)
+  return dict(zip(outputs, results))
+
+
+def _operands(q, k, v, bias, segments, spans, shift, plan, *, transposed=False):
+  """Inputs for a grid (block, head, batch), all of a head's rows at hand."""
+  whole = lambda x: pl.BlockSpec(
+    (None, x.shape[1], None, x.shape[3]), lambda n, h, b: (b, 0, h, 0)
+  )
+  inputs = {name: (x, whole(x)) for name, x in (("q", q), ("k", k), ("v", v))}
+  inputs["spans"] = (
+    spans,
+    pl.BlockSpec((None, None, 4), lambda n, h, b: (b, n, 0)),
+  )
+  inputs["shift"] = (shift[None], pl.BlockSpec((1,), lambda n, h, b: (0,)))
+  for name, x in bias_operands(bias, plan, transposed=transposed).items():
+    rest = x.shape[1:]
+    inputs[name] = (
+      x,
+      pl.BlockSpec(
+        (None, *rest), lambda n, h, b, rest=rest: (h, *(0,) * len(rest))
+      ),
+    )
+  for name, x in id_operands(segments).items():
+    if name in ("q_ids", "kv_ids"):
+      inputs[name] = (
+        x,
+        pl.BlockSpec((None, x.shape[1]), lambda n, h, b: (b, 0)),
+      )
+  return inputs
+
+
+def _rows(x, size: int, index):
+  """Block spec of a (B, L, H, D) array: this program's rows of a head."""
+  return pl.BlockSpec((None, size, None, x.shape[3]), index)
+
+
+def _tile(r, plan, i, j, within):
+  index = j - i - r.shift[0] - plan.first
+  return r.tiles[index, :, within]
+
+
+def _near_then_far(plan, span, parts, step, carry):
+  start = 0
+  if plan.biased:
+    start = span.near_count * parts
+    carry = lax.fori_loop(0, start, functools.partial(step, True), carry)
+  return lax.fori_loop(
+    start, span.count * parts, functools.partial(step, False), carry
+  )
+
+
+def _forward(q, k, v, bias, segments, shift, phase, *, plan, need_lse):
+  del phase  # It is in the tiles.
+  batch, queries, heads, dim = q.shape
+  block, part = plan.bq, _part(dim, q.dtype)
+  parts = block // part
+  nq, nk = queries // block, k.shape[1] // block
+
+  def kernel(r):
+    i = pl.program_id(0)
+    span = Span(r.spans, block)
+    rows = pl.ds(i * block, block)
+    q_tile = r.q[rows, :]
+    unit = plan.scale * LOG2E
+
+    def step(near, t, carry):
+      o, m, l = carry
+      j, within, columns = span.part(t, parts)
+      s = _dot(q_tile, r.k[columns, :].T) * unit
+      if near:
+        s += _tile(r, plan, i, j, within)
+      if plan.masked:
+        same = r.q_ids[rows][:, None] == r.kv_ids[columns][None]
+        s = jnp.where(same, s, -jnp.inf)
+      c = 0.0
+      if plan.biased and not near:
+        # Softmax does not see a constant: it moves the maximum instead.
+        c = jnp.where(j < span.near, r.constants[0], r.constants[1])
+      m_new = jnp.maximum(m, s.max(axis=1) + c)
+      p = _exp2(s - (m_new - c)[:, None])
+      shrink = _exp2(m - m_new)
+      l = l * shrink + p.sum(axis=1)
+      pv = _dot(p.astype(q.dtype), r.v[columns, :])
+      return o * shrink[:, None] + pv, m_new, l
+
+    carry = (
+      jnp.zeros((block, dim), jnp.float32),
+      jnp.full((block,), _LOWEST, jnp.float32),
+      jnp.zeros((block,), jnp.float32),
+    )
+    o, m, l = _near_then_far(plan, span, parts, step, carry)
+    seen = l > 0
+    l = jnp.where(seen, l, 1.0)
+    r.o[...] = (o / l[:, None]).astype(q.dtype)
+    if need_lse:
+      r.lse[...] = jnp.where(seen, m + jnp.log2(l), 0.0)
+
+  outputs = {
+    "o": (
+      jax.ShapeDtypeStruct(q.shape, q.dtype),
+      _rows(q, block, lambda i, h, b: (b, i, h, 0)),
+    )
+  }
+  if need_lse:
+    outputs["lse"] = (
+      jax.ShapeDtypeStruct((batch, heads, queries), jnp.float32),
+      pl.BlockSpec((None, None, block), lambda i, h, b: (b, h, i)),
+    )
+  spans = key_spans(plan, segments, shift, batch, nq, nk)
+  out = _call(
+    "flash_attention_forward",
+    kernel,
+    (nq, heads, batch),
+    _operands(q, k, v, bias, segments, spans, shift, plan),
+    outputs,
+    stages=2,
+  )
+  return out["o"], out.get("lse")
+
+
+def _dq(inputs, plan, need_dbias):
+  """(dq, sums of dS over the far keys before and after, (B, H, 2, Q))."""
+  q = inputs["q"][0]
+  batch, queries, heads, dim = q.shape
+  block, part = plan.bq, _part(dim, q.dtype)
+  parts = block // part
+
+  def kernel(r):
+    i = pl.program_id(0)
+    span = Span(r.spans, block)
+    rows = pl.ds(i * block, block)
+    q_tile, do_tile = r.q[rows, :], r.do[rows, :]
+    lse, delta = r.lse[rows], r.delta[rows]
+
+    def step(near, t, carry):
+      dq, before, after = carry
+      j, within, columns = span.part(t, parts)
+      k_tile = r.k[columns, :]
+      s = _dot(q_tile, k_tile.T) * (plan.scale * LOG2E)
+      if near:
+        s += _tile(r, plan, i, j, within)
+      if plan.masked:
+        same = r.q_ids[rows][:, None] == r.kv_ids[columns][None]
+        s = jnp.where(same, s, -jnp.inf)
+      top, is_before = lse, j < span.near
+      if plan.biased and not near:
+        top -= jnp.where(is_before, r.constants[0], r.constants[1])
+      p = _exp2(s - top[:, None])
+      ds = p * (_dot(do_tile, r.v[columns, :].T) - delta[:, None])
+      if need_dbias and not near:
+        sums = ds.sum(axis=1)
+        before += jnp.where(is_before, sums, 0.0)
+        after += jnp.where(is_before, 0.0, sums)
+      dq += _dot((ds * plan.scale).astype(q.dtype), k_tile)
+      return dq, before, after
+
+    zero = jnp.zeros((block,), jnp.float32)
+    carry = jnp.zeros((block, dim), jnp.float32), zero, zero
+    dq, before, after = _near_then_far(plan, span, parts, step, carry)
+    r.dq[...] = dq.astype(q.dtype)
+    if need_dbias:
+      r.before[...], r.after[...] = before, after
+
+  outputs = {
+    "dq": (
+      jax.ShapeDtypeStruct(q.shape, q.dtype),
+      _rows(q, block, lambda i, h, b: (b, i, h, 0)),
+    )
+  }
+  if need_dbias:
+    row = (
+      jax.ShapeDtypeStruct((batch, heads, queries), jnp.float32),
+      pl.BlockSpec((None, None, block), lambda i, h, b: (b, h, i)),
+    )
+    outputs |= {"before": row, "after": row}
+  grid = (queries // block, heads, batch)
+  out = _call("flash_attention_dq", kernel, grid, inputs, outputs, stages=2)
+  if not need_dbias:
+    return out["dq"], None
+  return out["dq"], jnp.stack([out["before"], out["after"]], axis=2)
+
+
+def _dkv(inputs, plan):
+  """(dk, dv): transposed tiles, keys down and queries across."""
+  q, k = inputs["q"][0], inputs["k"][0]
+  batch, keys, heads, dim = k.shape
+  block, part = plan.bk, _part(dim, q.dtype)
+  parts = block // part
+
+  def kernel(r):
+    j = pl.program_id(0)
+    span = Span(r.spans, block)
+    rows = pl.ds(j * block, block)
+    k_tile, v_tile = r.k[rows, :], r.v[rows, :]
+
+    def step(near, t, carry):
+      dk, dv = carry
+      i, within, columns = span.part(t, parts)
+      q_tile, do_tile = r.q[columns, :], r.do[columns, :]
+      s_KQ = _dot(k_tile, q_tile.T) * (plan.scale * LOG2E)
+      if near:
+        s_KQ += _tile(r, plan, i, j, within)
+      if plan.masked:
+        same = r.kv_ids[rows][:, None] == r.q_ids[columns][None]
+        s_KQ = jnp.where(same, s_KQ, -jnp.inf)
+      top = r.lse[columns]
+      if plan.biased and not near:
+        # Queries before the near ones see these keys after themselves.
+        top -= jnp.where(i < span.near, r.constants[1], r.constants[0])
+      p_KQ = _exp2(s_KQ - top[None])
+      dv += _dot(p_KQ.astype(q.dtype), do_tile)
+      ds_KQ = p_KQ * (_dot(v_tile, do_tile.T) - r.delta[columns][None])
+      dk += _dot((ds_KQ * plan.scale).astype(q.dtype), q_tile)
+      return dk, dv
+
+    zero = jnp.zeros((block, dim), jnp.float32)
+    dk, dv = _near_then_far(plan, span, parts, step, (zero, zero))
+    r.dk[...], r.dv[...] = dk.astype(k.dtype), dv.astype(k.dtype)
+
+  out = (
+    jax.ShapeDtypeStruct(k.shape, k.dtype),
+    _rows(k, block, lambda j, h, b: (b, j, h, 0)),
+  )
+  out = _call(
+    "flash_attention_dkv",
+    kernel,
+    (keys // block, heads, batch),
+    inputs,
+    {"dk": out, "dv": out},
+    stages=2,
+  )
+  return out["dk"], out["dv"]
+
+
+def _dtiles(inputs, plan, splits):
+  """float32 (H, near, splits, bq, bk): dS of the near tiles, summed.
+
+  One program a head, part of a near tile and split of the pairs of blocks that
+  have it.
+  """
+  q, k = inputs["q"][0], inputs["k"][0]
+  batch, queries, heads, dim = q.shape
+  block, part = plan.bq, _part(dim, q.dtype)
+  parts = block // part
+  nq, nk = queries // block, k.shape[1] // block
+
+  def kernel(r):
+    n, split = pl.program_id(0) // parts, pl.program_id(2)
+    start = lax.rem(pl.program_id(0), parts) * part
+    pairs, place = pairs_of_tile(n, r.shift[0], plan, batch, nq, nk)
+    share = (pairs + splits - 1) // splits
+    bias_tile = r.tiles[n, :, pl.ds(start, part)]
+
+    def step(t, dtile):
+      b, i, j = place(split * share + t)
+      rows, columns = pl.ds(i * block, block), pl.ds(j * block + start, part)
+      s = _dot(r.q[b, rows, :], r.k[b, columns, :].T)
+      s = s * (plan.scale * LOG2E) + bias_tile
+      if plan.masked:
+        same = r.q_ids[b, rows][:, None] == r.kv_ids[b, columns][None]
+        s = jnp.where(same, s, -jnp.inf)
+      p = _exp2(s - r.lse[b, rows][:, None])
+      dp = _dot(r.do[b, rows, :], r.v[b, columns, :].T)
+      return dtile + p * (dp - r.delta[b, rows][:, None])
+
+    total = jnp.clip(pairs - split * share, 0, share)
+    r.dtile[...] = lax.fori_loop(
+      0, total, step, jnp.zeros((block, part), jnp.float32)
+    )
+
+  def every_row(name, x):
+    """All batch rows of a head: this kernel's programs cross them."""
+    shape = [*x.shape]
+    head = {"tiles": 0, "lse": 1, "delta": 1}.get(name, 2)
+    if name in ("q_ids", "kv_ids", "shift"):
+      return pl.BlockSpec(tuple(shape), lambda n, h, s: (0,) * len(shape))
+    shape[head] = None
+    index = lambda n, h, s: tuple(
+      h if axis == head else 0 for axis in range(len(shape))
+    )
+    return pl.BlockSpec(tuple(shape), index)
+
+  wanted = "q k v do lse delta tiles shift q_ids kv_ids".split()
+  out = _call(
+    "flash_attention_dbias",
+    kernel,
+    (plan.near * parts, heads, splits),
+    {
+      n: (inputs[n][0], every_row(n, inputs[n][0]))
+      for n in wanted
+      if n in inputs
+    },
+    {
+      "dtile": (
+        jax.ShapeDtypeStruct(
+          (heads, plan.near, splits, block, block), jnp.float32
+        ),
+        pl.BlockSpec(
+          (None, None, None, block, part),
+          lambda n, h, s: (h, n // parts, s, 0, lax.rem(n, parts)),
+        ),
+      )
+    },
+    stages=1,
+  )
+  return out["dtile"]
+
+
+def _backward(
+  q, k, v, bias, segments, shift, phase, lse, delta, do, *, plan, need_dbias
+):
+  del phase  # It is in the tiles.
+  batch, queries, heads, _ = q.shape
+  nq, nk = queries // plan.bq, k.shape[1] // plan.bk
+
+  def inputs(spans, transposed):
+    found = _operands(
+      q, k, v, bias, segments, spans, shift, plan, transposed=transposed
+    )
+    row = pl.BlockSpec((None, None, queries), lambda n, h, b: (b, h, 0))
+    found |= {"lse": (lse, row), "delta": (delta, row)}
+    found["do"] = (do, found["q"][1])
+    return found
+
+  by_query = inputs(key_spans(plan, segments, shift, batch, nq, nk), False)
+  by_key = inputs(query_spans(plan, segments, shift, batch, nq, nk), True)
+  dq, far_BHSQ = _dq(by_query, plan, need_dbias)
+  dk, dv = _dkv(by_key, plan)
+  if not need_dbias:
+    return dq, dk, dv, None
+  splits = dbias_splits(heads, plan, batch * nq)
+  return dq, dk, dv, bias_gradient(_dtiles(by_query, plan, splits), far_BHSQ)
+
+
+_KERNELS = blocked.Kernels(_forward, _backward)
+
+
+def unsupported(q_BQHD, k_BKHD, bias) -> str | None:
+  """Why these arguments cannot run here, or None."""
+  del k_BKHD
+  if bias is not None and getattr(bias, "slopes_H2", None) is not None:
+    return "ALiBi is not constant far away; use 'chunked'"
+  return blocked.unsupported(q_BQHD, bias)
+
+
+def attention(
+  q_BQHD,
+  k_BKHD,
+  v_BKHD,
+  bias,
+  q_segment_ids,
+  kv_segment_ids,
+  q_offset,
+  *,
+  causal: bool,
+  scale: float,
+) -> jax.Array:
+  """Same function as reference.attention, on Ampere and later."""
+  dim = q_BQHD.shape[3]
+  block = _block(dim, q_BQHD.dtype)
+  return blocked.attention(
+    _KERNELS,
+    q_BQHD,
+    k_BKHD,
+    v_BKHD,
+    bias,
+    q_segment_ids,
+    kv_segment_ids,
+    q_offset,
+    causal=causal,
+    scale=scale,
+    bq=block,
+    bk=block,
+    # Triton's tensors have powers of two on every side.
+    head_dim=max(16, 1 << (dim - 1).bit_length()),
+  )
