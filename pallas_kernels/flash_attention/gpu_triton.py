@@ -62,7 +62,7 @@ def _block(dim: int, dtype) -> int:
 
 def _part(dim: int, dtype) -> int:
   """Keys (or queries, for dk and dv) that a program takes at a time."""
-  return 64 if dim <= 128 and dtype != jnp.float32 else 32
+  return 64 if dim <= 64 and dtype != jnp.float32 else 32
 
 
 def _call(name, kernel, grid, inputs, outputs, stages: int):
