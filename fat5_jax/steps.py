@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import optax
 
 from fat5_jax import losses
+from pallas_kernels import linear_cross_entropy
 
 Batch = Mapping[str, jax.Array]
 
@@ -33,7 +34,7 @@ def init_params(model, seed: int) -> Any:
 
 def _sums(model, params, batch, weights_BL, normaliser, rng, z_loss, smoothing):
   """(loss, sums of a (micro)batch); see metrics.scalars."""
-  logits_BLV = model.apply(
+  hidden_BLM = model.apply(
     {"params": params},
     batch["encoder_input_tokens"],
     batch["decoder_input_tokens"],
@@ -42,21 +43,26 @@ def _sums(model, params, batch, weights_BL, normaliser, rng, z_loss, smoothing):
     decoder_segment_ids=batch.get("decoder_segment_ids"),
     enable_dropout=rng is not None,
     rngs=None if rng is None else {"dropout": rng},
+    project=False,
   )
   targets_BL = batch["decoder_target_tokens"]
-  loss_BL, z_BL = losses.cross_entropy(
-    logits_BLV, targets_BL, z_loss=z_loss, label_smoothing=smoothing
-  )
-  cross_entropy = losses.weighted_sum(loss_BL, weights_BL) / normaliser
-  z = losses.weighted_sum(z_BL, weights_BL) / normaliser
   real_BL = batch["decoder_loss_weights"] != 0
+  found = linear_cross_entropy(
+    hidden_BLM.reshape(-1, hidden_BLM.shape[-1]),
+    model.output_kernel(params),
+    targets_BL.reshape(-1),
+    weights_BL.reshape(-1),
+    z_loss=z_loss,
+    label_smoothing=smoothing,
+  )
   count = lambda x: jnp.sum(x, dtype=jnp.float32)
+  loss = found.loss / normaliser
   sums = {
-    "loss": cross_entropy + z,
-    "cross_entropy": cross_entropy,
-    "z_loss": z,
-    "token_loss": losses.weighted_sum(loss_BL, real_BL),
-    "correct": count(real_BL & (logits_BLV.argmax(axis=-1) == targets_BL)),
+    "loss": loss,
+    "cross_entropy": found.cross_entropy / normaliser,
+    "z_loss": found.z_loss / normaliser,
+    "token_loss": found.unweighted,
+    "correct": found.correct,
     "target_tokens": count(real_BL),
     "target_positions": jnp.float32(targets_BL.size),
     "encoder_tokens": count(
@@ -64,7 +70,7 @@ def _sums(model, params, batch, weights_BL, normaliser, rng, z_loss, smoothing):
     ),
     "encoder_positions": jnp.float32(batch["encoder_input_tokens"].size),
   }
-  return cross_entropy + z, sums
+  return loss, sums
 
 
 def make_train_step(

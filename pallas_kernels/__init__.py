@@ -1,8 +1,8 @@
-"""Attention for T5: the relative position bias is computed, never stored.
+"""The kernels of T5: attention, cross-entropy, layer norm.
 
 Axis legend, used in every array name of this repository: `B` batch,
 `Q`/`K` query/key length, `H` heads, `D` head dimension, `N` position buckets,
-`R` relative distances.
+`R` relative distances, `M` model width, `V` vocabulary.
 """
 
 from pallas_kernels.flash_attention.api import flash_attention
@@ -12,11 +12,19 @@ from pallas_kernels.flash_attention.positions import (
   FullBias,
   RelativeBuckets,
 )
+from pallas_kernels.linear_cross_entropy import (
+  LossSums,
+  linear_cross_entropy,
+)
+from pallas_kernels.rms_norm import rms_norm
 
 __all__ = [
   "Alibi",
   "DistanceVector",
   "FullBias",
+  "LossSums",
   "RelativeBuckets",
   "flash_attention",
+  "linear_cross_entropy",
+  "rms_norm",
 ]

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from fat5_jax.models.config import T5Config
-from pallas_kernels import RelativeBuckets, flash_attention
+from pallas_kernels import RelativeBuckets, flash_attention, rms_norm
 
 _ACTIVATIONS = {
   "relu": nn.relu,
@@ -66,9 +66,7 @@ class RMSNorm(nn.Module):
     scale = self.param(
       "scale", nn.initializers.ones, (x_BLM.shape[-1],), jnp.float32
     )
-    x = x_BLM.astype(jnp.float32)
-    variance = jnp.mean(jnp.square(x), axis=-1, keepdims=True)
-    y = x * jax.lax.rsqrt(variance + self.config.layer_norm_epsilon) * scale
+    y = rms_norm(x_BLM, scale, epsilon=self.config.layer_norm_epsilon)
     return y.astype(self.config.dtype)
 
 

@@ -217,6 +217,7 @@ class Decoder(nn.Module):
     cache_length: int = 0,
     index=0,
     enable_dropout: bool,
+    project: bool = True,
   ) -> tuple[jax.Array, Any]:
     config = self.config
     position: RelativeBuckets | None = None
@@ -242,7 +243,7 @@ class Decoder(nn.Module):
     x_BLM = layers.Dropout(config, enable_dropout)(x_BLM)
     if config.scales_decoder_outputs:
       x_BLM = x_BLM / jnp.sqrt(config.emb_dim).astype(x_BLM.dtype)
-    if config.logits_via_embedding:
+    if config.logits_via_embedding or not project:
       return x_BLM, cache
     logits_BLV = layers.Dense(
       config.vocab_size,
@@ -295,6 +296,7 @@ class Transformer(nn.Module):
     cache_length: int = 0,
     index: int | jax.Array = 0,
     enable_dropout: bool = False,
+    project: bool = True,
   ) -> tuple[jax.Array, Any]:
     """Logits of decoder tokens, and the cache for the tokens after them.
 
@@ -307,9 +309,10 @@ class Transformer(nn.Module):
       cache_length: positions the cache shall hold; 0 keeps none (training).
       index: position of the first token, a number or a traced scalar.
       enable_dropout: whether dropout is on (needs a "dropout" rng).
+      project: False gives the hidden states that `output_kernel` projects.
 
     Returns:
-      float32 logits (B, L, V) and the new cache.
+      float32 logits (B, L, V), or hidden states (B, L, M), and the new cache.
     """
     # Unpacked decoder rows see every real encoder token of their row; in packed
     # rows segments must agree.
@@ -323,8 +326,9 @@ class Transformer(nn.Module):
       cache_length=cache_length,
       index=index,
       enable_dropout=enable_dropout,
+      project=project,
     )
-    if self.config.logits_via_embedding:
+    if self.config.logits_via_embedding and project:
       outputs = self.token_embedder.attend(outputs)
     return outputs, cache
 
@@ -339,6 +343,7 @@ class Transformer(nn.Module):
     decoder_positions: jax.Array | None = None,
     *,
     enable_dropout: bool = False,
+    project: bool = True,
   ) -> jax.Array:
     """float32 logits (B, L, V) of every decoder position.
 
@@ -354,6 +359,8 @@ class Transformer(nn.Module):
         where their values are known.
       decoder_positions: (B, L), likewise.
       enable_dropout: whether dropout is on (needs a "dropout" rng).
+      project: False gives hidden states (B, L, M) instead, for a loss that
+        projects them a chunk at a time with `output_kernel`.
 
     Raises:
       ValueError: if one side alone has segments, or if positions do not count
@@ -378,7 +385,14 @@ class Transformer(nn.Module):
       decoder_input_tokens,
       decoder_segment_ids=decoder_segment_ids,
       enable_dropout=enable_dropout,
+      project=project,
     )[0]
+
+  def output_kernel(self, params: Any) -> jax.Array:
+    """(M, V): what projects the last hidden states to logits."""
+    if self.config.logits_via_embedding:
+      return params["token_embedder"]["embedding"].T
+    return params["decoder"]["logits_dense"]["kernel"]
 
   def segments(self, tokens_BL: jax.Array) -> jax.Array:
     """Segment ids of unpacked rows: 1 for real tokens, 0 for padding."""
