@@ -1,0 +1,117 @@
+"""The kernels compile for chips that are not here, within their budgets.
+
+`tools/static_kernel_report.py --quick` compiles them with the chips' own
+compilers; the budgets are those of pallas_kernels/flash_attention/README.md.
+"""
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+
+from conftest import ROOT
+import pytest
+
+pytestmark = pytest.mark.chips
+
+# Bundles a 512 x 512 x 64 tile on v5e: (forward, backward).
+V5E_BUDGET = {"forward": 1250, "backward": 2450}
+# Instructions a 64 x 128 tile on sm_90a: (near, far).
+H100_BUDGET = (540, 460)
+
+
+def gpu_python() -> str:
+  """The Python of the environment that compiles for GPUs; `make gpu-env`."""
+  folder = os.environ.get(
+    "FAT5_JAX_GPU_ENV", os.path.join(ROOT, ".venv", "gpu")
+  )
+  python = os.path.join(folder, "bin", "python")
+  reason = os.path.join(folder, "missing")
+  if os.path.exists(reason):
+    with open(reason, encoding="utf-8") as file:
+      pytest.skip(f"no environment that compiles for GPUs: {file.read()}")
+  if not os.path.exists(python):
+    pytest.skip(f"no environment that compiles for GPUs in {folder}")
+  return python
+
+
+def compiled(tmp_path, python, *arguments) -> list[dict]:
+  path = tmp_path / "report.json"
+  tool = os.path.join(ROOT, "tools", "static_kernel_report.py")
+  result = subprocess.run(
+    [python, tool, *arguments, "--quick", "--json", str(path)],
+    capture_output=True,
+    text=True,
+  )
+  assert result.returncode == 0, result.stdout + result.stderr
+  reports = json.loads(path.read_text())
+  for report in reports:
+    if "skipped" in report:
+      pytest.skip(f"no compiler for {report['target']}: {report['skipped']}")
+  return reports
+
+
+@pytest.fixture
+def tpu_python():
+  if importlib.util.find_spec("libtpu") is None:
+    pytest.skip("libtpu is not installed; it compiles for TPUs")
+  return sys.executable
+
+
+def assert_memory_is_linear(report):
+  # What the compiler needs beside arguments and results, which grow linearly.
+  assert [row["length"] for row in report["memory"]] == [4096, 8192, 16384]
+  for row in report["memory"]:
+    assert row["temporary_bytes"] <= 1.1 * row["other_bytes"], report["target"]
+
+
+def test_compiles_for_every_tpu_in_linear_memory(tpu_python, tmp_path):
+  chips = ("v4", "v5e", "v5p", "v6e", "v7x")
+  for report in compiled(tmp_path, tpu_python, *chips, "--memory-only"):
+    assert_memory_is_linear(report)
+
+
+def test_v5e_keeps_its_budget_of_bundles(tpu_python, tmp_path):
+  [report] = compiled(tmp_path, tpu_python, "v5e")
+  tiles = {row["part"]: row["tiles"] for row in report["kernels"]}
+  for part, budget in V5E_BUDGET.items():
+    # Near and far tiles: with the bias and, backward, its gradient.
+    assert len(tiles[part]) == 2 and max(tiles[part]) <= budget, tiles
+
+
+@pytest.mark.parametrize("chip", ["h100", "a100"])
+def test_compiles_for_gpu_without_spills(chip, tmp_path):
+  [report] = compiled(tmp_path, gpu_python(), chip)
+  rows = {
+    (row["kernel"].split(",")[0], row["part"]): row for row in report["kernels"]
+  }
+  parts = {"forward", "dq", "dkv", "dbias"}
+  assert {part for name, part in rows if name == "triton"} == parts
+  for name, row in rows.items():
+    assert row["spills"] == 0, name
+  assert_memory_is_linear(report)
+  if chip == "h100":
+    assert {part for name, part in rows if name == "mosaic_gpu"} == parts
+    near, far = rows["mosaic_gpu", "forward"]["tiles"]
+    assert near <= H100_BUDGET[0] and far <= H100_BUDGET[1]
+
+
+@pytest.mark.parametrize("worker", range(2))
+def test_mosaic_gpu_meets_the_suite_in_its_interpreter(worker):
+  """Half of the suite each: the interpreter runs one thread at a time."""
+  environment = os.environ | {
+    # A warpgroup is a thread of XLA's, and they wait for each other.
+    "XLA_FLAGS": "--xla_force_host_platform_device_count=8",
+    "FAT5_JAX_HALF": str(worker),
+  }
+  result = subprocess.run(
+    [gpu_python(), "-m", "pytest", "-p", "no:cacheprovider"]
+    + ["-k", "mosaic_gpu", os.path.join(ROOT, "tests/test_flash_attention.py")],
+    env=environment,
+    cwd=ROOT,
+    capture_output=True,
+    text=True,
+  )
+  assert result.returncode == 0, result.stdout
+  assert "[100%]" in result.stdout and "s" not in result.stdout.split()[0]

@@ -1,0 +1,518 @@
+"""What the compilers say about our kernels, for chips that are not here.
+
+  python tools/static_kernel_report.py v5e v6e
+  python tools/static_kernel_report.py h100 a100       (jax 0.11, cuda plugin)
+
+For each chip, from programs compiled by its real compiler: issue slots a tile
+(VLIW bundles on a TPU, SASS instructions a warp on a GPU), registers, spills,
+and temporary memory of a layer's forward and backward pass by length. On a TPU
+jax's own attention kernels, which have no such bias, stand beside ours.
+
+TPUs need libtpu, GPUs jax's CUDA plugin with nvidia-cuda-nvcc and nvidia-nvvm,
+and nvdisasm for instruction counts (the `triton` wheel brings it). No chip, no
+driver. CONTRIBUTING.md has the commands.
+"""
+
+from __future__ import annotations
+
+import argparse
+import glob
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+
+sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+
+TPUS = {
+  "v4": "v4:2x2x1",
+  "v5e": "v5e:2x2",
+  "v5p": "v5p:2x2x1",
+  "v6e": "v6e:2x2",
+  "v7x": "tpu7x:2x2x1",
+}
+GPUS = {
+  # name: (compute capability, multiprocessors, shared memory a block, memory)
+  "a100": ((8, 0), 108, 166912, 84978434048),
+  "h100": ((9, 0), 132, 232448, 84978434048),
+}
+BATCH, HEADS, HEAD_DIM = 1, 12, 64
+LENGTHS = (4096, 8192, 16384)
+LONG = 131072
+
+
+def gpu_description(name: str) -> str:
+  """The target as XLA's GPU compiler wants it (stream_executor's text form)."""
+  (major, minor), cores, shared, memory = GPUS[name]
+  return f"""
+gpu_device_info {{
+  threads_per_block_limit: 1024
+  threads_per_warp: 32
+  shared_memory_per_block: 49152
+  shared_memory_per_core: {shared + 1024}
+  threads_per_core_limit: 2048
+  core_count: {cores}
+  fpus_per_core: 128
+  block_dim_limit_x: 2147483647
+  block_dim_limit_y: 65535
+  block_dim_limit_z: 65535
+  memory_bandwidth: 3000000000000
+  l2_cache_size: 50000000
+  clock_rate_ghz: 1.7
+  device_memory_size: {memory}
+  shared_memory_per_block_optin: {shared}
+  cuda_compute_capability {{ major: {major} minor: {minor} }}
+  registers_per_core_limit: 65536
+  registers_per_block_limit: 65536
+}}
+platform_name: "CUDA"
+dnn_version_info {{ major: 9 minor: 8 }}
+runtime_version {{ major: 12 minor: 9 }}
+device_description_str: "NVIDIA {name.upper()}"
+"""
+
+
+def topology(target: str):
+  from jax.experimental import topologies
+
+  if target in TPUS:
+    return topologies.get_topology_desc(
+      platform="tpu", topology_name=TPUS[target]
+    )
+  return topologies.get_topology_desc(
+    platform="cuda",
+    topology_name=target,
+    topology="1x1x1",
+    target_config=gpu_description(target),
+  )
+
+
+def compile_for(target: str, function, *shapes):
+  """`function` on (shape, dtype) pairs, compiled for one chip of the target."""
+  import jax
+  from jax.sharding import Mesh, NamedSharding, PartitionSpec
+  import numpy as np
+
+  mesh = Mesh(np.array(topology(target).devices[:1]), ("x",))
+  sharding = NamedSharding(mesh, PartitionSpec())
+  arguments = [
+    jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
+    for shape, dtype in shapes
+  ]
+  with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+    return jax.jit(function).lower(*arguments).compile()
+
+
+def layer(
+  implementation,
+  *,
+  length,
+  bias=True,
+  causal=False,
+  packed=False,
+  dim=HEAD_DIM,
+  heads=HEADS,
+  dtype="bfloat16",
+):
+  """(gradient of an attention layer, its argument shapes)."""
+  import jax
+  import jax.numpy as jnp
+
+  from pallas_kernels import RelativeBuckets, flash_attention
+
+  width = heads * dim
+
+  def loss(q, k, v, table, do, ids):
+    split = lambda x: x.reshape(BATCH, length, heads, dim)
+    o = flash_attention(
+      split(q),
+      split(k),
+      split(v),
+      position=RelativeBuckets(table, bidirectional=not causal)
+      if bias
+      else None,
+      causal=causal,
+      q_segment_ids=ids if packed else None,
+      kv_segment_ids=ids if packed else None,
+      implementation=implementation,
+    )
+    return jnp.sum(o.reshape(do.shape).astype(jnp.float32) * do)
+
+  x = ((BATCH, length, width), jnp.dtype(dtype))
+  shapes = (
+    x,
+    x,
+    x,
+    ((heads, 32), jnp.float32),
+    x,
+    ((BATCH, length), jnp.int32),
+  )
+  return jax.grad(loss, argnums=(0, 1, 2, 3)), shapes
+
+
+# --- TPU: VLIW bundles -------------------------------------------------------
+
+
+def tpu_segments(dump: str, kernel: str):
+  """[(bundles, matrix slots, spill slots)] of each straight run of a kernel.
+
+  A run ends at a branch or its target. One bundle is one issue cycle; stalls
+  on memory are not in it.
+  """
+  [bundles] = glob.glob(f"{dump}/*{kernel}*-[0-9]*-final_bundles.txt")
+  [slots] = glob.glob(
+    f"{dump}/*{kernel}*final_hlo-static-per-bundle-utilization.txt"
+  )
+  rows = []
+  with open(slots, encoding="utf-8") as file:
+    body = file.read().split("== UTIL")[-1]
+  for line in body.splitlines():
+    if re.fullmatch(r"[\d\s]+", line.strip() or "x"):
+      rows.append([int(x) for x in line.split()])
+  cuts, count = {0}, 0
+  with open(bundles, encoding="utf-8") as file:
+    for line in file:
+      match = re.match(r"^ *(?:0x[0-9a-f]+|0) +([A-Z ]*):?", line)
+      if not match or "{" not in line:
+        continue
+      if match[1].strip():
+        cuts.add(count)
+      count += 1
+      if re.search(r"\bsbr\.|\bbr\b", line):
+        cuts.add(count)
+  edges = sorted(c for c in cuts if c < count) + [count]
+  mxu, spill = 0, 8
+  return [
+    (
+      end - start,
+      sum(row[mxu] for row in rows[start:end]),
+      sum(row[spill] for row in rows[start:end]),
+    )
+    for start, end in zip(edges, edges[1:])
+  ]
+
+
+def tpu_tiles(dump: str, kernel: str, heads: int) -> list[int]:
+  """Bundles a tile and head of the runs that are mostly matrix products."""
+  segments = tpu_segments(dump, kernel)
+  most = max(mxu for _, mxu, _ in segments)
+  return [
+    round(length / heads) for length, mxu, _ in segments if mxu > most / 2
+  ]
+
+
+def jax_peers(length: int):
+  """jax's own TPU attention, without a relative bias: the ceiling."""
+  import jax
+  from jax.experimental.pallas.ops.tpu import flash_attention as flash
+  from jax.experimental.pallas.ops.tpu import splash_attention as splash
+  import jax.numpy as jnp
+
+  x = ((BATCH, HEADS, length, HEAD_DIM), jnp.dtype("bfloat16"))
+  blocks = flash.BlockSizes(
+    **{
+      name: 512
+      for name in (
+        "block_q",
+        "block_k_major",
+        "block_k",
+        "block_q_major_dkv",
+        "block_k_major_dkv",
+        "block_k_dkv",
+        "block_q_dkv",
+        "block_k_major_dq",
+        "block_k_dq",
+        "block_q_dq",
+      )
+    },
+    block_b=1,
+  )
+
+  def jax_flash(q, k, v):
+    o = flash.flash_attention(q, k, v, block_sizes=blocks)
+    return o.astype(jnp.float32).sum()
+
+  mask = splash.MultiHeadMask([splash.FullMask((length, length))] * HEADS)
+  sizes = splash.BlockSizes(
+    block_q=512,
+    block_kv=512,
+    block_kv_compute=512,
+    block_q_dkv=512,
+    block_kv_dkv=512,
+    block_kv_dkv_compute=512,
+    use_fused_bwd_kernel=True,
+  )
+  kernel = splash.make_splash_mha(
+    mask, block_sizes=sizes, head_shards=1, q_seq_shards=1
+  )
+
+  def jax_splash(q, k, v):
+    return jax.vmap(kernel)(q, k, v).astype(jnp.float32).sum()
+
+  for name, function in (("jax flash", jax_flash), ("jax splash", jax_splash)):
+    yield name, jax.grad(function, argnums=(0, 1, 2)), (x, x, x)
+
+
+def tpu_report(target: str, dump: str, quick: bool):
+  variants = {"T5 bias": {}}
+  if not quick:
+    variants |= {
+      "no bias": dict(bias=False),
+      "T5 bias, causal, packed": dict(causal=True, packed=True),
+    }
+  for name, options in variants.items():
+    clear(dump)
+    compile_for(target, *flatten(layer("mosaic_tpu", length=8192, **options)))
+    for kernel in ("forward", "backward"):
+      tiles = tpu_tiles(dump, f"flash_attention_{kernel}", heads=2)
+      yield dict(kernel=f"ours, {name}", part=kernel, tiles=tiles)
+  if quick or target == "v4":
+    return
+  for name, function, shapes in jax_peers(8192):
+    clear(dump)
+    compile_for(target, function, *shapes)
+    for file in sorted(glob.glob(f"{dump}/*-[0-9]*-final_bundles.txt")):
+      kernel = os.path.basename(file).split("-", 1)[1].rsplit("-", 2)[0]
+      if "flash" not in kernel and "splash" not in kernel:
+        continue
+      tiles = tpu_tiles(dump, kernel, heads=1)
+      yield dict(kernel=f"{name}, no bias", part=kernel, tiles=[max(tiles)])
+
+
+# --- GPU: SASS instructions --------------------------------------------------
+
+
+def find_tool(name: str) -> str | None:
+  """A CUDA binary from a pip wheel, or from PATH."""
+  import shutil
+  import sysconfig
+
+  packages = sysconfig.get_paths()["purelib"]
+  for pattern in ("nvidia/*/bin", "triton/backends/nvidia/bin"):
+    for path in glob.glob(os.path.join(packages, pattern, name)):
+      return path
+  return shutil.which(name)
+
+
+def sass(ptx: str, arch: str):
+  """(registers, spilled bytes, [instructions of each softmax loop]).
+
+  A loop counts if it takes the exponentials of a tile.
+  """
+  cubin = ptx + ".cubin"
+  result = subprocess.run(
+    [find_tool("ptxas"), "-v", "-O3", f"-arch={arch}", ptx, "-o", cubin],
+    capture_output=True,
+    text=True,
+    check=True,
+  )
+  log = result.stderr
+  registers = int(re.search(r"Used (\d+) registers", log)[1])
+  spills = int(re.search(r"(\d+) bytes spill stores", log)[1])
+  disassembler = find_tool("nvdisasm")
+  if disassembler is None:
+    return registers, spills, []
+  text = subprocess.run(
+    [disassembler, "-c", cubin], capture_output=True, text=True, check=True
+  ).stdout
+  labels, instructions, loops = {}, [], []
+  for line in text.splitlines():
+    if match := re.match(r"^(\.L_\S+):", line):
+      labels[match[1]] = len(instructions)
+    elif match := re.match(
+      r"^\s+/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*)(.*?);", line
+    ):
+      instructions.append((match[1], match[2]))
+  for end, (name, rest) in enumerate(instructions):
+    target = re.search(r"(\.L_\w+)", rest)
+    if (
+      name.startswith("BRA")
+      and target
+      and labels.get(target[1], end + 1) <= end
+    ):
+      loops.append((labels[target[1]], end + 1))
+  exponentials = lambda a, b: sum(
+    name.startswith("MUFU.EX2") for name, _ in instructions[a:b]
+  )
+  # A wait that fails jumps out of a loop and back, which looks like a larger
+  # one: of loops that overlap the smallest counts.
+  inner = []
+  for a, b in sorted(loops, key=lambda loop: loop[1] - loop[0]):
+    if exponentials(a, b) >= 16 and all(b <= c or d <= a for c, d in inner):
+      inner.append((a, b))
+  inner.sort()
+  return registers, spills, [b - a for a, b in inner]
+
+
+def gpu_report(target: str, dump: str, quick: bool):
+  arch = "sm_90a" if target == "h100" else "sm_80"
+  names = ["mosaic_gpu", "triton"] if target == "h100" else ["triton"]
+  variants = {"T5 bias": {}}
+  if not quick:
+    variants |= {
+      "no bias": dict(bias=False),
+      "T5 bias, causal, packed": dict(causal=True, packed=True),
+      "T5 bias, heads of 128": dict(dim=128, heads=6),
+    }
+  for implementation in names:
+    for name, options in variants.items():
+      clear(dump)
+      compile_for(
+        target, *flatten(layer(implementation, length=4096, **options))
+      )
+      for file in sorted(glob.glob(f"{dump}/*.ptx")):
+        with open(file, encoding="utf-8") as text:
+          entry = re.search(r"\.entry (flash_attention_[a-z]+)", text.read())
+        if not entry:
+          continue
+        registers, spills, tiles = sass(file, arch)
+        yield dict(
+          kernel=f"{implementation}, {name}",
+          part=entry[1].replace("flash_attention_", "").split("_")[0],
+          tiles=tiles,
+          registers=registers,
+          spills=spills,
+        )
+
+
+# --- both --------------------------------------------------------------------
+
+
+def flatten(pair):
+  function, shapes = pair
+  return function, *shapes
+
+
+def clear(folder: str) -> None:
+  for path in glob.glob(f"{folder}/*"):
+    os.remove(path)
+
+
+def memory_report(target: str, quick: bool):
+  """Temporary bytes of a base-size layer, forward and backward, by length."""
+  implementation = {"a100": "triton", "h100": "mosaic_gpu"}.get(
+    target, "mosaic_tpu"
+  )
+  for length in LENGTHS if quick else (*LENGTHS, LONG):
+    compiled = compile_for(
+      target, *flatten(layer(implementation, length=length))
+    )
+    memory = compiled.memory_analysis()
+    yield dict(
+      length=length,
+      temporary_bytes=memory.temp_size_in_bytes,
+      other_bytes=memory.argument_size_in_bytes + memory.output_size_in_bytes,
+      dense_bytes=BATCH * HEADS * length * length * 4,
+    )
+
+
+def report(target: str, part: str, quick: bool) -> list | str:
+  """Rows of one part of the report, or why there are none.
+
+  Runs in a process of its own: compilers read their flags when they load, and
+  writing what the kernels' counts come from takes longer than compiling.
+  """
+  with tempfile.TemporaryDirectory() as dump:
+    os.environ["JAX_PLATFORMS"] = "cpu"
+    os.environ.pop("XLA_FLAGS", None)
+    if target in TPUS:
+      os.environ.update(
+        TPU_SKIP_MDS_QUERY="1",
+        TPU_ACCELERATOR_TYPE="v5litepod-4",
+        TPU_WORKER_HOSTNAMES="localhost",
+      )
+    if part == "kernels" and target in TPUS:
+      os.environ["LIBTPU_INIT_ARGS"] = (
+        f"--xla_jf_dump_to={dump} --xla_jf_dump_llo_text=true"
+      )
+    elif part == "kernels":
+      os.environ["MOSAIC_GPU_DUMP_TO"] = dump
+      os.environ["XLA_FLAGS"] = f"--xla_dump_to={dump} --xla_dump_emitter_re=.*"
+    try:
+      topology(target)
+    except Exception as error:
+      return str(error).splitlines()[0]
+    if part == "memory":
+      return list(memory_report(target, quick))
+    rows = tpu_report if target in TPUS else gpu_report
+    return list(rows(target, dump, quick))
+
+
+def show(found: dict) -> None:
+  if "skipped" in found:
+    print(f"## {found['target']}: skipped, {found['skipped']}\n")
+    return
+  print(f"## {found['target']}, jax {found['jax']}\n")
+  if found["kernels"]:
+    show_kernels(found)
+  print("| length | temporary | arguments and results | dense scores, once |")
+  print("|---|---|---|---|")
+  for row in found["memory"]:
+    sizes = [
+      f"{row[f'{name}_bytes'] / 2**20:,.1f} MiB"
+      for name in ("temporary", "other", "dense")
+    ]
+    print(f"| {row['length']:,} | {' | '.join(sizes)} |")
+  print()
+
+
+def show_kernels(found: dict) -> None:
+  unit = "bundles" if found["target"] in TPUS else "instructions"
+  print(f"| kernel | part | {unit} a tile | registers | spilled bytes |")
+  print("|---|---|---|---|---|")
+  for row in found["kernels"]:
+    tiles = " / ".join(map(str, row["tiles"])) or "not counted"
+    print(
+      f"| {row['kernel']} | {row['part']} | {tiles} |"
+      f" {row.get('registers', '')} | {row.get('spills', '')} |"
+    )
+  print()
+
+
+def main() -> None:
+  parser = argparse.ArgumentParser(
+    description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+  )
+  parser.add_argument("targets", nargs="+", choices=[*TPUS, *GPUS])
+  parser.add_argument("--json", metavar="FILE", help="write the numbers here")
+  parser.add_argument(
+    "--quick", action="store_true", help="T5's bias alone, without 131,072"
+  )
+  parser.add_argument(
+    "--memory-only", action="store_true", help="count no instructions"
+  )
+  parser.add_argument(
+    "--part", choices=["kernels", "memory"], help=argparse.SUPPRESS
+  )
+  arguments = parser.parse_args()
+  if arguments.part:
+    rows = report(arguments.targets[0], arguments.part, arguments.quick)
+    print("\n" + json.dumps(rows))
+    return
+  from importlib.metadata import version
+
+  found = []
+  for target in arguments.targets:
+    one = {"target": target, "jax": version("jax"), "kernels": []}
+    for part in ("memory", "kernels")[: 1 if arguments.memory_only else 2]:
+      command = [sys.executable, os.path.abspath(__file__), target]
+      command += ["--part", part] + ["--quick"] * arguments.quick
+      output = subprocess.run(command, stdout=subprocess.PIPE, text=True)
+      if output.returncode:
+        sys.exit(f"{target}: failed, see above")
+      rows = json.loads(output.stdout.splitlines()[-1])
+      if isinstance(rows, str):
+        one = {"target": target, "skipped": rows}
+        break
+      one[part] = rows
+    found.append(one)
+    show(one)
+  if arguments.json:
+    with open(arguments.json, "w", encoding="utf-8") as file:
+      json.dump(found, file, indent=1)
+
+
+if __name__ == "__main__":
+  main()
