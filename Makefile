@@ -6,6 +6,7 @@ QUICKSTART_DIR ?= /tmp/quickstart
 STAMP := $(VENV)/.installed
 ORACLE := $(VENV)/oracle-4.37
 GPU_ENV := $(VENV)/gpu
+LIBTPU := $(VENV)/libtpu
 
 .PHONY: help install quickstart gpu-env test test-chips lint clean
 
@@ -31,6 +32,11 @@ quickstart: $(STAMP)
 $(ORACLE): $(STAMP)
 	$(BIN)/python -m pip install --quiet --no-deps --target $@ transformers==4.37.1 tokenizers==0.15.2 huggingface-hub==0.23.4
 
+# The TPU's compiler, where only the tests see it: with it installed, jax looks
+# for a TPU whenever it starts.
+$(LIBTPU): $(STAMP)
+	$(BIN)/python -m pip install --quiet --no-deps --target $@ 'libtpu==0.0.42.*'
+
 # Mosaic GPU needs jax 0.11, hence Python 3.12; its compilers need no GPU. Where
 # it cannot be made, `missing` says why, and the tests that want it skip.
 $(GPU_ENV): $(STAMP)
@@ -48,7 +54,7 @@ gpu-env: $(GPU_ENV)
 test: $(STAMP) $(ORACLE)
 	$(BIN)/python -m pytest -n 2 tests -m 'not chips'
 
-test-chips: $(STAMP) $(GPU_ENV)
+test-chips: $(STAMP) $(LIBTPU) $(GPU_ENV)
 	$(BIN)/python -m pytest -n 2 tests -m chips -rs
 
 lint: $(STAMP)

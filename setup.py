@@ -63,8 +63,6 @@ setup(
     "gpu": ["jax[cuda13]>=0.10.2,<0.13"],
     "tpu": ["jax[tpu]>=0.10.2,<0.13"],
     "dev": [
-      # jax's own pick of libtpu: it compiles for TPUs on any machine.
-      "jax[tpu]",
       "peft>=0.17",
       "pre-commit",
       "pytest>=8",

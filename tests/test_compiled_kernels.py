@@ -53,9 +53,13 @@ def compiled(tmp_path, python, *arguments) -> list[dict]:
 
 
 @pytest.fixture
-def tpu_python():
-  if importlib.util.find_spec("libtpu") is None:
-    pytest.skip("libtpu is not installed; it compiles for TPUs")
+def tpu_python(monkeypatch):
+  """This Python, with libtpu, which compiles for TPUs, on its path."""
+  folder = os.path.join(ROOT, ".venv", "libtpu")
+  if os.path.isdir(folder):
+    monkeypatch.setenv("PYTHONPATH", folder)
+  elif importlib.util.find_spec("libtpu") is None:
+    pytest.skip(f"no libtpu, which compiles for TPUs, in {folder}")
   return sys.executable
 
 

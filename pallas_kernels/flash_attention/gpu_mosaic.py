@@ -21,7 +21,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 import jax.numpy as jnp
 
-from pallas_kernels.flash_attention import blocked
+from pallas_kernels.flash_attention import blocked, tiling
 from pallas_kernels.flash_attention.blocked import LOG2E
 from pallas_kernels.flash_attention.gpu_common import (
   Span,
@@ -187,18 +187,11 @@ def _masked(s, r, b, i, j, row_ids, column_ids):
   return lax.cond(whole, lambda s: s, mask, s)
 
 
-def _parts(dim: int) -> dict[str, int]:
-  """Into how many parts each kernel cuts a tile, for want of registers."""
-  if dim <= 64:
-    return dict(forward=1, dq=2, dkv=2, dbias=1)
-  return dict(forward=2, dq=2, dkv=2, dbias=2)
-
-
 def _forward(q, k, v, bias, segments, shift, phase, *, plan, need_lse):
   del phase  # It is in the tiles.
   batch, queries, heads, dim = q.shape
   nq, nk = queries // BLOCK, k.shape[1] // BLOCK
-  parts = _parts(dim)["forward"]
+  parts = tiling.mosaic_parts(dim).forward
   part = BLOCK // parts
 
   def kernel(r):
@@ -367,7 +360,7 @@ def _dq(operands, plan, need_dbias):
   q = operands["q"]
   batch, queries, heads, dim = q.shape
   nq = queries // BLOCK
-  parts = _parts(dim)["dq"]
+  parts = tiling.mosaic_parts(dim).dq
   part = BLOCK // parts
 
   def kernel(r):
@@ -494,7 +487,7 @@ def _dkv(operands, plan):
   """
   q, k = operands["q"], operands["k"]
   batch, keys, heads, dim = k.shape
-  parts = _parts(dim)["dkv"]
+  parts = tiling.mosaic_parts(dim).dkv
   part = BLOCK // parts
   # S and dP wait for each other's product once, where both fit registers.
   together = dim <= 64
@@ -613,7 +606,7 @@ def _dtiles(operands, plan, splits):
   q, k = operands["q"], operands["k"]
   batch, queries, heads, dim = q.shape
   nq, nk = queries // BLOCK, k.shape[1] // BLOCK
-  parts = _parts(dim)["dbias"]
+  parts = tiling.mosaic_parts(dim).dbias
   part = BLOCK // parts
 
   def kernel(r):

@@ -16,7 +16,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 import jax.numpy as jnp
 
-from pallas_kernels.flash_attention import blocked
+from pallas_kernels.flash_attention import blocked, tiling
 from pallas_kernels.flash_attention.blocked import LOG2E
 from pallas_kernels.flash_attention.gpu_common import (
   Span,
@@ -55,14 +55,8 @@ def _dot(a, b):
   return jnp.dot(a, b, precision=precision, preferred_element_type=jnp.float32)
 
 
-def _block(dim: int, dtype) -> int:
-  """Queries and keys of a tile."""
-  return 128 if dim <= 128 and dtype != jnp.float32 else 64
-
-
-def _part(dim: int, dtype) -> int:
-  """Keys (or queries, for dk and dv) that a program takes at a time."""
-  return 64 if dim <= 64 and dtype != jnp.float32 else 32
+def _blocks(q) -> tiling.TritonBlocks:
+  return tiling.triton_blocks(q.shape[3], q.dtype == jnp.float32)
 
 
 def _call(name, kernel, grid, inputs, outputs, stages: int):
@@ -80,7 +74,9 @@ def _call(name, kernel, grid, inputs, outputs, stages: int):
       jax.ShapeDtypeStruct(x.shape, x.dtype, manual_axis_type=axes)
       for x in out_shape
     ],
-    compiler_params=plt.CompilerParams(num_warps=8, num_stages=stages),
+    compiler_params=plt.CompilerParams(
+      num_warps=_blocks(inputs["q"][0]).warps, num_stages=stages
+    ),
     interpret=INTERPRETED,
     name=name,
   )(*arrays)
@@ -138,7 +134,7 @@ def _near_then_far(plan, span, parts, step, carry):
 def _forward(q, k, v, bias, segments, shift, phase, *, plan, need_lse):
   del phase  # It is in the tiles.
   batch, queries, heads, dim = q.shape
-  block, part = plan.bq, _part(dim, q.dtype)
+  block, part = plan.bq, _blocks(q).part
   parts = block // part
   nq, nk = queries // block, k.shape[1] // block
 
@@ -208,7 +204,7 @@ def _dq(inputs, plan, need_dbias):
   """(dq, sums of dS over the far keys before and after, (B, H, 2, Q))."""
   q = inputs["q"][0]
   batch, queries, heads, dim = q.shape
-  block, part = plan.bq, _part(dim, q.dtype)
+  block, part = plan.bq, _blocks(q).part
   parts = block // part
 
   def kernel(r):
@@ -270,7 +266,7 @@ def _dkv(inputs, plan):
   """(dk, dv): transposed tiles, keys down and queries across."""
   q, k = inputs["q"][0], inputs["k"][0]
   batch, keys, heads, dim = k.shape
-  block, part = plan.bk, _part(dim, q.dtype)
+  block, part = plan.bk, _blocks(q).part
   parts = block // part
 
   def kernel(r):
@@ -326,7 +322,7 @@ def _dtiles(inputs, plan, splits):
   """
   q, k = inputs["q"][0], inputs["k"][0]
   batch, queries, heads, dim = q.shape
-  block, part = plan.bq, _part(dim, q.dtype)
+  block, part = plan.bq, _blocks(q).part
   parts = block // part
   nq, nk = queries // block, k.shape[1] // block
 
@@ -443,7 +439,7 @@ def attention(
 ) -> jax.Array:
   """Same function as reference.attention, on Ampere and later."""
   dim = q_BQHD.shape[3]
-  block = _block(dim, q_BQHD.dtype)
+  block = _blocks(q_BQHD).block
   return blocked.attention(
     _KERNELS,
     q_BQHD,

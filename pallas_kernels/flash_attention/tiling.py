@@ -7,6 +7,8 @@ put here. The rows of chips we had no access to come from compiled programs
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import jax
 
 _MIB = 2**20
@@ -69,3 +71,45 @@ def tpu_blocks(queries: int, keys: int, head_dim: int) -> tuple[int, int]:
   # A block of fewer queries than 128 must be all of them.
   fewest = -(-queries // 16) * 16 if queries < 128 else -(-queries // 128) * 128
   return min(bq, fewest), min(bk, -(-keys // 128) * 128)
+
+
+class MosaicParts(NamedTuple):
+  """Into how many parts each kernel cuts a 128 x 128 tile.
+
+  More parts mean fewer registers and smaller products.
+  """
+
+  forward: int
+  dq: int
+  dkv: int
+  dbias: int
+
+
+# Greatest head dimension -> parts. wgmma wants 64 rows or more of the operand
+# that it sums over, so two is the most.
+_MOSAIC_GPU = {64: MosaicParts(1, 2, 2, 1), 128: MosaicParts(2, 2, 2, 2)}
+
+
+def mosaic_parts(head_dim: int) -> MosaicParts:
+  return _MOSAIC_GPU[64 if head_dim <= 64 else 128]
+
+
+class TritonBlocks(NamedTuple):
+  """Queries and keys of a tile, keys (or queries) at a time, warps."""
+
+  block: int
+  part: int
+  warps: int
+
+
+# Greatest head dimension -> blocks for 16-bit and for float32 inputs.
+_TRITON = {
+  64: (TritonBlocks(128, 64, 8), TritonBlocks(64, 32, 8)),
+  128: (TritonBlocks(128, 32, 8), TritonBlocks(64, 32, 8)),
+  256: (TritonBlocks(64, 32, 8), TritonBlocks(64, 32, 8)),
+}
+
+
+def triton_blocks(head_dim: int, float32: bool) -> TritonBlocks:
+  row = next(limit for limit in _TRITON if head_dim <= limit)
+  return _TRITON[row][float32]
