@@ -67,8 +67,25 @@ def _tile_bias(bias, i, j, bq, bk, q_offset):
     return None
   if isinstance(bias, FullBias):
     return _full_tile(bias.bias_BHQK, i, j, bq, bk)
-  diagonals_HR = _diagonals(bias, i, j, bq, bk, q_offset)
-  return relative_bias.toeplitz(diagonals_HR, bq, bk)
+  diagonals = lambda: _diagonals(bias, i, j, bq, bk, q_offset)
+  near = lambda: relative_bias.toeplitz(diagonals(), bq, bk)
+  if bias.slopes_H2 is not None:
+    return near()
+
+  def far():
+    # All of it is one end of the vector: nothing to expand.
+    end_H = jnp.where(before, bias.vector_HR[:, 0], bias.vector_HR[:, -1])
+    return jnp.broadcast_to(end_H[:, None, None], (end_H.shape[0], bq, bk))
+
+  is_near, before = _place(bias, i, j, bq, bk, q_offset)
+  return jax.lax.cond(is_near, near, far)
+
+
+def _place(bias, i, j, bq, bk, q_offset):
+  """(whether the bias varies within the tile, whether its keys are before)."""
+  offset = j * bk - i * bq - q_offset
+  is_near = (offset + bk > -bias.radius) & (offset - bq < bias.radius)
+  return is_near, offset < 0
 
 
 def _diagonals(bias, i, j, bq, bk, q_offset):
@@ -93,9 +110,25 @@ def _add_bias_gradient(dbias, ds_BHQK, i, j, bq, bk, q_offset):
     return FullBias(
       jax.lax.dynamic_update_slice(x_BHQK, tile, (0, 0, i * bq, j * bk))
     )
-  _, transpose = jax.vjp(lambda b: _diagonals(b, i, j, bq, bk, q_offset), dbias)
   tile_HQK = ds_BHQK.sum(axis=0)
-  (gradient,) = transpose(relative_bias.diagonal_sums(tile_HQK))
+
+  def near():
+    _, transpose = jax.vjp(
+      lambda b: _diagonals(b, i, j, bq, bk, q_offset), dbias
+    )
+    return transpose(relative_bias.diagonal_sums(tile_HQK))[0]
+
+  def far():
+    end = jnp.where(before, 0, dbias.vector_HR.shape[1] - 1)
+    is_end_R = jnp.arange(dbias.vector_HR.shape[1]) == end
+    total_H1 = tile_HQK.sum(axis=(1, 2))[:, None]
+    return dbias._replace(vector_HR=jnp.where(is_end_R, total_H1, 0.0))
+
+  if dbias.slopes_H2 is not None:
+    gradient = near()
+  else:
+    is_near, before = _place(dbias, i, j, bq, bk, q_offset)
+    gradient = jax.lax.cond(is_near, near, far)
   return jax.tree.map(jnp.add, dbias, gradient)
 
 
