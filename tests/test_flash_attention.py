@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import functools
 import os
+import types
 
 from attention_suite import CASES, Case, check, gradients, kernel_attention
 import jax
@@ -298,6 +299,23 @@ def test_memory_is_linear_in_length():
 
   at_8k, at_16k = temporary_bytes(8192), temporary_bytes(16384)
   assert at_16k < 2.2 * at_8k
+
+
+@pytest.mark.parametrize(
+  "kind,queries,expected",
+  [
+    ("TPU v5 lite", 512, "mosaic_tpu"),
+    ("NVIDIA H200", 512, "mosaic_gpu"),
+    ("NVIDIA A100-SXM4-80GB", 512, "triton"),
+    ("NVIDIA B200", 512, "triton"),
+    ("NVIDIA H200", 1, "chunked"),
+    ("cpu", 512, "chunked"),
+  ],
+)
+def test_each_chip_prefers_its_kernel(monkeypatch, kind, queries, expected):
+  device = types.SimpleNamespace(device_kind=kind)
+  monkeypatch.setattr(tiling, "_device", lambda: device)
+  assert tiling.preferred(queries)[0] == expected
 
 
 def test_a_named_implementation_that_cannot_run_says_why():

@@ -60,9 +60,9 @@ def flash_attention(
     kv_segment_ids: integers (B, K), likewise.
     scale: multiplies q k^T. T5 uses 1 (no 1/sqrt(D)).
     implementation: "reference" (dense, float32), "chunked" (plain XLA, memory
-      linear in length), or a kernel: "mosaic_tpu", "mosaic_gpu" (Hopper and
-      later, jax 0.11 and later), "triton" (Ampere and later). None picks the
-      best that runs, and logs once which.
+      linear in length), or a kernel: "mosaic_tpu", "mosaic_gpu" (Hopper, jax
+      0.11 and later), "triton" (Ampere and later). None picks the best that
+      runs, and logs once which.
     q_offset: position of the first query, a number or a traced scalar: the
       cache index in decoding.
 

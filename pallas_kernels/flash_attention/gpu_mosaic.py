@@ -1,4 +1,4 @@
-"""Flash attention for Hopper and later in Pallas (Mosaic GPU).
+"""Flash attention for Hopper in Pallas (Mosaic GPU).
 
 Every kernel is three warpgroups: two compute 64 rows each, the third only loads
 tiles into a ring of shared memory. Forward follows FlashAttention-3
@@ -728,6 +728,9 @@ def unsupported(q_BQHD, k_BKHD, bias) -> str | None:
   reason = blocked.unsupported(q_BQHD, bias)
   if reason:
     return reason
+  kind = tiling.device_kind()
+  if kind.startswith("NVIDIA") and not tiling.is_hopper():
+    return f"its wgmma instructions are Hopper's, this is {kind}; use 'triton'"
   if q_BQHD.dtype not in (jnp.bfloat16, jnp.float16):
     return (
       f"wgmma multiplies 16-bit floats, the inputs are {q_BQHD.dtype}; use "
@@ -754,7 +757,7 @@ def attention(
   causal: bool,
   scale: float,
 ) -> jax.Array:
-  """Same function as reference.attention, on Hopper and later."""
+  """Same function as reference.attention, on Hopper."""
   return blocked.attention(
     _KERNELS,
     q_BQHD,

@@ -14,14 +14,26 @@ import jax
 _MIB = 2**20
 
 
+def _device():
+  device = getattr(jax.sharding.get_abstract_mesh(), "abstract_device", None)
+  return device or jax.devices()[0]
+
+
 def device_kind() -> str:
   """The chip being compiled for: "TPU v5 lite", "NVIDIA H100 80GB HBM3".
 
   Compiling for a chip that is not there, under
   `jax.sharding.use_abstract_mesh`, it is that chip.
   """
-  device = getattr(jax.sharding.get_abstract_mesh(), "abstract_device", None)
-  return (device or jax.devices()[0]).device_kind
+  return _device().device_kind
+
+
+def is_hopper() -> bool:
+  """Whether this GPU multiplies by wgmma, which came and went with Hopper."""
+  capability = getattr(_device(), "compute_capability", None)
+  if capability is not None:
+    return capability == "9.0"
+  return any(name in device_kind() for name in ("H100", "H200", "H20", "GH200"))
 
 
 # A few queries against a long cache are one dense tile of plain XLA: one row a
@@ -36,7 +48,8 @@ def preferred(queries: int) -> tuple[str, ...]:
     if kind.startswith("TPU"):
       return "mosaic_tpu", "chunked"
     if kind.startswith("NVIDIA"):
-      return "mosaic_gpu", "triton", "chunked"
+      kernels = ("mosaic_gpu", "triton") if is_hopper() else ("triton",)
+      return *kernels, "chunked"
   return ("chunked",)
 
 
