@@ -180,7 +180,7 @@ def cut_bias(bias: DistanceBias, phase, plan: Plan) -> Bias:
     window_HL[:, t * plan.unit : t * plan.unit + length]
     for t in range(plan.near)
   ]
-  ends_H2 = bias.vector_HR[:, [0, -1]]
+  ends_H2 = jnp.stack([bias.vector_HR[:, 0], bias.vector_HR[:, -1]], axis=1)
   slopes_H2 = jnp.zeros_like(ends_H2)
   if plan.tails:
     local_L = jnp.arange(length, dtype=jnp.float32) - (plan.bq - 1)

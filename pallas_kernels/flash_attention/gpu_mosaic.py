@@ -745,30 +745,14 @@ def unsupported(q_BQHD, k_BKHD, bias) -> str | None:
   return None
 
 
-def attention(
-  q_BQHD,
-  k_BKHD,
-  v_BKHD,
-  bias,
-  q_segment_ids,
-  kv_segment_ids,
-  q_offset,
-  *,
-  causal: bool,
-  scale: float,
-) -> jax.Array:
+def attention(q_BQHD, k_BKHD, *operands, **settings) -> jax.Array:
   """Same function as reference.attention, on Hopper."""
   return blocked.attention(
     _KERNELS,
     q_BQHD,
     k_BKHD,
-    v_BKHD,
-    bias,
-    q_segment_ids,
-    kv_segment_ids,
-    q_offset,
-    causal=causal,
-    scale=scale,
+    *operands,
+    **settings,
     bq=BLOCK,
     bk=BLOCK,
     head_dim=-(-q_BQHD.shape[3] // 64) * 64,

@@ -425,18 +425,7 @@ def unsupported(q_BQHD, k_BKHD, bias) -> str | None:
   return blocked.unsupported(q_BQHD, bias)
 
 
-def attention(
-  q_BQHD,
-  k_BKHD,
-  v_BKHD,
-  bias,
-  q_segment_ids,
-  kv_segment_ids,
-  q_offset,
-  *,
-  causal: bool,
-  scale: float,
-) -> jax.Array:
+def attention(q_BQHD, k_BKHD, *operands, **settings) -> jax.Array:
   """Same function as reference.attention, on Ampere and later."""
   dim = q_BQHD.shape[3]
   block = _blocks(q_BQHD).block
@@ -444,13 +433,8 @@ def attention(
     _KERNELS,
     q_BQHD,
     k_BKHD,
-    v_BKHD,
-    bias,
-    q_segment_ids,
-    kv_segment_ids,
-    q_offset,
-    causal=causal,
-    scale=scale,
+    *operands,
+    **settings,
     bq=block,
     bk=block,
     # Triton's tensors have powers of two on every side.

@@ -81,9 +81,9 @@ def tpu_query_chunk(width: int) -> int:
 def tpu_blocks(queries: int, keys: int, head_dim: int) -> tuple[int, int]:
   """(bq, bk) for these lengths: no larger than needed to hold them."""
   bq, bk = _tpu_row()[1 if head_dim <= 128 else 2]
-  # A block of fewer queries than 128 must be all of them.
-  fewest = -(-queries // 16) * 16 if queries < 128 else -(-queries // 128) * 128
-  return min(bq, fewest), min(bk, -(-keys // 128) * 128)
+  # Multiples of 128 lanes, and a common unit that leaves few near tiles.
+  fewest = lambda length: -(-length // 128) * 128
+  return min(bq, fewest(queries)), min(bk, fewest(keys))
 
 
 class MosaicParts(NamedTuple):

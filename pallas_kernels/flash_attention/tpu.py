@@ -19,6 +19,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import itertools
+import math
 import types
 
 import jax
@@ -646,22 +647,24 @@ _KERNELS = blocked.Kernels(_forward, _backward)
 
 def unsupported(q_BQHD, k_BKHD, bias) -> str | None:
   """Why these arguments cannot run here, or None."""
-  del k_BKHD
-  return blocked.unsupported(q_BQHD, bias)
+  reason = blocked.unsupported(q_BQHD, bias)
+  if reason or bias is None:
+    return reason
+  _, queries, heads, dim = q_BQHD.shape
+  bq, bk = tiling.tpu_blocks(queries, k_BKHD.shape[1], dim)
+  near = (2 * bias.radius + bq + bk) // math.gcd(bq, bk) + 1
+  # The backward pass holds the tiles and their gradients, of a group of heads.
+  group = _group(heads, _padded_head_dim(heads, dim))
+  needed = 2 * group * near * bq * bk * 4
+  if needed > tiling.vmem_bytes() * 5 // 8:
+    return (
+      f"the near tiles of a bias of radius {bias.radius} take "
+      f"{needed / 2**20:.0f} MiB of VMEM; use 'chunked'"
+    )
+  return None
 
 
-def attention(
-  q_BQHD,
-  k_BKHD,
-  v_BKHD,
-  bias,
-  q_segment_ids,
-  kv_segment_ids,
-  q_offset,
-  *,
-  causal: bool,
-  scale: float,
-) -> jax.Array:
+def attention(q_BQHD, k_BKHD, *operands, **settings) -> jax.Array:
   """Same function as reference.attention, on a TPU."""
   _, queries, heads, dim = q_BQHD.shape
   bq, bk = tiling.tpu_blocks(queries, k_BKHD.shape[1], dim)
@@ -669,13 +672,8 @@ def attention(
     _KERNELS,
     q_BQHD,
     k_BKHD,
-    v_BKHD,
-    bias,
-    q_segment_ids,
-    kv_segment_ids,
-    q_offset,
-    causal=causal,
-    scale=scale,
+    *operands,
+    **settings,
     bq=bq,
     bk=bk,
     head_dim=_padded_head_dim(heads, dim),
