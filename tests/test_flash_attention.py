@@ -4,9 +4,12 @@ import contextlib
 import dataclasses
 import functools
 import os
+import subprocess
+import sys
 import types
 
 from attention_suite import CASES, Case, check, gradients, kernel_attention
+from conftest import ROOT
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -175,14 +178,54 @@ def test_vmap_and_remat(implementation):
 
   many = lambda x: jnp.stack([x, 2 * x, -x])
   arrays = [many(q), many(k), many(v), many(table)]
-  grad = jax.grad(loss, argnums=(0, 1, 2, 3))
+  grad = lambda f: jax.grad(f, argnums=(0, 1, 2, 3))
   with CONTEXTS[implementation]():
-    found = jax.jit(jax.vmap(jax.checkpoint(grad)))(*arrays)
-    one = jax.jit(grad)
+    found = jax.jit(jax.vmap(grad(jax.checkpoint(loss))))(*arrays)
+    one = jax.jit(grad(loss))
     expected = [one(*(x[n] for x in arrays)) for n in range(3)]
   for f, *e in zip(found, *expected):
     e = jnp.stack(e)
     assert jnp.linalg.norm(f - e) <= 1e-5 * jnp.linalg.norm(e)
+
+
+SHARDED = """
+import jax, jax.numpy as jnp, numpy as np
+from jax.sharding import AxisType, PartitionSpec as P
+from pallas_kernels import RelativeBuckets, flash_attention
+
+mesh = jax.make_mesh((2,), ("data",), axis_types=(AxisType.Auto,))
+rng = np.random.default_rng(0)
+array = lambda *shape: jnp.asarray(rng.normal(size=shape) / 2, jnp.float32)
+arrays = [array(4, 60, 2, 16) for _ in range(3)] + [array(2, 32)]
+ids = jnp.asarray(rng.integers(0, 3, (4, 60)))
+
+def attend(q, k, v, table, ids):
+  return flash_attention(
+    q, k, v, position=RelativeBuckets(table, bidirectional=True),
+    q_segment_ids=ids, kv_segment_ids=ids, implementation="chunked",
+  )
+
+def gradients(f):
+  loss = lambda *x: jnp.sum(f(*x, ids) ** 2)
+  return jax.jit(jax.grad(loss, argnums=(0, 1, 2, 3)))(*arrays)
+
+rows = P("data")
+for check in (True, False):
+  sharded = jax.shard_map(
+    attend, mesh=mesh, in_specs=(rows, rows, rows, P(), rows), out_specs=rows,
+    check_vma=check,
+  )
+  for a, b in zip(gradients(sharded), gradients(attend)):
+    np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
+"""
+
+
+def test_under_shard_map_the_gradient_of_a_shared_table_is_summed():
+  environment = os.environ | {
+    "XLA_FLAGS": "--xla_force_host_platform_device_count=2",
+    "PYTHONPATH": ROOT,
+  }
+  subprocess.run([sys.executable, "-c", SHARDED], env=environment, check=True)
 
 
 @pytest.mark.parametrize("implementation", ["reference", "chunked"])
