@@ -80,6 +80,13 @@ CONTEXTS = {
 if not OLD_JAX:
   # test_compiled_kernels.py runs these where jax is new enough, in two halves.
   CONTEXTS["mosaic_gpu"] = gpu_interpreter
+if jax.default_backend() != "cpu":
+  # On a chip (JAX_PLATFORMS=cuda or tpu) its kernels run as they are.
+  on_chip = {"gpu": ("mosaic_gpu", "triton"), "tpu": ("mosaic_tpu",)}
+  CONTEXTS = dict.fromkeys(
+    ("reference", "chunked", *on_chip[jax.default_backend()]),
+    contextlib.nullcontext,
+  )
 SUITE = [(i, name) for i in CONTEXTS for name in CASES]
 if half := os.environ.get("FAT5_JAX_HALF"):
   SUITE = [x for x in SUITE if x[0] == "mosaic_gpu"][int(half) :: 2]
@@ -126,9 +133,10 @@ def test_two_runs_are_bitwise_equal(implementation):
       assert np.array_equal(once, again)
 
 
+@pytest.mark.skipif("mosaic_tpu" not in CONTEXTS, reason="no TPU")
 def test_queries_beyond_vmem_are_taken_in_chunks(monkeypatch):
   monkeypatch.setattr(tiling, "tpu_query_chunk", lambda width: 256)
-  with tpu_interpreter():
+  with CONTEXTS["mosaic_tpu"]():
     check("mosaic_tpu", Case(600, 300, batch=2, segments="packed"))
     check("mosaic_tpu", Case(700, 700, heads=1, causal=True))
 
@@ -165,7 +173,10 @@ def test_decoding_against_a_long_cache_has_no_loop():
   assert "while" not in step.lower(q, 9_000).as_text()
 
 
-@pytest.mark.parametrize("implementation", ["chunked", "triton", "mosaic_tpu"])
+@pytest.mark.parametrize(
+  "implementation",
+  [x for x in ("chunked", "triton", "mosaic_tpu") if x in CONTEXTS],
+)
 def test_vmap_and_remat(implementation):
   q, k, v, table = small_inputs()
 

@@ -656,7 +656,7 @@ def unsupported(q_BQHD, k_BKHD, bias) -> str | None:
   # The backward pass holds the tiles and their gradients, of a group of heads.
   group = _group(heads, _padded_head_dim(heads, dim))
   needed = 2 * group * near * bq * bk * 4
-  if needed > tiling.vmem_bytes() * 5 // 8:
+  if needed > tiling.vmem_bytes() // 2:
     return (
       f"the near tiles of a bias of radius {bias.radius} take "
       f"{needed / 2**20:.0f} MiB of VMEM; use 'chunked'"
