@@ -389,6 +389,13 @@ def main(command: str, arguments: list[str] | None = None) -> int:
       raise
     print(f"error: {message}", file=sys.stderr)
     return 1
+  except NotImplementedError as e:
+    # pallas_kernels says what a chip or jax cannot do; others are bugs.
+    message = _without_gin_trail(str(e))
+    if not message.startswith("attention implementation"):
+      raise
+    print(f"error: {message} (macro ATTENTION)", file=sys.stderr)
+    return 1
   return 0
 
 

@@ -96,6 +96,8 @@ if half := os.environ.get("FAT5_JAX_HALF"):
 def small_blocks(monkeypatch):
   """Blocks that short inputs meet several of, with odd ends."""
   monkeypatch.setattr(chunked, "BLOCK", 128)
+  # Interpreters stand in for the chips.
+  monkeypatch.setattr(tiling, "chip_is", lambda maker: True)
   monkeypatch.setattr(
     tiling, "_TPU", {"TPU v4": (2**24, (256, 256), (128, 128))}
   )
@@ -384,6 +386,14 @@ def test_a_named_implementation_that_cannot_run_says_why():
   full = FullBias(jnp.zeros((1, 2, 40, 40)))
   with pytest.raises(NotImplementedError, match="'mosaic_tpu' .*dense"):
     flash_attention(q, k, v, position=full, implementation="mosaic_tpu")
+
+
+@pytest.mark.parametrize("implementation", ["mosaic_tpu", "triton"])
+def test_a_kernel_for_another_chip_says_so(monkeypatch, implementation):
+  monkeypatch.setattr(tiling, "chip_is", lambda maker: False)
+  q, k, v, _ = small_inputs()
+  with pytest.raises(NotImplementedError, match=r"runs on .*, this is"):
+    flash_attention(q, k, v, implementation=implementation)
 
 
 def test_shapes_that_do_not_fit_name_the_argument():

@@ -725,10 +725,12 @@ _KERNELS = blocked.Kernels(_forward, _backward)
 
 def unsupported(q_BQHD, k_BKHD, bias) -> str | None:
   """Why these arguments cannot run here, or None."""
+  kind = tiling.device_kind()
+  if not tiling.chip_is("NVIDIA"):
+    return f"it runs on NVIDIA GPUs, this is {kind}"
   reason = blocked.unsupported(q_BQHD, bias)
   if reason:
     return reason
-  kind = tiling.device_kind()
   if kind.startswith("NVIDIA") and not tiling.is_hopper():
     return f"its wgmma instructions are Hopper's, this is {kind}; use 'triton'"
   if q_BQHD.dtype not in (jnp.bfloat16, jnp.float16):

@@ -420,6 +420,8 @@ _KERNELS = blocked.Kernels(_forward, _backward)
 def unsupported(q_BQHD, k_BKHD, bias) -> str | None:
   """Why these arguments cannot run here, or None."""
   del k_BKHD
+  if not tiling.chip_is("NVIDIA"):
+    return f"it runs on NVIDIA GPUs, this is {tiling.device_kind()}"
   if bias is not None and getattr(bias, "slopes_H2", None) is not None:
     return "ALiBi is not constant far away; use 'chunked'"
   return blocked.unsupported(q_BQHD, bias)

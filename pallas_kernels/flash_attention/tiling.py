@@ -28,6 +28,11 @@ def device_kind() -> str:
   return _device().device_kind
 
 
+def chip_is(maker: str) -> bool:
+  """Whether it is a "TPU" or an "NVIDIA" GPU."""
+  return device_kind().startswith(maker)
+
+
 def is_hopper() -> bool:
   """Whether this GPU multiplies by wgmma, which came and went with Hopper."""
   capability = getattr(_device(), "compute_capability", None)

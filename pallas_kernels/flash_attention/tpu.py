@@ -647,6 +647,8 @@ _KERNELS = blocked.Kernels(_forward, _backward)
 
 def unsupported(q_BQHD, k_BKHD, bias) -> str | None:
   """Why these arguments cannot run here, or None."""
+  if not tiling.chip_is("TPU"):
+    return f"it runs on TPUs, this is {tiling.device_kind()}"
   reason = blocked.unsupported(q_BQHD, bias)
   if reason or bias is None:
     return reason
