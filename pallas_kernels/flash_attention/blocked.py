@@ -120,7 +120,6 @@ def make_plan(
   """The Plan for these block sizes; see Plan."""
   unit = math.gcd(bq, bk)
   static = isinstance(q_offset, (int, np.integer))
-  # offset = unit * step - phase with phase in [0, max_phase].
   # offset = unit * step - phase, with phase = q_offset modulo unit.
   max_phase = q_offset % unit if static else unit - 1
   min_phase = max_phase if static else 0

@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels.flash_attention import relative_bias
+from pallas_kernels.flash_attention.blocked import pad_to
 from pallas_kernels.flash_attention.positions import FullBias
 from pallas_kernels.manual_axes import vary_together
 
@@ -299,16 +300,6 @@ def _backward(causal, scale, bq, bk, residuals, do):
 _attention.defvjp(_forward, _backward)
 
 
-def _pad_to(x, multiple, axis):
-  """Appends zeros so that the axis divides by `multiple`."""
-  missing = -x.shape[axis] % multiple
-  if not missing:
-    return x
-  widths = [(0, 0)] * x.ndim
-  widths[axis] = (0, missing)
-  return jnp.pad(x, widths)
-
-
 def attention(
   q_BQHD,
   k_BKHD,
@@ -333,14 +324,14 @@ def attention(
       q_segment_ids = jnp.ones((batch, queries), jnp.int32)
     if kv_segment_ids is None:
       kv_segment_ids = jnp.ones((batch, keys), jnp.int32)
-    q_segment_ids = _pad_to(q_segment_ids, bq, 1)
-    kv_segment_ids = _pad_to(kv_segment_ids, bk, 1)
+    q_segment_ids = pad_to(q_segment_ids, bq, 1)
+    kv_segment_ids = pad_to(kv_segment_ids, bk, 1)
   q, k, v = (
-    _pad_to(jnp.swapaxes(x, 1, 2), b, 2)
+    pad_to(jnp.swapaxes(x, 1, 2), b, 2)
     for x, b in ((q_BQHD, bq), (k_BKHD, bk), (v_BKHD, bk))
   )
   if isinstance(bias, FullBias):
-    bias = FullBias(_pad_to(_pad_to(bias.bias_BHQK, bq, 2), bk, 3))
+    bias = FullBias(pad_to(pad_to(bias.bias_BHQK, bq, 2), bk, 3))
   o = _attention(
     q,
     k,
