@@ -16,6 +16,20 @@ import numpy as np
 ACTIVATIONS = ("relu", "gelu", "gelu_exact", "silu", "linear")
 DTYPES = ("float32", "bfloat16")
 REMAT_POLICIES = ("none", "minimal", "full")
+HEAD_KINDS = (
+  "language_model",
+  "sequence_classification",
+  "token_classification",
+  "question_answering",
+  "embedding",
+  "enct5",
+)
+# HF's names and meaning.
+PROBLEM_TYPES = (
+  "single_label_classification",
+  "multi_label_classification",
+  "regression",
+)
 # Fields that change how a model runs, not which function it is.
 RUN_TIME_FIELDS = (
   "dtype",
@@ -24,6 +38,158 @@ RUN_TIME_FIELDS = (
   "remat_policy",
   "attention_implementation",
 )
+
+
+def _check_choice(where: Any, field: str, choices: tuple[Any, ...]) -> None:
+  value = getattr(where, field)
+  if value not in choices:
+    raise ValueError(
+      f"{field}={value!r} is not one of {', '.join(map(str, choices))}"
+    )
+
+
+def _is_one_of(name: str, path: str) -> bool:
+  """Whether a path ends in a name, whole components only."""
+  return path == name or path.endswith(f"/{name}")
+
+
+@dataclasses.dataclass(frozen=True)
+class HeadConfig:
+  """What makes a T5 something else than a language model.
+
+  Attributes:
+    kind: `language_model` only adds `widths` before T5's own projection; the
+      next three are the heads of FAT5 and Hugging Face; `embedding` is
+      sentence embeddings; `enct5` is EncT5 (arXiv:2110.08426).
+    num_labels: outputs a sequence or token; spans and embeddings ignore it.
+    problem_type: what a sequence's labels are.
+    body: what the head stands on: the encoder alone (FAT5), or both stacks
+      (HF's sequence classification and question answering).
+    pooling: the vector of a sequence: at its last end-of-sequence token (its
+      last real token where truncation took that), the mean over real tokens,
+      or the first. None is what the kind is published with.
+    widths: of the hidden layers before the output; None is what the kind is
+      published with.
+    activation: of the hidden layers.
+    dropout_rate: on what the head reads, and after each hidden layer.
+    decoder_layers: EncT5's: how many of T5's decoder layers it keeps.
+    label_names: of the outputs, in order; empty where they have none.
+    similarity_scale: an embedding's: cosine times this is the logit of its
+      in-batch softmax.
+
+  Raises:
+    ValueError: for a value that no head can have.
+  """
+
+  kind: str
+  num_labels: int = 2
+  problem_type: str = "single_label_classification"
+  body: Literal["encoder", "encoder_decoder"] = "encoder"
+  pooling: Literal["eos", "mean", "first"] | None = None
+  widths: tuple[int, ...] | None = None
+  activation: str = "tanh"
+  dropout_rate: float = 0.0
+  decoder_layers: int = 1
+  label_names: tuple[str, ...] = ()
+  similarity_scale: float = 20.0
+
+  def __post_init__(self):
+    for field in ("widths", "label_names"):
+      if getattr(self, field) is not None:
+        object.__setattr__(self, field, tuple(getattr(self, field)))
+    _check_choice(self, "kind", HEAD_KINDS)
+    _check_choice(self, "problem_type", PROBLEM_TYPES)
+    _check_choice(self, "body", ("encoder", "encoder_decoder"))
+    _check_choice(self, "pooling", (None, "eos", "mean", "first"))
+    _check_choice(self, "activation", (*ACTIVATIONS, "tanh"))
+    if self.num_labels < 1 or self.decoder_layers < 1:
+      raise ValueError("num_labels and decoder_layers must be at least 1")
+    if any(width < 1 for width in self.widths or ()):
+      raise ValueError(f"widths={self.widths} must be positive")
+    if not 0.0 <= self.dropout_rate < 1.0:
+      raise ValueError(f"dropout_rate={self.dropout_rate} is not in [0, 1)")
+    if self.label_names and len(self.label_names) != self.num_labels:
+      raise ValueError(
+        f"{len(self.label_names)} label_names for num_labels={self.num_labels}"
+      )
+    allowed = {
+      "sequence_classification": ("encoder", "encoder_decoder"),
+      "question_answering": ("encoder", "encoder_decoder"),
+    }.get(self.kind)
+    if allowed is None and self.body != "encoder":
+      raise ValueError(f"kind={self.kind!r} has no body={self.body!r}")
+    if self.pooling is not None and self.kind not in (
+      "sequence_classification",
+      "embedding",
+    ):
+      raise ValueError(f"kind={self.kind!r} does not pool: leave pooling None")
+    if self.problem_type != PROBLEM_TYPES[0] and self.kind not in (
+      "sequence_classification",
+      "enct5",
+    ):
+      raise ValueError(
+        f"kind={self.kind!r} has no problem_type={self.problem_type!r}"
+      )
+    if self.kind == "embedding" and self.widths:
+      raise ValueError("kind='embedding' has no layers: leave widths None")
+
+  @property
+  def outputs(self) -> int:
+    """Width of the head's last layer."""
+    return 2 if self.kind == "question_answering" else self.num_labels
+
+  @property
+  def prompts(self) -> int:
+    """Rows of EncT5's own embedding."""
+    many = self.problem_type == "multi_label_classification"
+    return self.num_labels if many else 1
+
+  @property
+  def pooled(self) -> str:
+    """`pooling`, or what the kind is published with."""
+    return self.pooling or ("mean" if self.kind == "embedding" else "eos")
+
+  def hidden_widths(self, emb_dim: int) -> tuple[int, ...]:
+    """`widths`, or what the kind is published with."""
+    if self.widths is not None:
+      return self.widths
+    return (emb_dim,) if self.kind == "sequence_classification" else ()
+
+
+@dataclasses.dataclass(frozen=True)
+class LoRAConfig:
+  """Low-rank updates of chosen projections (LoRA, arXiv:2106.09685).
+
+  Attributes:
+    rank: r; the update of a kernel is `alpha / rank * A @ B`.
+    alpha: see rank.
+    dropout_rate: on what the update reads; the kernel reads all of it.
+    targets: projections by the end of their name: `query`, `wi_0`,
+      `self_attention/out`, `logits_dense`.
+
+  Raises:
+    ValueError: for an impossible value.
+  """
+
+  rank: int = 8
+  alpha: float = 16.0
+  dropout_rate: float = 0.0
+  targets: tuple[str, ...] = ("query", "value")
+
+  def __post_init__(self):
+    object.__setattr__(self, "targets", tuple(self.targets))
+    if self.rank < 1 or not self.targets:
+      raise ValueError("LoRA needs rank >= 1 and at least one of targets")
+    if not 0.0 <= self.dropout_rate < 1.0:
+      raise ValueError(f"dropout_rate={self.dropout_rate} is not in [0, 1)")
+
+  @property
+  def scale(self) -> float:
+    return self.alpha / self.rank
+
+  def applies_to(self, path: str) -> bool:
+    """Whether the projection "encoder/layers_0/attention/query" has one."""
+    return any(_is_one_of(name, path) for name in self.targets)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,6 +205,7 @@ class T5Config:
   num_heads: int = 8
   head_dim: int = 64
   num_encoder_layers: int = 6
+  # 0 in an encoder alone.
   num_decoder_layers: int = 6
   mlp_dim: int = 2048
   # One activation a branch; two branches are multiplied ("gelu", "linear").
@@ -68,6 +235,9 @@ class T5Config:
   remat_policy: Literal["none", "minimal", "full"] = "none"
   # Attention backend by name; None lets pallas_kernels choose.
   attention_implementation: str | None = None
+  # None is the language model that T5 is.
+  head: HeadConfig | None = None
+  lora: LoRAConfig | None = None
 
   def __post_init__(self):
     object.__setattr__(self, "mlp_activations", tuple(self.mlp_activations))
@@ -80,9 +250,14 @@ class T5Config:
         " float16, and become inf. Use 'bfloat16' (same size, same speed) or"
         " 'float32'."
       )
-    self._check_choice("dtype", DTYPES)
-    self._check_choice("remat_policy", REMAT_POLICIES)
-    self._check_choice("model_type", ("t5", "mt5", "umt5"))
+    # From the JSON beside a checkpoint.
+    for field, described_by in (("head", HeadConfig), ("lora", LoRAConfig)):
+      if isinstance(getattr(self, field), dict):
+        value = described_by(**getattr(self, field))
+        object.__setattr__(self, field, value)
+    _check_choice(self, "dtype", DTYPES)
+    _check_choice(self, "remat_policy", REMAT_POLICIES)
+    _check_choice(self, "model_type", ("t5", "mt5", "umt5"))
     for activation in self.mlp_activations:
       if activation not in ACTIVATIONS:
         raise ValueError(
@@ -97,16 +272,12 @@ class T5Config:
       "num_heads",
       "head_dim",
       "num_encoder_layers",
-      "num_decoder_layers",
       "mlp_dim",
     ):
       if getattr(self, field) < 1:
         raise ValueError(f"{field}={getattr(self, field)} must be at least 1")
-
-  def _check_choice(self, field: str, choices: tuple[str, ...]) -> None:
-    value = getattr(self, field)
-    if value not in choices:
-      raise ValueError(f"{field}={value!r} is not one of {', '.join(choices)}")
+    if self.num_decoder_layers < 0:
+      raise ValueError("num_decoder_layers is negative")
 
   @property
   def scales_decoder_outputs(self) -> bool:
@@ -116,6 +287,25 @@ class T5Config:
 
   def replace(self, **changes: Any) -> T5Config:
     return dataclasses.replace(self, **changes)
+
+  @property
+  def is_language_model(self) -> bool:
+    return self.head is None or self.head.kind == "language_model"
+
+  def with_head(self, head: HeadConfig | None) -> T5Config:
+    """This T5 under a head, without the decoder layers that it leaves out."""
+    config = self.replace(head=head)
+    if config.is_language_model or head.body == "encoder_decoder":
+      return config
+    layers = 0
+    if head.kind == "enct5":
+      layers = head.decoder_layers
+      if layers > self.num_decoder_layers:
+        raise ValueError(
+          f"decoder_layers={layers} of the head, and the model has"
+          f" {self.num_decoder_layers}"
+        )
+    return config.replace(num_decoder_layers=layers)
 
   def architecture(self) -> dict[str, Any]:
     """The fields that fix the function, without the run-time choices."""

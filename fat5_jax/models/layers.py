@@ -8,7 +8,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from fat5_jax.models.config import T5Config
+from fat5_jax.models.config import LoRAConfig, T5Config
 from pallas_kernels import RelativeBuckets, flash_attention, rms_norm
 
 _ACTIVATIONS = {
@@ -17,6 +17,7 @@ _ACTIVATIONS = {
   "gelu_exact": lambda x: nn.gelu(x, approximate=False),
   "silu": nn.silu,
   "linear": lambda x: x,
+  "tanh": jnp.tanh,
 }
 _fan_in_normal = nn.initializers.variance_scaling(1.0, "fan_in", "normal")
 _fan_in_truncated = nn.initializers.variance_scaling(
@@ -33,27 +34,88 @@ def query_init(head_dim: int):
   return init
 
 
+def _lora_a_init(key, shape, dtype):
+  """PEFT's: uniform within 1 / sqrt(inputs)."""
+  limit = shape[0] ** -0.5
+  return jax.random.uniform(key, shape, dtype, -limit, limit)
+
+
 class Dense(nn.Module):
-  """A bias-free projection with a 2-D kernel (inputs, features)."""
+  """A bias-free projection with a 2-D kernel (inputs, features).
+
+  Where LoRA applies to its name, `lora_a` (inputs, rank) and `lora_b` (rank,
+  features) add to it.
+  """
 
   features: int
   dtype: Any
   kernel_init: Any = _fan_in_truncated
   output_dtype: Any = None
+  lora: LoRAConfig | None = None
+  enable_dropout: bool = False
 
   @nn.compact
   def __call__(self, x: jax.Array) -> jax.Array:
+    def product(x, kernel):
+      return jnp.matmul(
+        x.astype(self.dtype),
+        kernel.astype(self.dtype),
+        preferred_element_type=self.output_dtype or self.dtype,
+      )
+
     kernel = self.param(
       "kernel", self.kernel_init, (x.shape[-1], self.features), jnp.float32
     )
     # Flat rows: XLA's CPU backend takes twice as long for the gradient of the
     # same product with two leading axes (tools/bench_train.py).
-    y = jnp.matmul(
-      x.reshape(-1, x.shape[-1]).astype(self.dtype),
-      kernel.astype(self.dtype),
-      preferred_element_type=self.output_dtype or self.dtype,
-    )
+    flat = x.reshape(-1, x.shape[-1])
+    y = product(flat, kernel)
+    lora = self.lora
+    if lora is not None and lora.applies_to("/".join(self.path)):
+      a = self.param(
+        "lora_a", _lora_a_init, (x.shape[-1], lora.rank), jnp.float32
+      )
+      b = self.param(
+        "lora_b",
+        nn.initializers.zeros,
+        (lora.rank, self.features),
+        jnp.float32,
+      )
+      read = nn.Dropout(lora.dropout_rate)(
+        flat, deterministic=not self.enable_dropout
+      )
+      y = y + product(product(read, a), b) * lora.scale
     return y.reshape(*x.shape[:-1], self.features)
+
+
+class HeadLayers(nn.Module):
+  """What a head has before its output: dropout, then dense layers.
+
+  A module of your own may stand in its place; it is called in the same way.
+  """
+
+  widths: tuple[int, ...]
+  activation: str
+  dropout_rate: float
+
+  @nn.compact
+  def __call__(self, x: jax.Array, *, enable_dropout: bool) -> jax.Array:
+    x = nn.Dropout(self.dropout_rate)(x, deterministic=not enable_dropout)
+    for i, width in enumerate(self.widths):
+      x = nn.Dense(width, kernel_init=_fan_in_normal, name=f"dense_{i}")(x)
+      x = _ACTIVATIONS[self.activation](x)
+      x = nn.Dropout(self.dropout_rate)(x, deterministic=not enable_dropout)
+    return x
+
+
+def head_layers(config: T5Config) -> HeadLayers | None:
+  """The layers that `config.head` describes; None where it has none."""
+  head = config.head
+  if head is None or head.kind == "embedding":
+    return None
+  widths = head.hidden_widths(config.emb_dim)
+  # No parent: whoever holds it becomes that.
+  return HeadLayers(widths, head.activation, head.dropout_rate, parent=None)
 
 
 class RMSNorm(nn.Module):
@@ -123,13 +185,16 @@ class Mlp(nn.Module):
     names = [f"wi_{i}" for i in range(len(config.mlp_activations))]
     if len(names) == 1:
       names = ["wi"]
+    low_rank = {"lora": config.lora, "enable_dropout": self.enable_dropout}
     y_BLF = None
     for name, activation in zip(names, config.mlp_activations):
-      branch = Dense(config.mlp_dim, config.dtype, name=name)(x_BLM)
+      dense = Dense(config.mlp_dim, config.dtype, name=name, **low_rank)
+      branch = dense(x_BLM)
       branch = _ACTIVATIONS[activation](branch)
       y_BLF = branch if y_BLF is None else y_BLF * branch
     y_BLF = Dropout(config, self.enable_dropout)(y_BLF)
-    return Dense(config.emb_dim, config.dtype, name="wo")(y_BLF)
+    dense = Dense(config.emb_dim, config.dtype, name="wo", **low_rank)
+    return dense(y_BLF)
 
 
 class Attention(nn.Module):
@@ -145,10 +210,20 @@ class Attention(nn.Module):
   def setup(self):
     config = self.config
     width = config.num_heads * config.head_dim
-    self.query = Dense(width, config.dtype, query_init(config.head_dim))
-    self.key = Dense(width, config.dtype, _fan_in_normal)
-    self.value = Dense(width, config.dtype, _fan_in_normal)
-    self.out = Dense(config.emb_dim, config.dtype, _fan_in_normal)
+
+    def dense(features, kernel_init=_fan_in_normal):
+      return Dense(
+        features,
+        config.dtype,
+        kernel_init,
+        lora=config.lora,
+        enable_dropout=self.enable_dropout,
+      )
+
+    self.query = dense(width, query_init(config.head_dim))
+    self.key = dense(width)
+    self.value = dense(width)
+    self.out = dense(config.emb_dim)
 
   def _heads(self, x_BLI: jax.Array) -> jax.Array:
     return x_BLI.reshape(*x_BLI.shape[:2], self.config.num_heads, -1)

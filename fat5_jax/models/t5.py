@@ -8,6 +8,7 @@ that no step transposes what the steps before have written.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import flax.linen as nn
@@ -53,12 +54,13 @@ class EncoderLayer(nn.Module):
 
 
 class DecoderLayer(nn.Module):
-  """Causal self-attention, cross-attention, feed-forward."""
+  """Self-attention, cross-attention, feed-forward."""
 
   config: T5Config
   enable_dropout: bool
   # Rows of the cache that the first decoding step makes; 0 in training.
   cache_length: int
+  causal: bool = True
 
   @nn.compact
   def __call__(
@@ -90,7 +92,7 @@ class DecoderLayer(nn.Module):
       h,
       memory,
       position=position,
-      causal=True,
+      causal=self.causal,
       q_segment_ids=decoder_segment_ids,
       kv_segment_ids=decoder_segment_ids,
       q_offset=index,
@@ -200,9 +202,13 @@ class Encoder(nn.Module):
 
 
 class Decoder(nn.Module):
-  """Embedded target tokens and encoder output to hidden states."""
+  """Embedded target tokens and encoder output to hidden states, or logits.
+
+  `head` is what stands before the projection to logits, or None.
+  """
 
   config: T5Config
+  causal: bool = True
 
   @nn.compact
   def __call__(
@@ -217,6 +223,7 @@ class Decoder(nn.Module):
     cache_length: int = 0,
     index=0,
     enable_dropout: bool,
+    head: Callable[..., jax.Array] | None = None,
     project: bool = True,
   ) -> tuple[jax.Array, Any]:
     config = self.config
@@ -238,9 +245,12 @@ class Decoder(nn.Module):
       config=config,
       enable_dropout=enable_dropout,
       cache_length=cache_length,
+      causal=self.causal,
     )
     x_BLM = layers.RMSNorm(config, name="decoder_norm")(x_BLM)
     x_BLM = layers.Dropout(config, enable_dropout)(x_BLM)
+    if head is not None:
+      x_BLM = head(x_BLM, enable_dropout=enable_dropout)
     if config.scales_decoder_outputs:
       x_BLM = x_BLM / jnp.sqrt(config.emb_dim).astype(x_BLM.dtype)
     if config.logits_via_embedding or not project:
@@ -249,6 +259,8 @@ class Decoder(nn.Module):
       config.vocab_size,
       config.dtype,
       output_dtype=jnp.float32,
+      lora=config.lora,
+      enable_dropout=enable_dropout,
       name="logits_dense",
     )(x_BLM)
     return logits_BLV, cache
@@ -259,15 +271,33 @@ class Transformer(nn.Module):
 
   `apply({"params": params}, ...)`; methods `encode` and `decode` split the
   call for generation. Padding is token `config.pad_token_id` or segment 0 and
-  is masked in every attention.
+  is masked in every attention. `head` is a module between the decoder and the
+  projection to logits; None is what the config describes, by default nothing.
   """
 
   config: T5Config
+  head: nn.Module | None = None
+
+  def __post_init__(self):
+    if self.head is None:
+      self.head = layers.head_layers(self.config)
+    super().__post_init__()
 
   def setup(self):
-    self.token_embedder = layers.Embed(self.config)
-    self.encoder = Encoder(self.config)
-    self.decoder = Decoder(self.config)
+    config = self.config
+    if not config.is_language_model or not config.num_decoder_layers:
+      raise ValueError(
+        "this config is not a language model's: head"
+        f" {config.head and config.head.kind!r}, {config.num_decoder_layers}"
+        " decoder layers"
+      )
+    lora = config.lora
+    if lora and lora.dropout_rate and lora.applies_to("decoder/logits_dense"):
+      # The loss projects with the merged kernel, where nothing can be dropped.
+      raise ValueError("LoRA of logits_dense needs its dropout_rate = 0")
+    self.token_embedder = layers.Embed(config)
+    self.encoder = Encoder(config)
+    self.decoder = Decoder(config)
 
   def encode(
     self,
@@ -326,6 +356,7 @@ class Transformer(nn.Module):
       cache_length=cache_length,
       index=index,
       enable_dropout=enable_dropout,
+      head=self.head,
       project=project,
     )
     if self.config.logits_via_embedding and project:
@@ -392,11 +423,20 @@ class Transformer(nn.Module):
     """(M, V): what projects the last hidden states to logits."""
     if self.config.logits_via_embedding:
       return params["token_embedder"]["embedding"].T
-    return params["decoder"]["logits_dense"]["kernel"]
+    dense = params["decoder"]["logits_dense"]
+    if "lora_a" in dense:
+      update = dense["lora_a"] @ dense["lora_b"]
+      return dense["kernel"] + self.config.lora.scale * update
+    return dense["kernel"]
 
   def segments(self, tokens_BL: jax.Array) -> jax.Array:
-    """Segment ids of unpacked rows: 1 for real tokens, 0 for padding."""
-    return (tokens_BL != self.config.pad_token_id).astype(jnp.int32)
+    """Segment ids of unpacked rows; see `row_segments`."""
+    return row_segments(tokens_BL, self.config)
+
+
+def row_segments(tokens_BL: jax.Array, config: T5Config) -> jax.Array:
+  """Segment ids of unpacked rows: 1 for real tokens, 0 for padding."""
+  return (tokens_BL != config.pad_token_id).astype(jnp.int32)
 
 
 def _check_positions(side, positions_BL, segment_ids_BL) -> None:
