@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
 import jax
 import jax.numpy as jnp
 
@@ -63,7 +61,9 @@ def weighted_sum(values_BL: jax.Array, weights_BL: jax.Array) -> jax.Array:
 
 
 def normalise(
-  batch: Mapping[str, jax.Array], factor: float | str | None
+  weights_BL: jax.Array,
+  factor: float | str | None,
+  segment_ids_BL: jax.Array | None = None,
 ) -> tuple[jax.Array, jax.Array]:
   """Weights of the target tokens, and what their summed loss is divided by.
 
@@ -71,13 +71,13 @@ def normalise(
   nothing, a number by itself, NUM_REAL_TARGET_TOKENS by the sum of the weights,
   NUM_TOTAL_TARGET_TOKENS by the size of the batch with padding, and
   AVERAGE_PER_SEQUENCE averages each sequence (each segment of a packed row)
-  first and then over sequences. It is computed over the whole batch, so
-  microbatches do not change the objective.
+  first and then over sequences. A head's labels stand for tokens. It is
+  computed over the whole batch, so microbatches do not change the objective.
 
   Raises:
     ValueError: for any other factor.
   """
-  weights_BL = batch["decoder_loss_weights"].astype(jnp.float32)
+  weights_BL = weights_BL.astype(jnp.float32)
   if factor is None:
     return weights_BL, jnp.float32(1.0)
   if isinstance(factor, (int, float)):
@@ -87,7 +87,7 @@ def normalise(
   if factor == "NUM_TOTAL_TARGET_TOKENS":
     return weights_BL, jnp.float32(weights_BL.size)
   if factor == "AVERAGE_PER_SEQUENCE":
-    total_BL = _segment_totals(weights_BL, batch.get("decoder_segment_ids"))
+    total_BL = _segment_totals(weights_BL, segment_ids_BL)
     weights_BL = jnp.where(
       weights_BL != 0, weights_BL / jnp.where(total_BL == 0, 1, total_BL), 0
     )

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+import re
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 
-from fat5_jax.errors import nearest
+from fat5_jax.errors import UserError, nearest
 
 Schedule = Callable[[jax.Array], jax.Array]
 
@@ -110,6 +111,7 @@ def adafactor(
   epsilon1: float = 1e-30,
   epsilon2: float = 1e-3,
   global_norm_clip_threshold: float | None = None,
+  learning_rate_multipliers: Mapping[str, float] | None = None,
 ) -> optax.GradientTransformation:
   """Adafactor (arXiv:1804.04235) with T5X's hyper-parameters.
 
@@ -131,6 +133,7 @@ def adafactor(
     epsilon1: added to squared gradients.
     epsilon2: least parameter scale.
     global_norm_clip_threshold: limit to the norm of all gradients together.
+    learning_rate_multipliers: see `scale_by_pattern`.
   """
 
   def factored_axes(shape):
@@ -196,8 +199,9 @@ def adafactor(
     updates, m, v_row, v_col, v = _transpose(params, results, 5)
     return updates, AdafactorState(state.count + 1, m, v_row, v_col, v)
 
-  return _with_clip(
+  return _chain(
     global_norm_clip_threshold,
+    learning_rate_multipliers,
     optax.GradientTransformation(init, update),
     optax.scale_by_learning_rate(learning_rate),
   )
@@ -210,19 +214,67 @@ def adamw(
   eps: float = 1e-8,
   weight_decay: float = 0.0,
   global_norm_clip_threshold: float | None = None,
+  learning_rate_multipliers: Mapping[str, float] | None = None,
 ) -> optax.GradientTransformation:
-  """optax.adamw, after clipping the norm of all gradients together."""
-  return _with_clip(
+  """optax.adamw, after clipping the norm of all gradients together.
+
+  `learning_rate_multipliers`: see `scale_by_pattern`; decay is scaled too.
+  """
+  return _chain(
     global_norm_clip_threshold,
+    learning_rate_multipliers,
     optax.adamw(
       learning_rate, b1=b1, b2=b2, eps=eps, weight_decay=weight_decay
     ),
   )
 
 
-def _with_clip(threshold, *transforms):
-  if threshold is not None:
-    transforms = (optax.clip_by_global_norm(threshold), *transforms)
+def scale_by_pattern(
+  multipliers: Mapping[str, float],
+) -> optax.GradientTransformation:
+  """Multiplies updates by the factor of the first pattern in their name.
+
+  Args:
+    multipliers: regular expression, searched in names such as
+      `encoder/layers_0/attention/query/kernel`, to factor. Scanned layers
+      are named `layers`, without a number.
+
+  Raises (when the state is made):
+    UserError: for a pattern that is the first in no parameter's name.
+  """
+
+  def pattern_of(path):
+    name = jax.tree_util.keystr(path, simple=True, separator="/")
+    return next((p for p in multipliers if re.search(p, name)), None)
+
+  def init(params):
+    leaves = jax.tree_util.tree_leaves_with_path(params)
+    used = {pattern_of(path) for path, _ in leaves}
+    for pattern in multipliers:
+      if pattern not in used:
+        raise UserError(
+          f"learning_rate_multipliers: {pattern!r} is the first match of no"
+          " parameter that trains"
+        )
+    return optax.EmptyState()
+
+  def update(updates, state, params=None):
+    del params
+
+    def scale(path, update):
+      pattern = pattern_of(path)
+      return update if pattern is None else update * multipliers[pattern]
+
+    return jax.tree_util.tree_map_with_path(scale, updates), state
+
+  return optax.GradientTransformation(init, update)
+
+
+def _chain(clip_threshold, multipliers, *transforms):
+  if clip_threshold is not None:
+    transforms = (optax.clip_by_global_norm(clip_threshold), *transforms)
+  if multipliers:
+    transforms = (*transforms, scale_by_pattern(multipliers))
   return optax.chain(*transforms)
 
 

@@ -12,8 +12,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from fat5_jax import losses
-from pallas_kernels import linear_cross_entropy
+from fat5_jax import losses, objectives, trainable
+from fat5_jax.models.config import T5Config
 
 Batch = Mapping[str, jax.Array]
 
@@ -29,48 +29,21 @@ class TrainState(NamedTuple):
 def init_params(model, seed: int) -> Any:
   """Fresh float32 parameters; jit it to make them on the devices."""
   tokens = jnp.zeros((1, 8), jnp.int32)
-  return model.init(jax.random.key(seed), tokens, tokens)["params"]
+  inputs = [tokens, tokens] if model.config.is_language_model else [tokens]
+  return model.init(jax.random.key(seed), *inputs)["params"]
 
 
-def _sums(model, params, batch, weights_BL, normaliser, rng, z_loss, smoothing):
-  """(loss, sums of a (micro)batch); see metrics.scalars."""
-  hidden_BLM = model.apply(
-    {"params": params},
-    batch["encoder_input_tokens"],
-    batch["decoder_input_tokens"],
-    batch["decoder_target_tokens"],
-    encoder_segment_ids=batch.get("encoder_segment_ids"),
-    decoder_segment_ids=batch.get("decoder_segment_ids"),
-    enable_dropout=rng is not None,
-    rngs=None if rng is None else {"dropout": rng},
-    project=False,
+def has_dropout(config: T5Config) -> bool:
+  parts = (config, config.head, config.lora)
+  return any(part is not None and part.dropout_rate > 0 for part in parts)
+
+
+def _normalised(config, batch, factor):
+  return losses.normalise(
+    objectives.label_weights(config, batch),
+    factor,
+    batch.get("decoder_segment_ids"),
   )
-  targets_BL = batch["decoder_target_tokens"]
-  real_BL = batch["decoder_loss_weights"] != 0
-  found = linear_cross_entropy(
-    hidden_BLM.reshape(-1, hidden_BLM.shape[-1]),
-    model.output_kernel(params),
-    targets_BL.reshape(-1),
-    weights_BL.reshape(-1),
-    z_loss=z_loss,
-    label_smoothing=smoothing,
-  )
-  count = lambda x: jnp.sum(x, dtype=jnp.float32)
-  loss = found.loss / normaliser
-  sums = {
-    "loss": loss,
-    "cross_entropy": found.cross_entropy / normaliser,
-    "z_loss": found.z_loss / normaliser,
-    "token_loss": found.unweighted,
-    "correct": found.correct,
-    "target_tokens": count(real_BL),
-    "target_positions": jnp.float32(targets_BL.size),
-    "encoder_tokens": count(
-      batch["encoder_input_tokens"] != model.config.pad_token_id
-    ),
-    "encoder_positions": jnp.float32(batch["encoder_input_tokens"].size),
-  }
-  return loss, sums
 
 
 def make_train_step(
@@ -82,6 +55,7 @@ def make_train_step(
   label_smoothing: float = 0.0,
   loss_normalizing_factor: float | str | None = None,
   num_microbatches: int | None = None,
+  trains: frozenset[tuple[str, ...]] | None = None,
 ) -> Callable[[TrainState, Batch], tuple[TrainState, dict[str, jax.Array]]]:
   """One update: (state, batch) -> (state, sums).
 
@@ -89,20 +63,28 @@ def make_train_step(
   Microbatches accumulate float32 gradients of the same objective, because the
   normaliser is that of the whole batch.
 
+  `trains` holds the paths of the parameters that train (trainable.choose), None
+  all. The others are constants: no gradient is computed for them, and
+  `state.opt_state` knows only those that train.
+
   The sums hold `bad_leaf`: the index, in tree order, of the first parameter
-  whose gradient is not finite, or -1.
+  that trains whose gradient is not finite, or -1.
 
   Raises:
-    ValueError: if the batch does not divide into the microbatches.
+    ValueError: if the batch does not divide into the microbatches, or the
+      model's objective has no such option.
   """
-  dropout = model.config.dropout_rate > 0
+  objectives.check(model.config, z_loss, label_smoothing, num_microbatches)
+  dropout = has_dropout(model.config)
   microbatches = num_microbatches or 1
 
   def gradients(params, batch, weights_BL, normaliser, rng):
-    def loss_fn(params):
-      return _sums(
+    moving, fixed = params
+
+    def loss_fn(moving):
+      return objectives.sums(
         model,
-        params,
+        trainable.merge(moving, fixed),
         batch,
         weights_BL,
         normaliser,
@@ -111,7 +93,7 @@ def make_train_step(
         label_smoothing,
       )
 
-    (_, sums), grads = jax.value_and_grad(loss_fn, has_aux=True)(params)
+    (_, sums), grads = jax.value_and_grad(loss_fn, has_aux=True)(moving)
     return grads, sums
 
   def accumulate(params, batch, weights_BL, normaliser, rng):
@@ -142,9 +124,14 @@ def make_train_step(
     rng = None
     if dropout:
       rng = jax.random.fold_in(jax.random.key(seed), state.step)
-    weights_BL, normaliser = losses.normalise(batch, loss_normalizing_factor)
+    weights_BL, normaliser = _normalised(
+      model.config, batch, loss_normalizing_factor
+    )
     run = gradients if microbatches == 1 else accumulate
-    grads, sums = run(state.params, batch, weights_BL, normaliser, rng)
+    moving, fixed = state.params, {}
+    if trains is not None:
+      moving, fixed = trainable.split(state.params, trains)
+    grads, sums = run((moving, fixed), batch, weights_BL, normaliser, rng)
     squares = jnp.stack(
       [jnp.sum(jnp.square(g)) for g in jax.tree.leaves(grads)]
     )
@@ -152,8 +139,10 @@ def make_train_step(
     sums["gradient_norm"] = jnp.sqrt(squares.sum())
     sums["bad_leaf"] = jnp.where(bad.any(), jnp.argmax(bad), -1)
     sums["steps"] = jnp.float32(1)
-    updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-    params = optax.apply_updates(state.params, updates)
+    updates, opt_state = optimizer.update(grads, state.opt_state, moving)
+    params = optax.apply_updates(moving, updates)
+    if fixed:
+      params = trainable.merge(params, fixed)
     return TrainState(state.step + 1, params, opt_state), sums
 
   return train_step
@@ -169,8 +158,10 @@ def make_eval_step(
   """(params, batch) -> sums, without dropout."""
 
   def eval_step(params, batch):
-    weights_BL, normaliser = losses.normalise(batch, loss_normalizing_factor)
-    _, sums = _sums(
+    weights_BL, normaliser = _normalised(
+      model.config, batch, loss_normalizing_factor
+    )
+    _, sums = objectives.sums(
       model,
       params,
       batch,

@@ -60,10 +60,8 @@ def test_padding_may_hold_anything(example):
   assert losses.weighted_sum(values, weights) == 9
 
 
-BATCH = {
-  "decoder_loss_weights": jnp.asarray([[1, 1, 1, 1, 1, 0], [1, 1, 0, 0, 0, 0]]),
-  "decoder_segment_ids": jnp.asarray([[1, 1, 1, 2, 2, 0], [1, 1, 0, 0, 0, 0]]),
-}
+WEIGHTS = jnp.asarray([[1, 1, 1, 1, 1, 0], [1, 1, 0, 0, 0, 0]])
+SEGMENTS = jnp.asarray([[1, 1, 1, 2, 2, 0], [1, 1, 0, 0, 0, 0]])
 
 
 @pytest.mark.parametrize(
@@ -77,16 +75,16 @@ BATCH = {
   ],
 )
 def test_normalising_factors_mean_what_they_mean_in_t5x(factor, expected):
-  _, normaliser = losses.normalise(BATCH, factor)
+  _, normaliser = losses.normalise(WEIGHTS, factor, SEGMENTS)
   assert normaliser == pytest.approx(expected)
 
 
 def test_average_per_sequence_weighs_sequences_not_tokens():
-  weights, _ = losses.normalise(BATCH, "AVERAGE_PER_SEQUENCE")
+  weights, _ = losses.normalise(WEIGHTS, "AVERAGE_PER_SEQUENCE", SEGMENTS)
   expected = [[1 / 3] * 3 + [1 / 2] * 2 + [0], [1 / 2] * 2 + [0] * 4]
   np.testing.assert_allclose(weights, expected, rtol=1e-6)
 
 
 def test_an_unknown_factor_names_the_known_ones():
   with pytest.raises(ValueError, match="NUM_REAL_TARGET_TOKENS"):
-    losses.normalise(BATCH, "MEAN")
+    losses.normalise(WEIGHTS, "MEAN")
