@@ -6,7 +6,7 @@ returns tokens; greedy is one, beam search and sampling are others to come.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -118,3 +118,53 @@ def generate(
     eos_id=config.eos_token_id,
     pad_id=config.pad_token_id,
   )
+
+
+def predict_labels(
+  model, params: Any, batch: Mapping[str, jax.Array]
+) -> jax.Array:
+  """What a head says of every row, float32 (B, K).
+
+  K is, for a single label, its number and its probability; for multi-label a
+  probability each; for regression the numbers; for tags the label of each
+  token; for spans the first token, the last, and their logits' sum; for an
+  embedding the vector.
+
+  Args:
+    model: a head.
+    params: its parameters.
+    batch: `encoder_input_tokens` (B, L), and for spans `answerable` (B, L), 1
+      where an answer may be.
+  """
+  head = model.config.head
+  outputs = model.apply({"params": params}, batch["encoder_input_tokens"])
+  if head.kind == "embedding" or head.problem_type == "regression":
+    return outputs
+  if head.problem_type == "multi_label_classification":
+    return jax.nn.sigmoid(outputs)
+  if head.kind == "question_answering":
+    return _best_spans(outputs, batch["answerable"], head.max_answer_tokens)
+  best = jnp.argmax(outputs, axis=-1).astype(jnp.float32)
+  if head.kind == "token_classification":
+    return best
+  probability_B = jax.nn.softmax(outputs).max(axis=-1)
+  return jnp.stack([best, probability_B], axis=1)
+
+
+def _best_spans(logits_BL2, answerable_BL, max_tokens: int) -> jax.Array:
+  """(first, last, score) of the best span a row, (B, 3)."""
+  logits_BL2 = jnp.where(answerable_BL[..., None] != 0, logits_BL2, -1e9)
+  start_BL, end_BL = logits_BL2[..., 0], logits_BL2[..., 1]
+  length = start_BL.shape[1]
+  scores = [
+    # The span of `more` tokens after its first.
+    start_BL[:, : length - more] + end_BL[:, more:]
+    for more in range(min(max_tokens, length))
+  ]
+  best_per_size = jnp.stack([s.max(axis=1) for s in scores], axis=1)
+  first_per_size = jnp.stack([s.argmax(axis=1) for s in scores], axis=1)
+  more_B = best_per_size.argmax(axis=1)
+  pick = lambda x: jnp.take_along_axis(x, more_B[:, None], axis=1)[:, 0]
+  first_B = pick(first_per_size)
+  columns = (first_B, first_B + more_B, pick(best_per_size))
+  return jnp.stack([c.astype(jnp.float32) for c in columns], axis=1)

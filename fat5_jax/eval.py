@@ -17,8 +17,15 @@ import numpy as np
 import seqio
 import tensorflow_datasets as tfds
 
-from fat5_jax import checkpoints, console, decoding, metrics, steps
-from fat5_jax.data import pipeline, sources
+from fat5_jax import (
+  checkpoints,
+  console,
+  decoding,
+  metrics,
+  predictions,
+  steps,
+)
+from fat5_jax.data import features, pipeline, sources
 from fat5_jax.errors import UserError
 
 
@@ -42,9 +49,9 @@ class InferenceEvaluator:
     with sources.reraise():
       self._evaluator = seqio.Evaluator(
         task.name,
-        pipeline.feature_converter(pack=False),
+        features.feature_converter(task, pack=False),
         eval_split=config.split,
-        sequence_length=config.task_feature_lengths,
+        sequence_length=config.lengths(),
         seed=config.seed,
         use_cached=config.use_cached,
         logger_cls=[seqio.JSONLogger, seqio.TensorBoardLogger],
@@ -52,14 +59,23 @@ class InferenceEvaluator:
         async_compute_metrics=False,
       )
     if self._evaluator.eval_tasks:
-      pipeline.check_vocabulary(config, model.config)
-      shapes = self._evaluator.model_feature_shapes
-      max_length = shapes["decoder_target_tokens"][0]
-      self._predict = jax.jit(
-        lambda params, tokens: decoding.generate(
-          model, params, tokens, max_length
-        )
+      pipeline.check_task(config, model.config)
+      self._predict = self._compiled_prediction()
+
+  def _compiled_prediction(self) -> Callable[[Any, pipeline.Batch], jax.Array]:
+    model = self._model
+    if not model.config.is_language_model:
+      return jax.jit(
+        lambda params, batch: decoding.predict_labels(model, params, batch)
       )
+    shapes = self._evaluator.model_feature_shapes
+    max_length = shapes["decoder_target_tokens"][0]
+    generate = jax.jit(
+      lambda params, tokens: decoding.generate(
+        model, params, tokens, max_length
+      )
+    )
+    return lambda params, batch: generate(params, batch["encoder_input_tokens"])
 
   @property
   def task_names(self) -> list[str]:
@@ -68,8 +84,8 @@ class InferenceEvaluator:
   def _predictions(self, dataset, params) -> list[tuple[int, list[int]]]:
     found = []
     for indices, batch in _batched(dataset, self._config.batch_size):
-      tokens = np.asarray(self._predict(params, batch["encoder_input_tokens"]))
-      found += [(i, row.tolist()) for i, row in zip(indices, tokens)]
+      rows = np.asarray(self._predict(params, batch))
+      found += [(i, row.tolist()) for i, row in zip(indices, rows)]
     return found
 
   def evaluate(self, params, step: int) -> dict[str, dict[str, float]]:
@@ -98,15 +114,16 @@ class InferenceEvaluator:
       with open(path, encoding="utf-8") as file:
         for _, line in zip(range(count), file):
           row = json.loads(line)
-          yield {
-            "input": str(row["input"].get("inputs_pretokenized", "")),
-            "target": str(
-              row["input"].get("targets_pretokenized", row["target"])
-            ),
-            "prediction": str(
-              row["output" if "output" in row else "prediction"]
-            ),
-          }
+          text = {"input": str(row["input"].get("inputs_pretokenized", ""))}
+          if self._model.config.is_language_model:
+            target = row["input"].get("targets_pretokenized", row["target"])
+            found = row["output" if "output" in row else "prediction"]
+            yield text | {"target": str(target), "prediction": str(found)}
+          else:
+            yield text | {
+              key: predictions.describe(row[key], self._model.config.head)
+              for key in ("target", "prediction")
+            }
 
 
 def _number(value: Any) -> float:
@@ -166,6 +183,11 @@ def evaluate(
   output_dir = checkpoints.prepare_model_dir(
     output_dir or os.path.join(source.run_dir, "eval")
   )
+  if model.config.head and model.config.head.kind == "embedding":
+    raise UserError(
+      "an embedding has nothing to score by itself: its loss and accuracy in"
+      " training are its metrics, fat5_jax.infer writes its vectors"
+    )
   evaluator = InferenceEvaluator(model, dataset_cfg, output_dir)
   if not evaluator.task_names:
     raise UserError(
@@ -198,14 +220,14 @@ def load_model(path: str, model: Any = None):
   checkpoint's.
   """
   from fat5_jax.data import vocabularies
-  from fat5_jax.models.t5 import Transformer
+  from fat5_jax.models import factory
 
   source = checkpoints.find(path)
   if model is None:
     config = checkpoints.read_config(source).replace(
       scan_layers=False, remat_policy="none"
     )
-    model = Transformer(config)
+    model = factory.create(config)
   abstract = jax.eval_shape(lambda: steps.init_params(model, 0))
   params, source = checkpoints.initial_params(path, model.config, abstract)
   vocabulary = None

@@ -13,19 +13,18 @@ import itertools
 import json
 import os
 import sys
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import numpy as np
 import seqio
 
-from fat5_jax import console, decoding
+from fat5_jax import console, decoding, predictions
 from fat5_jax.data import pipeline, sources
 from fat5_jax.errors import UserError
 from fat5_jax.eval import load_model
 
-# Input lengths are rounded up to a multiple, so that few programs are compiled.
-_LENGTH_STEP = 64
+_FORMATS = ("jsonl", "tsv", "glue", "squad", "conll")
 
 
 def infer(
@@ -33,7 +32,7 @@ def infer(
   checkpoint_path: str,
   input: str | None = None,
   output: str = "-",
-  output_format: Literal["jsonl", "tsv"] | None = None,
+  output_format: str | None = None,
   dataset_cfg: pipeline.DatasetConfig | None = None,
   batch_size: int = 32,
   max_input_length: int | None = None,
@@ -47,11 +46,14 @@ def infer(
   Args:
     checkpoint_path: run folder, one checkpoint, or HF folder.
     input: a text file with one input a line, a .tsv, .csv or .jsonl file with
-      a column `inputs`, or "-" for lines on standard input; None predicts the
-      task of `dataset_cfg`, or reads standard input where there is none.
+      a column `inputs` (a classifier takes a column `second` for pairs,
+      question answering columns `question` and `context`), or "-" for lines on
+      standard input; None predicts the task of `dataset_cfg`, or reads standard
+      input where there is none. A tagger's words are apart by spaces.
     output: a file, or "-" for standard output.
     output_format: "jsonl" or "tsv"; by default what the ending of `output`
       says, else JSONL. Keys are inputs, prediction, and targets for a task.
+      Heads also write "glue" (a submission), "squad" and "conll".
     dataset_cfg: the task and split to predict, where there is no input.
     batch_size: rows a batch.
     max_input_length: longer inputs are cut to this many tokens; None cuts none.
@@ -68,51 +70,124 @@ def infer(
   if vocabulary is None:
     raise UserError(f"{source.path} brings no vocabulary; set INFER_VOCABULARY")
   output_format = _choose_format(output, output_format)
-  if input is None and dataset_cfg is not None:
-    if dataset_cfg.vocabulary is None:
-      dataset_cfg = dataclasses.replace(dataset_cfg, vocabulary=vocabulary)
-    rows = _task_rows(dataset_cfg)
+  from_task = input is None and dataset_cfg is not None
+  if from_task and dataset_cfg.vocabulary is None:
+    dataset_cfg = dataclasses.replace(dataset_cfg, vocabulary=vocabulary)
+  is_head = not model.config.is_language_model
+  if is_head:
+    lines = _head_records(
+      model,
+      params,
+      dataset_cfg if from_task else None,
+      input or "-",
+      vocabulary,
+      batch_size,
+      max_input_length,
+    )
+    lines = predictions.write(lines, output_format, model.config.head)
   else:
-    rows = _input_rows(input or "-")
+    rows = _task_rows(dataset_cfg) if from_task else _input_rows(input or "-")
   if dry_run:
     console.say(f"dry run: {source.path} and its vocabulary are fine")
     return
+  if (input or "-") == "-" and dataset_cfg is None and sys.stdin.isatty():
+    console.say("one input a line, end with Ctrl-D:")
+  if not is_head:
+    lines = _generated_lines(
+      model,
+      params,
+      rows,
+      vocabulary,
+      output_format,
+      batch_size,
+      max_input_length,
+      max_output_length,
+    )
+  with _open_output(output) as file:
+    for line in lines:
+      file.write(line)
+      file.flush()
+  if output != "-":
+    console.say(f"predictions in {output}")
+
+
+def _generated_lines(
+  model,
+  params,
+  rows,
+  vocabulary,
+  output_format,
+  batch_size,
+  max_input_length,
+  max_output_length,
+) -> Iterator[str]:
+  """A language model's answer to every row, as lines of the output file."""
+  if output_format not in ("jsonl", "tsv"):
+    raise UserError(
+      f"OUTPUT_FORMAT = {output_format!r} is for heads; a language model writes"
+      " jsonl or tsv"
+    )
   predict = jax.jit(
     lambda params, tokens: decoding.generate(
       model, params, tokens, max_output_length
     )
   )
   params = jax.device_put(params)
-  if (input or "-") == "-" and dataset_cfg is None and sys.stdin.isatty():
-    console.say("one input a line, end with Ctrl-D:")
-  count = 0
-  with _open_output(output) as file:
-    for batch in _batches(rows, batch_size):
-      tokens = [
-        _encode(vocabulary, row["inputs"], max_input_length, model.config)
-        for row in batch
-      ]
-      predictions = np.asarray(
-        predict(params, _pad(tokens, batch_size, model.config.pad_token_id))
+  header = True
+  for batch in _batches(rows, batch_size):
+    tokens = [
+      _encode(vocabulary, row["inputs"], max_input_length, model.config)
+      for row in batch
+    ]
+    found = np.asarray(
+      predict(params, _pad(tokens, batch_size, model.config.pad_token_id))
+    )
+    for row, ids in zip(batch, found):
+      row["prediction"] = vocabulary.decode(ids.tolist())
+      yield _format(row, output_format, header)
+      header = False
+
+
+def _head_records(
+  model, params, dataset_cfg, path, vocabulary, batch_size, max_input_length
+) -> Iterator[predictions.Record]:
+  """A head's prediction for every row of a task or an input."""
+  if dataset_cfg is not None:
+    pipeline.check_task(dataset_cfg, model.config)
+    task, split = dataset_cfg.task(), dataset_cfg.split
+    lengths = dataset_cfg.lengths() or {}
+    max_input_length = max_input_length or lengths.get("inputs")
+  else:
+    head = model.config.head
+    pairs = False
+    if os.path.splitext(path)[1] not in ("", ".txt"):
+      _, first = next(sources.read_file(path), ("", {}))
+      pairs = "second" in first
+    elif head.kind == "question_answering":
+      raise UserError(
+        "question answering needs INPUT = a .jsonl, .tsv or .csv file with"
+        " columns question and context"
       )
-      for row, ids in zip(batch, predictions):
-        row["prediction"] = vocabulary.decode(ids.tolist())
-        file.write(_format(row, output_format, header=count == 0))
-        count += 1
-      file.flush()
-  if output != "-":
-    console.say(f"{count} predictions in {output}")
+    task = predictions.task_of_rows(
+      head, lambda: _input_rows(path, head.kind), vocabulary, pairs
+    )
+    split = "predict"
+  return predictions.predict_task(
+    model, jax.device_put(params), task, split, batch_size, max_input_length
+  )
 
 
 def _choose_format(output: str, output_format: str | None) -> str:
   if output_format is None:
     return "tsv" if output.endswith(".tsv") else "jsonl"
-  if output_format not in ("jsonl", "tsv"):
-    raise UserError(f"OUTPUT_FORMAT = {output_format!r} is not jsonl or tsv")
+  if output_format not in _FORMATS:
+    raise UserError(
+      f"OUTPUT_FORMAT = {output_format!r} is not one of {', '.join(_FORMATS)}"
+    )
   return output_format
 
 
-def _input_rows(path: str) -> Iterator[dict[str, str]]:
+def _input_rows(path: str, kind: str = "") -> Iterator[dict[str, str]]:
   if path == "-":
     located = (
       (f"standard input, row {n}", {"text": line.rstrip("\r\n")})
@@ -130,13 +205,17 @@ def _input_rows(path: str) -> Iterator[dict[str, str]]:
 
   def rows():
     for where, row in located:
+      if kind == "question_answering":
+        yield row
+        continue
       try:
         text = row["text"] if "text" in row else sources.column(row, "inputs")
       except UserError as e:
         raise UserError(f"{where}: {e}") from None
       if not text.strip():
         raise UserError(f"{where}: empty")
-      yield {"inputs": text}
+      second = {"second": row["second"]} if kind and "second" in row else {}
+      yield {"inputs": text} | second
 
   return rows()
 
@@ -182,7 +261,7 @@ def _encode(vocabulary, text: str, max_length: int | None, config) -> list[int]:
 
 def _pad(tokens: list[list[int]], rows: int, pad_id: int) -> np.ndarray:
   longest = max(map(len, tokens))
-  length = -(-longest // _LENGTH_STEP) * _LENGTH_STEP
+  length = -(-longest // predictions.LENGTH_STEP) * predictions.LENGTH_STEP
   padded = np.full((rows, length), pad_id, np.int32)
   for row, ids in zip(padded, tokens):
     row[: len(ids)] = ids

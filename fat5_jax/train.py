@@ -28,6 +28,8 @@ import numpy as np
 import optax
 
 from fat5_jax import checkpoints, console, metrics, steps
+from fat5_jax import trainable as trainable_lib
+from fat5_jax.convert import table
 from fat5_jax.data import pipeline, vocabularies
 from fat5_jax.errors import UserError
 from fat5_jax.eval import InferenceEvaluator, loss_metrics
@@ -63,12 +65,14 @@ def train(
   loss_normalizing_factor: float | str | None = None,
   num_microbatches: int | None = None,
   config_text: Callable[[], str] | None = None,
+  trainable: str | None = None,
+  frozen: str | None = None,
   dry_run: bool = False,
 ) -> steps.TrainState | None:
   """Trains until `total_steps`, going on from what `model_dir` holds.
 
   Args:
-    model: a `models.t5.Transformer`.
+    model: a `models.t5.Transformer`, or a head.
     train_dataset_cfg: training data.
     train_eval_dataset_cfg: data whose teacher-forced loss is reported, or None.
     infer_eval_dataset_cfg: data that is predicted and scored with the task's
@@ -88,6 +92,9 @@ def train(
     loss_normalizing_factor: see losses.normalise.
     num_microbatches: parts a batch is split into to save memory.
     config_text: gives the operative configuration for `config.gin`.
+    trainable: regular expression of the names of the parameters that train,
+      None for all; see trainable.choose.
+    frozen: regular expression of those of them that do not.
     dry_run: print what would run, decode one batch, and stop.
 
   Returns:
@@ -106,7 +113,9 @@ def train(
     raise UserError(f"RANDOM_SEED = {random_seed!r} must be a whole number")
   config = model.config
   task = train_dataset_cfg.task()
-  pipeline.check_vocabulary(train_dataset_cfg, config)
+  pipeline.check_task(train_dataset_cfg, config)
+  abstract_params = jax.eval_shape(lambda: steps.init_params(model, 0))
+  trains = trainable_lib.choose(abstract_params, trainable, frozen)
   train_step = jax.jit(
     steps.make_train_step(
       model,
@@ -116,6 +125,7 @@ def train(
       label_smoothing=label_smoothing,
       loss_normalizing_factor=loss_normalizing_factor,
       num_microbatches=num_microbatches,
+      trains=trains,
     ),
     donate_argnums=0,
   )
@@ -130,11 +140,12 @@ def train(
 
   def init_state() -> steps.TrainState:
     params = steps.init_params(model, random_seed)
-    return steps.TrainState(jnp.int32(0), params, optimizer.init(params))
+    moving, _ = trainable_lib.split(params, trains)
+    return steps.TrainState(jnp.int32(0), params, optimizer.init(moving))
 
   abstract = jax.eval_shape(init_state)
   if dry_run:
-    _dry_run(train_dataset_cfg, config, abstract, config_text)
+    _dry_run(train_dataset_cfg, config, abstract, trains, config_text)
     return None
 
   model_dir = checkpoints.prepare_model_dir(model_dir)
@@ -143,9 +154,10 @@ def train(
 
   # Where the state comes from, first match wins:
   #   1. the latest checkpoint of this run;
-  #   2. INITIAL_CHECKPOINT_PATH, an HF folder: its weights, step 0;
-  #   3. INITIAL_CHECKPOINT_PATH, a fat5_jax checkpoint: weights, optimizer and
-  #      step, as T5X does;
+  #   2. INITIAL_CHECKPOINT_PATH, a checkpoint of the same model with its
+  #      optimizer: weights, optimizer and step, as T5X does;
+  #   3. INITIAL_CHECKPOINT_PATH, any other: its weights, and fresh ones where
+  #      the model has what it has not (a head, LoRA), step 0;
   #   4. scratch.
   position = {"batches": 0, "dataset": train_dataset_cfg.fingerprint()}
   total: dict[str, float] = {}
@@ -166,18 +178,24 @@ def train(
       )
     console.say(f"going on from step {own_step} of {model_dir}")
   elif initial_path:
-    params, source = checkpoints.initial_params(
-      initial_path, config, abstract.params
-    )
     state = jax.jit(init_state)()
+    params, source, fresh = checkpoints.initial_params(
+      initial_path, config, state.params, checkpoint_cfg.restore.reinitialize
+    )
     opt_state = state.opt_state
-    if source.kind == "fat5":
-      opt_state = checkpoints.initial_optimizer(
-        source, abstract.opt_state, config.scan_layers
-      )
-    state = steps.TrainState(jnp.int32(source.step), params, opt_state)
-    begin_step = source.step
+    begin_step = 0
+    if source.has_optimizer and not fresh:
+      begin_step = source.step
+      if len(trains) == len(table.flatten(abstract.params)):
+        opt_state = checkpoints.initial_optimizer(
+          source, abstract.opt_state, config.scan_layers
+        )
+      else:
+        console.say("a part of the parameters trains: a fresh optimizer")
+    state = steps.TrainState(jnp.int32(begin_step), params, opt_state)
     console.say(f"starting from {source.path}, step {begin_step}")
+    if fresh:
+      console.say(f"not in it, so initialised: {', '.join(fresh)}")
   else:
     state = jax.jit(init_state)()
     begin_step = 0
@@ -208,15 +226,16 @@ def train(
     vocabularies.save(vocabulary, model_dir),
     random_seed=random_seed,
   )
-  _write_model_info(model_dir, abstract)
+  _write_model_info(model_dir, abstract, trains)
   if config_text is not None:
     checkpoints.write_atomically(
       os.path.join(model_dir, "config.gin"), config_text()
     )
   log = metrics.MetricsLog(model_dir, first_step)
-  count = sum(x.size for x in jax.tree.leaves(abstract.params))
+  moving, _ = trainable_lib.split(abstract.params, trains)
   console.say(
-    f"{count:,} parameters on {jax.device_count()} {jax.default_backend()}"
+    f"{_count(abstract.params):,} parameters, {_count(moving):,} of them"
+    f" training, on {jax.device_count()} {jax.default_backend()}"
     f" device(s), {config.dtype}; results in {model_dir}"
   )
 
@@ -274,9 +293,7 @@ def train(
       bad_leaf = sums.pop("bad_leaf")
       if bad_leaf >= 0 or not np.isfinite(sums["loss"]):
         raise UserError(
-          _divergence_message(
-            done_step, sums, bad_leaf, abstract.params, checkpointer
-          )
+          _divergence_message(done_step, sums, bad_leaf, moving, checkpointer)
         )
       metrics.add(total, sums)
       seconds = max(time.monotonic() - mark - waited, 1e-9)
@@ -435,8 +452,15 @@ def _closing_words(log, evaluator, model_dir: str, step: int) -> None:
   )
 
 
-def _parameter_lines(abstract: steps.TrainState) -> list[str]:
-  """A line a parameter, the totals, then the optimizer's state."""
+def _count(tree: Any) -> int:
+  return sum(leaf.size for leaf in jax.tree.leaves(tree))
+
+
+def _parameter_lines(
+  abstract: steps.TrainState, trains: frozenset[tuple[str, ...]]
+) -> list[str]:
+  """A line a parameter, whether it trains, the totals; then the optimizer."""
+  moving, fixed = trainable_lib.split(abstract.params, trains)
   lines = []
   for title, tree in (
     ("parameter", abstract.params),
@@ -445,25 +469,29 @@ def _parameter_lines(abstract: steps.TrainState) -> list[str]:
     leaves = jax.tree_util.tree_leaves_with_path(tree)
     for path, leaf in leaves:
       name = jax.tree_util.keystr(path, simple=True, separator="/")
+      is_fixed = title == "parameter" and tuple(name.split("/")) not in trains
       lines.append(
         f"{title} {name:<72} size {leaf.size:>12,} shape {leaf.shape}"
+        + "  frozen" * is_fixed
       )
-    total = sum(leaf.size for _, leaf in leaves)
     size = sum(leaf.size * leaf.dtype.itemsize for _, leaf in leaves)
-    lines.append(f"total {title}s: {total:,} ({size / 2**20:,.1f} MiB)\n")
+    lines.append(f"total {title}s: {_count(tree):,} ({size / 2**20:,.1f} MiB)")
+    if title == "parameter":
+      lines.append(f"training: {_count(moving):,}, frozen: {_count(fixed):,}")
+    lines.append("")
   return lines
 
 
-def _write_model_info(model_dir: str, abstract: steps.TrainState) -> None:
+def _write_model_info(model_dir: str, abstract, trains) -> None:
   checkpoints.write_atomically(
     os.path.join(model_dir, "model-info.txt"),
-    "\n".join(_parameter_lines(abstract)),
+    "\n".join(_parameter_lines(abstract, trains)),
   )
 
 
-def _dry_run(dataset_cfg, config, abstract, config_text) -> None:
+def _dry_run(dataset_cfg, config, abstract, trains, config_text) -> None:
   """Prints parameters, the configuration, and a batch decoded to text."""
-  console.say("\n".join(_parameter_lines(abstract)))
+  console.say("\n".join(_parameter_lines(abstract, trains)))
   if config_text is not None:
     console.say(config_text())
   batch = next(pipeline.train_batches(dataset_cfg, config.vocab_size))
@@ -475,7 +503,14 @@ def _dry_run(dataset_cfg, config, abstract, config_text) -> None:
     for key, feature in (
       ("encoder_input_tokens", "inputs"),
       ("decoder_target_tokens", "targets"),
+      ("labels", "targets"),
     ):
+      if key not in batch:
+        continue
+      if key == "labels":
+        shown = ", ".join(f"{x:g}" for x in batch[key][row][:32])
+        console.say(f"  row {row} labels: {shown}")
+        continue
       segments = batch.get(key.split("_")[0] + "_segment_ids")
       tokens = batch[key][row]
       parts = [tokens]

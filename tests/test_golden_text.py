@@ -9,7 +9,7 @@ import os
 import pytest
 import seqio
 
-from fat5_jax.data import metrics, preprocessors, sources, tasks
+from fat5_jax.data import glue, metrics, preprocessors, sources, squad, tasks
 
 
 def read_jsonl(path):
@@ -36,7 +36,7 @@ ROW_FUNCTIONS = {
   "summarize": preprocessors.summarize("article", "highlights"),
   "glue_stsb_v002": preprocessors.stsb,
 }
-for _name, _task in tasks._GLUE.items():
+for _name, _task in glue.GLUE.items():
   if _name != "stsb":
     ROW_FUNCTIONS[f"glue_{_name}_v002"] = preprocessors.glue(
       _name, tuple(_task.features), _task.label_names
@@ -120,7 +120,7 @@ def golden_metrics(golden):
 
 def glue_rows(shared_data, name):
   path = os.path.join(shared_data, "glue", name, "dev.tsv")
-  columns = tasks._GLUE["cola"].columns if name == "CoLA" else None
+  columns = glue.GLUE["cola"].columns if name == "CoLA" else None
   return [row for _, row in sources.read_file(path, columns=columns)]
 
 
@@ -171,7 +171,7 @@ def test_cola_matthews(golden_metrics, shared_data):
 
 def test_squad_exact_match_and_f1(golden_metrics, shared_data):
   path = os.path.join(shared_data, "qa_xquad", "xquad.en.json")
-  answers = [row["answers"] for row in preprocessors.read_squad_json(path)]
+  answers = [row["answers"]["text"] for _, row in squad.read(path)]
   predictions = [" ".join(a[0].split()[:2]) for a in answers]
   close(
     metrics.squad(answers, predictions),

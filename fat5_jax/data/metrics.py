@@ -6,11 +6,14 @@ Values are percentages, named and defined as in the T5 paper's own code.
 from __future__ import annotations
 
 import collections
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 import re
 import string
+from typing import Any, NamedTuple
 
 import numpy as np
+
+from fat5_jax.errors import UserError, nearest
 
 
 def _match(same) -> float:
@@ -125,6 +128,101 @@ def squad(
   return {"em": 100.0 * float(np.mean(exact)), "f1": 100.0 * float(np.mean(f1))}
 
 
+class Entity(NamedTuple):
+  """Words first ... last (both in) of one name."""
+
+  kind: str
+  first: int
+  last: int
+
+
+def entities(tags: Sequence[str]) -> list[Entity]:
+  """The names that IOB, IOBES or IO tags mark, as seqeval reads them.
+
+  A name begins at B- or S-, where the kind changes, after E- or S-, and at an
+  I- after O.
+  """
+  found: list[Entity] = []
+  open_kind, open_at, closed = None, 0, True
+  for i, tag in enumerate([*tags, "O"]):
+    prefix, _, kind = tag.partition("-")
+    kind = kind or "_"
+    begins = prefix in ("B", "S") or closed or kind != open_kind
+    if open_kind is not None and (prefix == "O" or begins):
+      found.append(Entity(open_kind, open_at, i - 1))
+      open_kind = None
+    if prefix != "O" and open_kind is None:
+      open_kind, open_at = kind, i
+    closed = prefix in ("E", "S")
+  return found
+
+
+def _sentences(rows) -> dict[int, list[str]]:
+  """Tags by sentence; a long sentence comes in several rows, in order."""
+  found: dict[int, list[str]] = collections.defaultdict(list)
+  for row in rows:
+    found[row["sentence"]].extend(row["tags"])
+  return found
+
+
+def entity_f1(targets, predictions) -> dict[str, float]:
+  """Precision, recall and F1 of whole names (conlleval's, seqeval's micro)."""
+  targets, predictions = _sentences(targets), _sentences(predictions)
+  correct = wanted = given = 0
+  for sentence, tags in targets.items():
+    target = set(entities(tags))
+    prediction = set(entities(predictions[sentence]))
+    correct += len(target & prediction)
+    wanted, given = wanted + len(target), given + len(prediction)
+  precision, recall = correct / max(given, 1), correct / max(wanted, 1)
+  f1 = 2 * precision * recall / max(precision + recall, 1e-12)
+  return {
+    "entity_precision": 100.0 * precision,
+    "entity_recall": 100.0 * recall,
+    "entity_f1": 100.0 * f1,
+  }
+
+
+def tag_accuracy(targets, predictions) -> dict[str, float]:
+  """Share of words with the right tag."""
+  pairs = zip(targets, predictions)
+  same = [
+    t == p for a, b in pairs for t, p in zip(a["tags"], b["tags"], strict=True)
+  ]
+  return {"tag_accuracy": _match(same)}
+
+
+def best_spans(rows: Iterable[Mapping[str, Any]]) -> dict[str, str]:
+  """The answer of each question: that of its window with the highest score."""
+  best: dict[str, tuple[float, str]] = {}
+  for row in rows:
+    found = (row["score"], row["text"])
+    if row["id"] not in best or found[0] > best[row["id"]][0]:
+      best[row["id"]] = found
+  return {question: text for question, (_, text) in best.items()}
+
+
+def span_squad(targets, predictions) -> dict[str, float]:
+  """`squad` over questions whose contexts were split into windows."""
+  answers = {row["id"]: row["answers"] for row in targets}
+  texts = best_spans(predictions)
+  return squad(list(answers.values()), [texts[q] for q in answers])
+
+
+def multilabel_f1(targets, predictions) -> dict[str, float]:
+  """Micro and macro F1 of rows of 0 and 1, and the share of rows all right."""
+  from sklearn.metrics import f1_score
+
+  targets, predictions = np.asarray(targets), np.asarray(predictions)
+  return {
+    "f1_micro": 100.0
+    * float(f1_score(targets, predictions, average="micro", zero_division=0)),
+    "f1_macro": 100.0
+    * float(f1_score(targets, predictions, average="macro", zero_division=0)),
+    "subset_accuracy": _match((targets == predictions).all(axis=1)),
+  }
+
+
 BY_NAME = {
   f.__name__: f
   for f in (
@@ -137,5 +235,26 @@ BY_NAME = {
     bleu,
     rouge,
     squad,
+    entity_f1,
+    tag_accuracy,
+    span_squad,
+    multilabel_f1,
   )
 }
+
+
+def find(
+  metrics: Sequence[str | Callable[..., Any]], task: str
+) -> list[Callable[..., Any]]:
+  """Metric functions by name; functions stay.
+
+  Raises:
+    UserError: for an unknown name, in the words of `task`.
+  """
+  for metric in metrics:
+    if isinstance(metric, str) and metric not in BY_NAME:
+      raise UserError(
+        f"task {task!r}: unknown metric {metric!r}."
+        f"{nearest(metric, BY_NAME)} Known: {', '.join(BY_NAME)}"
+      )
+  return [BY_NAME[m] if isinstance(m, str) else m for m in metrics]

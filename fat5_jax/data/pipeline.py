@@ -7,7 +7,7 @@ what it has already seen.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 import dataclasses
 import importlib
 from typing import Any
@@ -18,9 +18,9 @@ import seqio
 import tensorflow as tf
 import tensorflow_datasets as tfds
 
-from fat5_jax.data import sources, tasks
+from fat5_jax.data import features, sources, tasks
 from fat5_jax.errors import UserError, nearest
-from fat5_jax.models.config import T5Config
+from fat5_jax.models.config import HeadConfig, T5Config
 
 # TensorFlow reads data; the accelerator is JAX's.
 tf.config.set_visible_devices([], "GPU")
@@ -92,13 +92,21 @@ class DatasetConfig:
         f"task {task.name!r} has no split {self.split!r}."
         f"{nearest(self.split, splits)} It has: {', '.join(sorted(splits))}"
       )
-    lengths = self.task_feature_lengths
+    lengths = features.complete_lengths(self.task_feature_lengths, task)
     if lengths is not None and set(lengths) != set(task.output_features):
       raise UserError(
         f"TASK_FEATURE_LENGTHS names {', '.join(sorted(lengths))}; task"
         f" {task.name!r} has {', '.join(sorted(task.output_features))}"
       )
+    if self.pack and features.label_feature(task) is not None:
+      raise UserError(
+        f"task {task.name!r} has labels, one row an example: set PACK = False"
+      )
     return task
+
+  def lengths(self) -> dict[str, int] | None:
+    """task_feature_lengths, with those that follow from the inputs'."""
+    return features.complete_lengths(self.task_feature_lengths, self.task())
 
   def fingerprint(self) -> dict[str, Any]:
     """What a position in the stream depends on, as JSON."""
@@ -113,11 +121,6 @@ class DatasetConfig:
     }
 
 
-def feature_converter(pack: bool) -> seqio.FeatureConverter:
-  """Encoder-decoder features under T5X's names."""
-  return seqio.EncDecFeatureConverter(pack=pack)
-
-
 def _dataset(config: DatasetConfig, num_epochs: int | None) -> tf.data.Dataset:
   task = config.task()
   hosts = jax.process_count()
@@ -126,7 +129,7 @@ def _dataset(config: DatasetConfig, num_epochs: int | None) -> tf.data.Dataset:
       f"batch_size={config.batch_size} does not divide over {hosts} hosts"
     )
   dataset = task.get_dataset(
-    sequence_length=config.task_feature_lengths,
+    sequence_length=config.lengths(),
     split=config.split,
     use_cached=config.use_cached,
     shuffle=config.shuffle,
@@ -134,11 +137,14 @@ def _dataset(config: DatasetConfig, num_epochs: int | None) -> tf.data.Dataset:
     shard_info=seqio.ShardInfo(jax.process_index(), hosts),
     num_epochs=num_epochs,
   )
-  return feature_converter(config.pack)(dataset, config.task_feature_lengths)
+  convert = features.feature_converter(task, config.pack)
+  return convert(dataset, config.lengths())
 
 
 def _check_ids(batch: Batch, vocab_size: int, config: DatasetConfig) -> None:
   for feature in ("encoder_input_tokens", "decoder_target_tokens"):
+    if feature not in batch:
+      continue
     largest = int(batch[feature].max(initial=0))
     if largest >= vocab_size:
       raise UserError(
@@ -200,15 +206,19 @@ def fill_rows(batch: Batch, rows: int) -> Batch:
   }
 
 
-def check_vocabulary(config: DatasetConfig, model_config: T5Config) -> None:
-  """Raises UserError unless the task's ids mean to the model what they are.
+def check_task(config: DatasetConfig, model_config: T5Config) -> None:
+  """Raises UserError unless the task is one for the model.
 
-  The task may have no more ids than the embedding, and SeqIO pads rows and
-  starts decoder inputs with 0.
+  Its labels must be the head's. It may have no more token ids than the
+  embedding, and SeqIO pads rows and starts decoder inputs with 0.
   """
   task = config.task()
+  _check_labels(task, model_config)
   rows = model_config.vocab_size
-  for name, feature in task.output_features.items():
+  for name in ("inputs", "targets"):
+    feature = task.output_features[name]
+    if isinstance(feature, features.LabelFeature):
+      continue
     if feature.vocabulary.vocab_size > rows:
       raise UserError(
         f"task {task.name!r}: the vocabulary of {name!r} has"
@@ -222,6 +232,76 @@ def check_vocabulary(config: DatasetConfig, model_config: T5Config) -> None:
         f"the model has {key} = {getattr(model_config, key)}; SeqIO's batches"
         " have 0 there, so it cannot be trained or scored on a task"
       )
+
+
+def _check_labels(task, model_config: T5Config) -> None:
+  label, head = features.label_feature(task), model_config.head
+  kind = "language_model" if head is None else head.kind
+  if label is None:
+    if kind not in ("language_model", "embedding"):
+      raise UserError(
+        f"task {task.name!r} has text as targets, and the model's head is"
+        f" {kind}: use a task with labels (data/head_tasks.py)"
+      )
+    return
+  fits = kind == label.kind or (
+    kind == "enct5" and label.kind == "sequence_classification"
+  )
+  if not fits:
+    raise UserError(
+      f"task {task.name!r} is one for a head of kind {label.kind}, the model's"
+      f" is {kind}: include gin file 'heads/{label.kind}.gin'"
+    )
+  if kind == "question_answering":
+    return
+  if (head.problem_type, head.num_labels) != (label.problem_type, label.size):
+    raise UserError(
+      f"task {task.name!r} has {label.size} labels, {label.problem_type}; the"
+      f" head has {head.num_labels}, {head.problem_type}"
+    )
+  if head.label_names and label.names and head.label_names != label.names:
+    raise UserError(
+      f"task {task.name!r} names its labels {', '.join(label.names)}, the head"
+      f" {', '.join(head.label_names)}"
+    )
+
+
+def head_config(
+  dataset: DatasetConfig,
+  kind: str,
+  pooling: str | None = None,
+  body: str = "encoder",
+  widths: Sequence[int] | None = None,
+  activation: str = "tanh",
+  dropout_rate: float = 0.0,
+  decoder_layers: int = 1,
+  max_answer_tokens: int = 30,
+) -> HeadConfig:
+  """The head of a kind for a task's labels; the rest as in HeadConfig.
+
+  Raises:
+    UserError: if the task has no labels.
+  """
+  task = dataset.task()
+  label = features.label_feature(task)
+  if label is None:
+    raise UserError(
+      f"task {task.name!r} has text as targets: a head of kind {kind} needs a"
+      " task with labels (data/head_tasks.py)"
+    )
+  return HeadConfig(
+    kind,
+    num_labels=label.size,
+    problem_type=label.problem_type,
+    label_names=label.names,
+    pooling=pooling,
+    body=body,
+    widths=widths,
+    activation=activation,
+    dropout_rate=dropout_rate,
+    decoder_layers=decoder_layers,
+    max_answer_tokens=max_answer_tokens,
+  )
 
 
 def decode(feature: seqio.Feature, tokens: np.ndarray) -> str:

@@ -7,7 +7,6 @@ results equal those of the original code (tests/test_golden_text.py).
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-import json
 import re
 import string
 from typing import Any
@@ -18,23 +17,73 @@ from fat5_jax.data.sources import Row, RowFn, column
 from fat5_jax.errors import UserError
 
 
+def fill(text: str) -> Callable[[Row], str]:
+  """Fills `{column}` fields of a row; an empty one is a UserError."""
+  names = [name for _, name, _, _ in string.Formatter().parse(text) if name]
+
+  def filled(row: Row) -> str:
+    for name in names:
+      value = column(row, name)
+      if value is None or not str(value).strip():
+        raise UserError(f"column {name!r} is empty")
+    return text.format(**row)
+
+  return filled
+
+
 def template(inputs: str, targets: str) -> RowFn:
   """Fills `{column}` fields: template("say: {text}", "{label}")."""
-  formatter = string.Formatter()
-  fields = {
-    name: [field for _, field, _, _ in formatter.parse(text) if field]
-    for name, text in (("inputs", inputs), ("targets", targets))
-  }
+  fill_inputs, fill_targets = fill(inputs), fill(targets)
 
   def format_row(row: Row) -> Row:
-    for names in fields.values():
-      for name in names:
-        value = column(row, name)
-        if value is None or not str(value).strip():
-          raise UserError(f"column {name!r} is empty")
-    return {"inputs": inputs.format(**row), "targets": targets.format(**row)}
+    return {"inputs": fill_inputs(row), "targets": fill_targets(row)}
 
   return format_row
+
+
+def label_reader(
+  names: Sequence[str], problem_type: str, size: int, separator: str
+) -> Callable[[Any], list[float]]:
+  """A function from a column's value to a row's labels, as a list.
+
+  See head_tasks.classification.
+  """
+
+  def number(value):
+    try:
+      return float(value)
+    except (TypeError, ValueError):
+      raise UserError(f"label {value!r} is not a number") from None
+
+  def class_of(value):
+    text = str(value).strip()
+    if text in names:
+      return names.index(text)
+    if text in ("-1", "-100"):
+      return -1
+    if text.isdigit() and int(text) < size:
+      return int(text)
+    raise UserError(
+      f"label {text!r} is neither one of {', '.join(names)} nor a class number"
+    )
+
+  def many(value):
+    if isinstance(value, str):
+      return [part for part in value.split(separator) if part.strip()]
+    return list(value)
+
+  def read(value):
+    if problem_type == "single_label_classification":
+      return [class_of(value)]
+    if problem_type == "multi_label_classification":
+      found = {class_of(part) for part in many(value)}
+      return [float(i in found) for i in range(size)]
+    numbers = [value] if size == 1 else many(value)
+    if len(numbers) != size:
+      raise UserError(f"{len(numbers)} numbers, expected {size}")
+    return [number(part) for part in numbers]
+
+  return read
 
 
 def glue(
@@ -90,14 +139,38 @@ def pad_punctuation(text: str) -> str:
   )
 
 
+def answer_texts(row: Row) -> list[str]:
+  """The accepted answers of a SQuAD row, as HF and TFDS or as a flat list."""
+  answers = column(row, "answers")
+  return list(answers["text"] if isinstance(answers, dict) else answers)
+
+
+def first_answer(row: Row, context: str) -> tuple[int, int] | None:
+  """Characters [begin, end) of the first answer; None where there is none.
+
+  Raises:
+    UserError: if it is not in the context.
+  """
+  texts = answer_texts(row)
+  if not texts:
+    return None
+  text, answers = texts[0], row["answers"]
+  begin = -1
+  if isinstance(answers, dict) and len(answers.get("answer_start", ())):
+    begin = int(answers["answer_start"][0])
+  if begin < 0 or context[begin : begin + len(text)] != text:
+    begin = context.find(text)
+  if begin < 0 or not text.strip():
+    raise UserError(f"answer {text!r} is not in its context")
+  return begin, begin + len(text)
+
+
 def squad(row: Row) -> Row:
   """`question: ... context: ...` to the first answer.
 
   Reads HF's and TFDS's row (`answers: {"text": [...]}`) or a flat list.
   """
-  answers = column(row, "answers")
-  if isinstance(answers, dict):
-    answers = answers["text"]
+  answers = answer_texts(row)
   if not answers:
     raise UserError("no answer")
   answers = [pad_punctuation(answer) for answer in answers]
@@ -174,25 +247,3 @@ def all_answers(text: str, example=None, is_target: bool = False, **unused):
   if not is_target:
     return text
   return [answer.decode("utf-8") for answer in example["answers"]]
-
-
-def read_squad_json(path: str):
-  """Yields a row a question of an official SQuAD 1.1 JSON file.
-
-  Raises:
-    UserError: if the file is not of that layout.
-  """
-  try:
-    with open(path, encoding="utf-8") as file:
-      articles = json.load(file)["data"]
-    for article in articles:
-      for paragraph in article["paragraphs"]:
-        for qa in paragraph["qas"]:
-          yield {
-            "id": qa["id"],
-            "question": qa["question"],
-            "context": paragraph["context"],
-            "answers": [answer["text"] for answer in qa["answers"]],
-          }
-  except (json.JSONDecodeError, KeyError, TypeError) as e:
-    raise UserError(f"{path}: not an official SQuAD 1.1 file: {e!r}") from None

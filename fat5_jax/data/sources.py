@@ -216,21 +216,57 @@ class Files:
   def __init__(
     self,
     splits: Mapping[str, str | Sequence[str]],
-    columns: Sequence[str] | None = None,
+    columns: Sequence[str] | Mapping[str, Sequence[str] | None] | None = None,
     quoting: bool | None = None,
   ):
+    """`columns` names those of files without header, for all splits or each."""
     self.splits = {name: expand(pattern) for name, pattern in splits.items()}
     self._columns, self._quoting = columns, quoting
 
   def rows(self, split: str) -> Iterator[LocatedRow]:
+    columns = self._columns
+    if isinstance(columns, Mapping):
+      columns = columns.get(split)
     for path in self.splits[split]:
-      yield from read_file(path, columns=self._columns, quoting=self._quoting)
+      yield from read_file(path, columns=columns, quoting=self._quoting)
 
   def describe(self, split: str) -> str:
     return ", ".join(self.splits[split])
 
   def size_bytes(self, split: str) -> int:
     return sum(os.path.getsize(path) for path in self.splits[split])
+
+
+SPLIT_STEMS = {
+  "train": ("train",),
+  "validation": ("validation", "valid", "dev"),
+  "test": ("test",),
+}
+
+
+def named_splits(
+  data_dir: str | None, hf_path: str, hf_name: str | None
+) -> Any:
+  """Files of a folder named after their split, or (None) a dataset of HF's.
+
+  Raises:
+    UserError: if there is no such file.
+  """
+  if data_dir is None:
+    return HuggingFace(hf_path, hf_name)
+  found = {}
+  for split, names in SPLIT_STEMS.items():
+    for stem in names:
+      for suffix in ("jsonl", "json", "tsv", "csv", "parquet"):
+        pattern = os.path.join(data_dir, f"{stem}*.{suffix}*")
+        if split not in found and glob.glob(pattern):
+          found[split] = pattern
+  if not found:
+    raise UserError(
+      f"{data_dir}: no data file named after a split (train*.jsonl,"
+      " validation*.tsv, ...) is there"
+    )
+  return Files(found)
 
 
 class ParallelFiles:
@@ -403,27 +439,30 @@ def column(row: Row, name: str) -> Any:
   return row[name]
 
 
+# What a text-to-text task's row function gives.
+TEXT_TO_TEXT = {
+  "inputs": tf.TensorSpec([], tf.string),
+  "targets": tf.TensorSpec([], tf.string),
+}
+
+
 class SeqioSource(seqio.DataSource):
   """A source and a row function as SeqIO sees them.
 
-  The row function gives `inputs` and `targets` strings, and what a metric
-  needs besides: strings, numbers, or lists of strings. None drops a row.
+  The row function gives what `signature` names: text, token ids, labels, and
+  what a metric needs besides. None drops a row.
   """
 
   def __init__(
     self,
     source,
     row_fn: RowFn,
-    extra_features: Mapping[str, tf.TensorSpec] | None = None,
+    signature: Mapping[str, tf.TensorSpec],
     skip_bad_rows: bool = False,
   ):
     self._source, self._row_fn = source, row_fn
     self._skip_bad_rows = skip_bad_rows
-    self._signature = {
-      "inputs": tf.TensorSpec([], tf.string),
-      "targets": tf.TensorSpec([], tf.string),
-      **(extra_features or {}),
-    }
+    self._signature = dict(signature)
     super().__init__(splits=tuple(source.splits), caching_permitted=False)
 
   @property
@@ -446,7 +485,7 @@ class SeqioSource(seqio.DataSource):
         if example is None:
           continue
         for key in ("inputs", "targets"):
-          if not example[key].strip():
+          if isinstance(example[key], str) and not example[key].strip():
             raise UserError(f"{key} is empty")
       except UserError as e:
         if not self._skip_bad_rows:

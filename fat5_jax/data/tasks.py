@@ -8,7 +8,6 @@ and, for local files, DATA_DIR.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-import dataclasses
 import functools
 import os
 from typing import Any
@@ -16,8 +15,16 @@ from typing import Any
 import seqio
 import tensorflow as tf
 
+from fat5_jax.data import (
+  features,
+  head_tasks,
+  preprocessors,
+  sources,
+  spoken_values,
+)
+from fat5_jax.data import glue as glue_lib
 from fat5_jax.data import metrics as metrics_lib
-from fat5_jax.data import preprocessors, sources, spoken_values
+from fat5_jax.data import squad as squad_lib
 from fat5_jax.errors import UserError, nearest
 
 
@@ -34,26 +41,16 @@ def _register(
   skip_bad_rows: bool = False,
 ) -> seqio.Task:
   """Registers a text-to-text task, in place of an earlier one of that name."""
-  if vocabulary is None:
-    raise UserError(
-      f"task {name!r} needs a vocabulary: include a model's gin file, or set"
-      " VOCABULARY = @seqio.SentencePieceVocabulary() and VOCAB_FILE"
-    )
-  metric_fns = []
-  for metric in metrics:
-    if isinstance(metric, str):
-      if metric not in metrics_lib.BY_NAME:
-        raise UserError(
-          f"task {name!r}: unknown metric {metric!r}."
-          f"{nearest(metric, metrics_lib.BY_NAME)} Known:"
-          f" {', '.join(metrics_lib.BY_NAME)}"
-        )
-      metric = metrics_lib.BY_NAME[metric]
-    metric_fns.append(metric)
+  features.check_given(vocabulary, name)
   seqio.TaskRegistry.remove(name)
   return seqio.TaskRegistry.add(
     name,
-    source=sources.SeqioSource(source, row_fn, extra_features, skip_bad_rows),
+    source=sources.SeqioSource(
+      source,
+      row_fn,
+      sources.TEXT_TO_TEXT | (extra_features or {}),
+      skip_bad_rows,
+    ),
     preprocessors=[
       seqio.preprocessors.tokenize,
       seqio.preprocessors.append_eos_after_trim,
@@ -63,7 +60,7 @@ def _register(
       "targets": seqio.Feature(output_vocabulary or vocabulary, add_eos=True),
     },
     postprocess_fn=postprocess,
-    metric_fns=metric_fns,
+    metric_fns=metrics_lib.find(metrics, name),
   )
 
 
@@ -109,98 +106,6 @@ def text_to_text(
 # ---- The tasks of the T5 paper -----------------------------------------------
 
 
-@dataclasses.dataclass(frozen=True)
-class _Glue:
-  """One GLUE task: TFDS/HF config, official folder and columns, labels."""
-
-  folder: str
-  # Official column of each feature; the feature's name where it is the same.
-  features: Mapping[str, str]
-  label_column: str
-  label_names: Sequence[str]
-  metrics: Sequence[str]
-  # Given where the files have no header.
-  columns: Sequence[str] | None = None
-  validation: str = "dev"
-  config: str = ""
-
-
-def _pair(first: str, second: str) -> dict[str, str]:
-  return {first: first, second: second}
-
-
-_ENTAILMENT = ("entailment", "not_entailment")
-_MNLI = _Glue(
-  "MNLI",
-  {"premise": "sentence1", "hypothesis": "sentence2"},
-  "gold_label",
-  ("entailment", "neutral", "contradiction"),
-  ("accuracy",),
-)
-_GLUE = {
-  "cola": _Glue(
-    "CoLA",
-    {"sentence": "sentence"},
-    "label",
-    ("unacceptable", "acceptable"),
-    ("matthews_corrcoef",),
-    columns=("source", "label", "star", "sentence"),
-  ),
-  "sst2": _Glue(
-    "SST-2",
-    {"sentence": "sentence"},
-    "label",
-    ("negative", "positive"),
-    ("accuracy",),
-  ),
-  "mrpc": _Glue(
-    "MRPC",
-    {"sentence1": "#1 String", "sentence2": "#2 String"},
-    "Quality",
-    ("not_equivalent", "equivalent"),
-    ("f1_with_invalid", "accuracy"),
-  ),
-  "stsb": _Glue(
-    "STS-B",
-    _pair("sentence1", "sentence2"),
-    "score",
-    (),
-    ("pearson_corrcoef", "spearman_corrcoef"),
-  ),
-  "qqp": _Glue(
-    "QQP",
-    _pair("question1", "question2"),
-    "is_duplicate",
-    ("not_duplicate", "duplicate"),
-    ("f1_with_invalid", "accuracy"),
-  ),
-  "mnli": dataclasses.replace(_MNLI, validation="dev_matched"),
-  "mnli_matched": dataclasses.replace(
-    _MNLI, validation="dev_matched", config="mnli"
-  ),
-  "mnli_mismatched": dataclasses.replace(
-    _MNLI, validation="dev_mismatched", config="mnli"
-  ),
-  "qnli": _Glue(
-    "QNLI", _pair("question", "sentence"), "label", _ENTAILMENT, ("accuracy",)
-  ),
-  "rte": _Glue(
-    "RTE",
-    _pair("sentence1", "sentence2"),
-    "label",
-    _ENTAILMENT,
-    ("accuracy",),
-  ),
-  "wnli": _Glue(
-    "WNLI",
-    _pair("sentence1", "sentence2"),
-    "label",
-    _ENTAILMENT[::-1],
-    ("accuracy",),
-  ),
-}
-
-
 def glue(
   name: str, vocabulary: seqio.Vocabulary, data_dir: str | None = None
 ) -> seqio.Task:
@@ -216,90 +121,22 @@ def glue(
   Raises:
     UserError: for an unknown name or missing files.
   """
-  if name not in _GLUE:
-    raise UserError(
-      f"unknown GLUE task {name!r}.{nearest(name, _GLUE)} Known:"
-      f" {', '.join(_GLUE)}"
-    )
-  task = _GLUE[name]
+  task = glue_lib.find(name)
   if name == "stsb":
     row_fn, postprocess = preprocessors.stsb, preprocessors.to_float
   else:
     prefix = "mnli" if "mnli" in name else name
     row_fn = preprocessors.glue(prefix, tuple(task.features), task.label_names)
     postprocess = preprocessors.label_to_class(tuple(task.label_names))
-  if data_dir is None:
-    suffix = task.validation.removeprefix("dev")
-    source = sources.HuggingFace(
-      "nyu-mll/glue",
-      task.config or name,
-      {"train": "train", "validation": f"validation{suffix}"},
-    )
-  else:
-    source = _local_splits(
-      os.path.join(data_dir, task.folder),
-      {"train": "train.tsv", "validation": f"{task.validation}.tsv"},
-      columns=task.columns,
-    )
-    row_fn = _rename({**task.features, "label": task.label_column}, row_fn)
+  source, rename = glue_lib.source(name, data_dir)
   return _register(
     f"glue_{name}_v002",
     source,
-    row_fn,
+    rename(row_fn),
     vocabulary,
     postprocess=postprocess,
     metrics=task.metrics,
   )
-
-
-def _local_splits(folder: str, files: Mapping[str, str], **options):
-  """The splits whose file is there; at least one must be."""
-  found = {
-    split: os.path.join(folder, file)
-    for split, file in files.items()
-    if os.path.exists(os.path.join(folder, file))
-  }
-  if not found:
-    raise UserError(
-      f"{folder}: none of the data files {', '.join(files.values())} is there"
-    )
-  return sources.Files(found, **options)
-
-
-def _rename(columns: Mapping[str, str], row_fn: sources.RowFn) -> sources.RowFn:
-  def renamed(row):
-    return row_fn(
-      {ours: sources.column(row, theirs) for ours, theirs in columns.items()}
-    )
-
-  return renamed
-
-
-def _source(data_dir, hf_path, hf_name, stems) -> Any:
-  """Local `<stem>*.jsonl|json|tsv|csv|parquet` files a split, or HF."""
-  if data_dir is None:
-    return sources.HuggingFace(hf_path, hf_name)
-  suffixes = ("jsonl", "json", "tsv", "csv", "parquet")
-  found = {}
-  for split, names in stems.items():
-    for stem in names:
-      for suffix in suffixes:
-        pattern = os.path.join(data_dir, f"{stem}*.{suffix}*")
-        if split not in found and sources.glob.glob(pattern):
-          found[split] = pattern
-  if not found:
-    raise UserError(
-      f"{data_dir}: no data file named after a split (train*.jsonl,"
-      " validation*.tsv, ...) is there"
-    )
-  return sources.Files(found)
-
-
-_SPLIT_STEMS = {
-  "train": ("train",),
-  "validation": ("validation", "valid", "dev"),
-  "test": ("test",),
-}
 
 
 def squad(
@@ -315,25 +152,10 @@ def squad(
       train/validation files of one question a row; None reads HF's `squad`.
     name: of the task.
   """
-  row_fn = preprocessors.squad
-  official = {
-    split: os.path.join(data_dir or "", f"{stem}-v1.1.json")
-    for split, stem in (("train", "train"), ("validation", "dev"))
-  }
-  if data_dir and any(map(os.path.exists, official.values())):
-    source = sources.Function(
-      {
-        split: functools.partial(preprocessors.read_squad_json, path)
-        for split, path in official.items()
-        if os.path.exists(path)
-      }
-    )
-  else:
-    source = _source(data_dir, "rajpurkar/squad", None, _SPLIT_STEMS)
   return _register(
     name,
-    source,
-    row_fn,
+    squad_lib.source(data_dir),
+    preprocessors.squad,
     vocabulary,
     postprocess=preprocessors.all_answers,
     metrics=("squad",),
@@ -367,7 +189,7 @@ def translation(
   """
   pair = (source_language, target_language)
   parallel = {}
-  for split, stems in _SPLIT_STEMS.items() if data_dir else ():
+  for split, stems in sources.SPLIT_STEMS.items() if data_dir else ():
     for stem in (*stems, "val") if split == "validation" else stems:
       files = {
         code: sources.glob.glob(os.path.join(data_dir, f"{stem}*.{code}*"))
@@ -378,7 +200,7 @@ def translation(
   if parallel:
     source = sources.ParallelFiles(parallel)
   else:
-    source = _source(data_dir, hf_path, hf_name, _SPLIT_STEMS)
+    source = sources.named_splits(data_dir, hf_path, hf_name)
   return _register(
     name or f"wmt_{source_language}_{target_language}",
     source,
@@ -410,7 +232,7 @@ def summarization(
   """
   return _register(
     name,
-    _source(data_dir, hf_path, hf_name, _SPLIT_STEMS),
+    sources.named_splits(data_dir, hf_path, hf_name),
     preprocessors.summarize(article, summary),
     vocabulary,
     metrics=("rouge",),
@@ -447,7 +269,9 @@ def quickstart(
 
 # T5's names, built when a run asks for one.
 READY: dict[str, Callable[..., seqio.Task]] = {
-  **{f"glue_{name}_v002": functools.partial(glue, name) for name in _GLUE},
+  **{
+    f"glue_{name}_v002": functools.partial(glue, name) for name in glue_lib.GLUE
+  },
   "squad_v010_allanswers": squad,
   "wmt_t2t_ende_v003": functools.partial(
     translation, "en", "de", name="wmt_t2t_ende_v003", hf_name="de-en"
@@ -467,6 +291,7 @@ READY: dict[str, Callable[..., seqio.Task]] = {
     summarization, "article", "highlights", name="cnn_dailymail_v002"
   ),
   "spoken_values": lambda vocabulary, data_dir=None: quickstart(vocabulary),
+  **head_tasks.READY,
 }
 
 

@@ -76,6 +76,7 @@ class HeadConfig:
     label_names: of the outputs, in order; empty where they have none.
     similarity_scale: an embedding's: cosine times this is the logit of its
       in-batch softmax.
+    max_answer_tokens: longest span that question answering predicts.
 
   Raises:
     ValueError: for a value that no head can have.
@@ -92,6 +93,7 @@ class HeadConfig:
   decoder_layers: int = 1
   label_names: tuple[str, ...] = ()
   similarity_scale: float = 20.0
+  max_answer_tokens: int = 30
 
   def __post_init__(self):
     for field in ("widths", "label_names"):
@@ -102,8 +104,9 @@ class HeadConfig:
     _check_choice(self, "body", ("encoder", "encoder_decoder"))
     _check_choice(self, "pooling", (None, "eos", "mean", "first"))
     _check_choice(self, "activation", (*ACTIVATIONS, "tanh"))
-    if self.num_labels < 1 or self.decoder_layers < 1:
-      raise ValueError("num_labels and decoder_layers must be at least 1")
+    for field in ("num_labels", "decoder_layers", "max_answer_tokens"):
+      if getattr(self, field) < 1:
+        raise ValueError(f"{field}={getattr(self, field)} must be at least 1")
     if any(width < 1 for width in self.widths or ()):
       raise ValueError(f"widths={self.widths} must be positive")
     if not 0.0 <= self.dropout_rate < 1.0:
@@ -132,11 +135,8 @@ class HeadConfig:
       )
     if self.kind == "embedding" and self.widths:
       raise ValueError("kind='embedding' has no layers: leave widths None")
-
-  @property
-  def outputs(self) -> int:
-    """Width of the head's last layer."""
-    return 2 if self.kind == "question_answering" else self.num_labels
+    if self.kind == "question_answering":
+      object.__setattr__(self, "num_labels", 2)
 
   @property
   def prompts(self) -> int:
@@ -276,6 +276,17 @@ class T5Config:
     ):
       if getattr(self, field) < 1:
         raise ValueError(f"{field}={getattr(self, field)} must be at least 1")
+    if (
+      self.head is not None
+      and self.head.kind == "language_model"
+      and self.head.widths
+      and self.logits_via_embedding
+      and self.head.widths[-1] != self.emb_dim
+    ):
+      raise ValueError(
+        f"widths={self.head.widths} of the head must end in emb_dim ="
+        f" {self.emb_dim}, because the embedding is the output projection"
+      )
     if self.num_decoder_layers < 0:
       raise ValueError("num_decoder_layers is negative")
 

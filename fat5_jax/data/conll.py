@@ -1,0 +1,104 @@
+"""Sentences of tagged words: CoNLL, CoNLL-U, IOB2; in, and predictions out."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+import os
+
+from fat5_jax.data import sources
+from fat5_jax.errors import UserError
+
+
+def read(
+  path: str, word_column: int | None = None, tag_column: int | None = None
+) -> Iterator[sources.LocatedRow]:
+  """(place, {"words": [...], "tags": [...]}) of every sentence of a file.
+
+  A word a line, columns apart by tabs or, where there are none, spaces; an
+  empty line ends a sentence; `#` begins a comment where a word has ten columns
+  (CoNLL-U) or a number first (IOB2 of Universal NER), `-DOCSTART-` a document.
+  Multi-word ranges (`1-2`) and empty nodes (`1.1`) of CoNLL-U are left out.
+
+  Args:
+    path: a file, also .gz .xz .bz2.
+    word_column: counted from 0; None is 1 where the first column counts the
+      words, else 0.
+    tag_column: None is 3 (UPOS) in CoNLL-U, 2 where the first column counts the
+      words, else the last.
+
+  Raises:
+    UserError: naming file and row, for a line with too few columns.
+  """
+  _, opener = sources._suffix(path)
+  if not os.path.exists(path):
+    raise UserError(f"{path}: no such data file")
+  words: list[str] = []
+  tags: list[str] = []
+  begin = 1
+  for number, line in sources.read_lines(path, opener):
+    if not line.strip():
+      if words:
+        yield f"{path}, row {begin}", {"words": words, "tags": tags}
+        words, tags = [], []
+      continue
+    if line.startswith(("# ", "#\t", "-DOCSTART-")) and "\t" not in line[2:]:
+      continue
+    columns = line.split("\t") if "\t" in line else line.split()
+    counted = columns[0].replace("-", "").replace(".", "").isdigit()
+    counted = counted and len(columns) > 2
+    if counted and not columns[0].isdigit():
+      continue
+    word_at = int(counted) if word_column is None else word_column
+    tag_at = tag_column
+    if tag_at is None:
+      tag_at = len(columns) - 1
+      if counted:
+        tag_at = 3 if len(columns) == 10 else 2
+    if max(word_at, tag_at) >= len(columns) or len(columns) < 2:
+      raise UserError(
+        f"{path}, row {number}: {len(columns)} columns; words are in column"
+        f" {word_at}, tags in column {tag_at} (counted from 0)"
+      )
+    if not words:
+      begin = number
+    words.append(columns[word_at])
+    tags.append(columns[tag_at])
+  if words:
+    yield f"{path}, row {begin}", {"words": words, "tags": tags}
+
+
+class Conll:
+  """Local files of tagged sentences, one or more glob patterns a split.
+
+  Attributes:
+    splits: split name to files.
+  """
+
+  def __init__(
+    self,
+    splits: Mapping[str, str | Sequence[str]],
+    word_column: int | None = None,
+    tag_column: int | None = None,
+  ):
+    self.splits = {s: sources.expand(p) for s, p in splits.items()}
+    self._columns = (word_column, tag_column)
+
+  def rows(self, split: str) -> Iterator[sources.LocatedRow]:
+    for path in self.splits[split]:
+      yield from read(path, *self._columns)
+
+  def describe(self, split: str) -> str:
+    return ", ".join(self.splits[split])
+
+  def size_bytes(self, split: str) -> int:
+    return sum(os.path.getsize(path) for path in self.splits[split])
+
+
+def write(
+  sentences: Iterable[tuple[Sequence[str], Sequence[str]]],
+) -> Iterator[str]:
+  """Lines `word<tab>tag` of (words, tags), an empty one after each sentence."""
+  for words, tags in sentences:
+    for word, tag in zip(words, tags, strict=True):
+      yield f"{word}\t{tag}\n"
+    yield "\n"

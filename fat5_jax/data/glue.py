@@ -1,0 +1,184 @@
+"""The nine GLUE tasks: where their rows are, what their columns mean.
+
+Official layout (`SST-2/train.tsv`, `dev.tsv`, `test.tsv`) or HF's `glue`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+import dataclasses
+import os
+from typing import Any
+
+from fat5_jax.data import sources
+from fat5_jax.errors import UserError, nearest
+
+
+@dataclasses.dataclass(frozen=True)
+class Glue:
+  """One GLUE task: TFDS/HF config, official folder and columns, labels."""
+
+  folder: str
+  # Official column of each feature; the feature's name where it is the same.
+  features: Mapping[str, str]
+  label_column: str
+  label_names: Sequence[str]
+  metrics: Sequence[str]
+  # Given where the files have no header.
+  columns: Sequence[str] | None = None
+  validation: str = "dev"
+  config: str = ""
+
+
+def _pair(first: str, second: str) -> dict[str, str]:
+  return {first: first, second: second}
+
+
+_ENTAILMENT = ("entailment", "not_entailment")
+_MNLI = Glue(
+  "MNLI",
+  {"premise": "sentence1", "hypothesis": "sentence2"},
+  "gold_label",
+  ("entailment", "neutral", "contradiction"),
+  ("accuracy",),
+)
+GLUE = {
+  "cola": Glue(
+    "CoLA",
+    {"sentence": "sentence"},
+    "label",
+    ("unacceptable", "acceptable"),
+    ("matthews_corrcoef",),
+    columns=("source", "label", "star", "sentence"),
+  ),
+  "sst2": Glue(
+    "SST-2",
+    {"sentence": "sentence"},
+    "label",
+    ("negative", "positive"),
+    ("accuracy",),
+  ),
+  "mrpc": Glue(
+    "MRPC",
+    {"sentence1": "#1 String", "sentence2": "#2 String"},
+    "Quality",
+    ("not_equivalent", "equivalent"),
+    ("f1_with_invalid", "accuracy"),
+  ),
+  "stsb": Glue(
+    "STS-B",
+    _pair("sentence1", "sentence2"),
+    "score",
+    (),
+    ("pearson_corrcoef", "spearman_corrcoef"),
+  ),
+  "qqp": Glue(
+    "QQP",
+    _pair("question1", "question2"),
+    "is_duplicate",
+    ("not_duplicate", "duplicate"),
+    ("f1_with_invalid", "accuracy"),
+  ),
+  "mnli": dataclasses.replace(_MNLI, validation="dev_matched"),
+  "mnli_matched": dataclasses.replace(
+    _MNLI, validation="dev_matched", config="mnli"
+  ),
+  "mnli_mismatched": dataclasses.replace(
+    _MNLI, validation="dev_mismatched", config="mnli"
+  ),
+  "qnli": Glue(
+    "QNLI", _pair("question", "sentence"), "label", _ENTAILMENT, ("accuracy",)
+  ),
+  "rte": Glue(
+    "RTE",
+    _pair("sentence1", "sentence2"),
+    "label",
+    _ENTAILMENT,
+    ("accuracy",),
+  ),
+  "wnli": Glue(
+    "WNLI",
+    _pair("sentence1", "sentence2"),
+    "label",
+    _ENTAILMENT[::-1],
+    ("accuracy",),
+  ),
+}
+
+
+def find(name: str) -> Glue:
+  """The description of a task.
+
+  Raises:
+    UserError: for an unknown name.
+  """
+  if name not in GLUE:
+    raise UserError(
+      f"unknown GLUE task {name!r}.{nearest(name, GLUE)} Known:"
+      f" {', '.join(GLUE)}"
+    )
+  return GLUE[name]
+
+
+def source(
+  name: str, data_dir: str | None
+) -> tuple[Any, Callable[[sources.RowFn], sources.RowFn]]:
+  """(source, what makes a row function read its columns).
+
+  The label of a row without one is -1, as in HF's test sets.
+
+  Args:
+    name: of the task.
+    data_dir: folder with the official layout; None reads HF.
+
+  Raises:
+    UserError: if no file is there.
+  """
+  task = find(name)
+  suffix = task.validation.removeprefix("dev")
+  if data_dir is None:
+    splits = {"train": "train"} | {
+      split: f"{split}{suffix}" for split in ("validation", "test")
+    }
+    hf = sources.HuggingFace("nyu-mll/glue", task.config or name, splits)
+    return hf, lambda row_fn: row_fn
+  folder = os.path.join(data_dir, task.folder)
+  files = {
+    "train": "train.tsv",
+    "validation": f"{task.validation}.tsv",
+    "test": f"test{suffix}.tsv",
+  }
+  found = {
+    split: os.path.join(folder, file)
+    for split, file in files.items()
+    if os.path.exists(os.path.join(folder, file))
+  }
+  if not found:
+    raise UserError(
+      f"{folder}: none of the data files {', '.join(files.values())} is there"
+    )
+  # The test sets have headers even where train and dev have none.
+  columns = {split: task.columns for split in ("train", "validation")}
+  names = {**task.features, "label": task.label_column}
+
+  def rename(row_fn):
+    def renamed(row):
+      return row_fn(
+        {
+          ours: -1
+          if ours == "label" and theirs not in row and "index" in row
+          else sources.column(row, theirs)
+          for ours, theirs in names.items()
+        }
+      )
+
+    return renamed
+
+  return sources.Files(found, columns), rename
+
+
+def submission_file(name: str) -> str:
+  """The name under which GLUE's server takes a task's predictions."""
+  special = {"mnli": "MNLI-m", "mnli_matched": "MNLI-m"}
+  special["mnli_mismatched"] = "MNLI-mm"
+  return f"{special.get(name, GLUE[name].folder)}.tsv"

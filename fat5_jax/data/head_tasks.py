@@ -1,0 +1,388 @@
+"""Tasks of heads: classes, numbers, tags and spans instead of target text.
+
+Like tasks.py: bind a factory from gin, or use a name of READY. Text is
+tokenised here, in Python, because labels must be aligned with its pieces.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+import functools
+import itertools
+from typing import Any
+
+import seqio
+import tensorflow as tf
+
+from fat5_jax.data import features, preprocessors, sources
+from fat5_jax.data import glue as glue_lib
+from fat5_jax.data import metrics as metrics_lib
+from fat5_jax.data import squad as squad_lib
+from fat5_jax.errors import UserError
+
+_INTS = tf.TensorSpec([None], tf.int32)
+_TEXT = tf.TensorSpec([], tf.string)
+_TEXTS = tf.TensorSpec([None], tf.string)
+
+
+def _register(
+  name: str,
+  source,
+  row_fn: sources.RowFn,
+  vocabulary: seqio.Vocabulary,
+  signature: dict[str, tf.TensorSpec],
+  label: dict[str, Any],
+  preprocessor: Callable[..., tf.data.Dataset],
+  postprocess: Callable[..., Any],
+  metrics: Sequence[str | Callable[..., Any]],
+  skip_bad_rows: bool,
+) -> seqio.Task:
+  """Registers a head's task, in place of an earlier one of that name."""
+  features.check_given(vocabulary, name)
+  seqio.TaskRegistry.remove(name)
+  return seqio.TaskRegistry.add(
+    name,
+    source=sources.SeqioSource(source, row_fn, signature, skip_bad_rows),
+    preprocessors=[preprocessor],
+    output_features=features.head_features(vocabulary, label),
+    postprocess_fn=postprocess,
+    metric_fns=metrics_lib.find(metrics, name),
+  )
+
+
+# ---- Sequences ---------------------------------------------------------------
+
+
+def classification(
+  source,
+  inputs: str | Sequence[str],
+  label: str,
+  vocabulary: seqio.Vocabulary,
+  label_names: Sequence[str] = (),
+  problem_type: str = "single_label_classification",
+  name: str = "classification",
+  metrics: Sequence[str | Callable[..., Any]] | None = None,
+  separator: str = ",",
+  num_labels: int | None = None,
+  skip_bad_rows: bool = False,
+  rename: Callable[[sources.RowFn], sources.RowFn] | None = None,
+) -> seqio.Task:
+  """Labels, or numbers, of texts or pairs of texts.
+
+  Args:
+    source: see tasks.text_to_text.
+    inputs: template with `{column}` fields, or two for a pair, which becomes
+      `A </s> B </s>`.
+    label: column of the label: a name, or its number; for multi-label names
+      separated by `separator`, or a list; for regression a number, or a list.
+      -1 (no label) and -100 count for nothing.
+    vocabulary: SeqIO vocabulary.
+    label_names: in the order of the outputs; needed but for regression.
+    problem_type: as in HeadConfig.
+    name: under which it is registered.
+    metrics: names of data.metrics; None is what suits the problem.
+    separator: see `label`.
+    num_labels: numbers a row, in regression; 1 by default.
+    skip_bad_rows: leave out rows that would be an error.
+    rename: wraps the row function, to give it other columns than the source's.
+
+  Raises:
+    UserError: for a setting that fits no problem.
+  """
+  templates = (inputs,) if isinstance(inputs, str) else tuple(inputs)
+  if not 1 <= len(templates) <= 2:
+    raise UserError(f"task {name!r}: inputs is one template, or a pair")
+  size = num_labels or 1
+  if problem_type != "regression":
+    if not label_names:
+      raise UserError(f"task {name!r} needs label_names")
+    size = len(label_names)
+  read_label = preprocessors.label_reader(
+    tuple(label_names), problem_type, size, separator
+  )
+  fill = [preprocessors.fill(template) for template in templates]
+
+  def format_row(row):
+    texts = [f(row) for f in fill]
+    ids = [vocabulary.encode(text) for text in texts]
+    return {
+      "inputs_pretokenized": " </s> ".join(texts),
+      "first": ids[0],
+      "second": ids[1] if len(ids) > 1 else [],
+      "targets": read_label(sources.column(row, label)),
+    }
+
+  dtype = tf.int32 if problem_type.startswith("single") else tf.float32
+  return _register(
+    name,
+    source,
+    format_row if rename is None else rename(format_row),
+    vocabulary,
+    {
+      "inputs_pretokenized": _TEXT,
+      "first": _INTS,
+      "second": _INTS,
+      "targets": tf.TensorSpec([None], dtype),
+    },
+    {
+      "kind": "sequence_classification",
+      "problem_type": problem_type,
+      "size": size,
+      "names": tuple(label_names),
+    },
+    features.join_pair,
+    functools.partial(_sequence_value, problem_type),
+    _SEQUENCE_METRICS[problem_type] if metrics is None else metrics,
+    skip_bad_rows,
+  )
+
+
+_SEQUENCE_METRICS = {
+  "single_label_classification": ("accuracy",),
+  "multi_label_classification": ("multilabel_f1",),
+  "regression": ("pearson_corrcoef", "spearman_corrcoef"),
+}
+
+
+def _sequence_value(problem_type, values, is_target=False, **unused):
+  """What metrics compare: a class, a number, or a list of 0 and 1."""
+  if problem_type == "multi_label_classification":
+    return [int(value > 0.5) for value in values]
+  if problem_type == "regression":
+    numbers = [float(value) for value in values]
+    return numbers[0] if len(numbers) == 1 else numbers
+  return int(values[0])
+
+
+def glue(
+  name: str,
+  vocabulary: seqio.Vocabulary,
+  data_dir: str | None = None,
+) -> seqio.Task:
+  """A GLUE task as classes (STS-B: numbers), `glue_sst2_classes`.
+
+  Pairs are `A </s> B </s>`, as Hugging Face's classifiers read them.
+
+  Args:
+    name: see tasks.glue.
+    vocabulary: SeqIO vocabulary.
+    data_dir: folder with the official layout; None reads HF's `glue`.
+  """
+  task = glue_lib.find(name)
+  source, rename = glue_lib.source(name, data_dir)
+  problem = "regression" if name == "stsb" else "single_label_classification"
+  return classification(
+    source,
+    [f"{{{column}}}" for column in task.features],
+    "label",
+    vocabulary,
+    task.label_names,
+    problem,
+    f"glue_{name}_classes",
+    task.metrics,
+    rename=rename,
+  )
+
+
+# ---- Tags --------------------------------------------------------------------
+
+
+def tagging(
+  source,
+  vocabulary: seqio.Vocabulary,
+  words: str = "words",
+  tags: str = "tags",
+  tag_names: Sequence[str] | None = None,
+  name: str = "tagging",
+  metrics: Sequence[str | Callable[..., Any]] | None = None,
+  skip_bad_rows: bool = False,
+) -> seqio.Task:
+  """A tag a word; the first piece of a word has it, the others count not.
+
+  Args:
+    source: `conll.Conll`, or any source with two list columns.
+    vocabulary: SeqIO vocabulary.
+    words: column of the words.
+    tags: column of their tags: names, or numbers of `tag_names`.
+    tag_names: in the order of the outputs; None takes those of the training
+      split, sorted, the outside tag first.
+    name: under which it is registered.
+    metrics: names of data.metrics; None is entity_f1 for B- and I- tags,
+      tag_accuracy else.
+    skip_bad_rows: leave out rows that would be an error.
+
+  Raises:
+    UserError: if the training split has no tags.
+  """
+  if tag_names is None:
+    rows = source.rows("train")
+    found = {t for _, row in rows for t in sources.column(row, tags)}
+    if not all(isinstance(tag, str) for tag in found):
+      raise UserError(f"task {name!r}: tags are numbers; give tag_names")
+    tag_names = sorted(found, key=lambda tag: (tag != "O", tag))
+  tag_names = tuple(tag_names)
+  if not tag_names:
+    raise UserError(f"task {name!r}: no tags in {source.describe('train')}")
+  numbers = {tag: i for i, tag in enumerate(tag_names)}
+  if metrics is None:
+    is_entity = any(tag.startswith("B-") for tag in tag_names)
+    metrics = ("entity_f1", "tag_accuracy") if is_entity else ("tag_accuracy",)
+  counter = itertools.count()
+
+  def format_row(row):
+    row_words = [str(word) for word in sources.column(row, words)]
+    row_tags = list(sources.column(row, tags))
+    if len(row_words) != len(row_tags) or not row_words:
+      raise UserError(f"{len(row_words)} words and {len(row_tags)} tags")
+    pieces, labels = [], []
+    for word, tag in zip(row_words, row_tags):
+      if isinstance(tag, str) and tag not in numbers:
+        raise UserError(
+          f"tag {tag!r} of word {word!r} is none of {', '.join(tag_names)}"
+        )
+      # A word that the vocabulary drops still has a tag to predict.
+      ids = vocabulary.encode(word) or [vocabulary.unk_id]
+      pieces += ids
+      labels += [numbers.get(tag, tag)] + [features.IGNORED] * (len(ids) - 1)
+    return {
+      "inputs": pieces,
+      "targets": labels,
+      "inputs_pretokenized": " ".join(row_words),
+      "sentence": next(counter),
+      "words": row_words,
+    }
+
+  return _register(
+    name,
+    source,
+    format_row,
+    vocabulary,
+    {
+      "inputs": _INTS,
+      "targets": _INTS,
+      "inputs_pretokenized": _TEXT,
+      "sentence": tf.TensorSpec([], tf.int64),
+      "words": _TEXTS,
+    },
+    {
+      "kind": "token_classification",
+      "size": len(tag_names),
+      "names": tag_names,
+    },
+    features.split_tagged,
+    functools.partial(_tags, tag_names),
+    metrics,
+    skip_bad_rows,
+  )
+
+
+def _tags(tag_names, values, example=None, is_target=False, **unused):
+  """The tags of a row's words."""
+  labels = [int(label) for label in example["targets"]]
+  return {
+    "sentence": int(example["sentence"]),
+    "tags": [
+      tag_names[int(value)]
+      for value, label in zip(values, labels)
+      if label != features.IGNORED
+    ],
+  }
+
+
+# ---- Spans -------------------------------------------------------------------
+
+
+def spans(
+  source,
+  vocabulary: seqio.Vocabulary,
+  name: str = "spans",
+  stride: int = 128,
+  skip_bad_rows: bool = False,
+) -> seqio.Task:
+  """Questions whose answer is a span of their context.
+
+  Args:
+    source: rows with id, question, context, and `answers`: HF's and TFDS's
+      {"text": [...], "answer_start": [...]}, or a list of texts, the first of
+      which is looked for in the context.
+    vocabulary: SeqIO vocabulary.
+    name: under which it is registered.
+    stride: tokens by which the windows of a long context overlap.
+    skip_bad_rows: leave out rows that would be an error.
+  """
+
+  def format_row(row):
+    context = str(sources.column(row, "context"))
+    answer = preprocessors.first_answer(row, context)
+    question = vocabulary.encode(str(sources.column(row, "question")).strip())
+    ids, begin, end = features.encode_with_offsets(vocabulary, context)
+    first = last = -1
+    if answer is not None:
+      inside = [
+        i
+        for i in range(len(ids))
+        if end[i] > answer[0] and begin[i] < answer[1]
+      ]
+      if not inside:
+        raise UserError("the answer covers no token of its context")
+      first, last = inside[0], inside[-1]
+    return {
+      "id": str(sources.column(row, "id")),
+      "inputs_pretokenized": f"{row['question']} </s> {context}",
+      "context": context,
+      "answers": preprocessors.answer_texts(row),
+      "question_ids": question,
+      "context_ids": ids,
+      "begin": begin,
+      "end": end,
+      "answer": [first, last],
+    }
+
+  signature = {"id": _TEXT, "inputs_pretokenized": _TEXT, "context": _TEXT}
+  signature |= {"answers": _TEXTS, "answer": tf.TensorSpec([2], tf.int32)}
+  for key in ("question_ids", "context_ids", "begin", "end"):
+    signature[key] = _INTS
+  return _register(
+    name,
+    source,
+    format_row,
+    vocabulary,
+    signature,
+    {"kind": "question_answering"},
+    functools.partial(features.split_context, stride=stride),
+    _answer,
+    ("span_squad",),
+    skip_bad_rows,
+  )
+
+
+def _answer(values, example=None, is_target=False, **unused):
+  """A target's accepted answers, or a prediction's text and score."""
+  question = _decoded(example["id"])
+  if is_target:
+    answers = [_decoded(answer) for answer in example["answers"]]
+    return {"id": question, "answers": answers}
+  first, last, score = int(values[0]), int(values[1]), float(values[2])
+  context = _decoded(example["context"])
+  text = context[int(example["begin"][first]) : int(example["end"][last])]
+  return {"id": question, "text": text.strip(), "score": score}
+
+
+def _decoded(text) -> str:
+  return text.decode("utf-8") if isinstance(text, bytes) else str(text)
+
+
+def squad(
+  vocabulary: seqio.Vocabulary,
+  data_dir: str | None = None,
+  name: str = "squad_spans",
+  stride: int = 128,
+) -> seqio.Task:
+  """SQuAD 1.1 as spans; `data_dir` as in tasks.squad."""
+  return spans(squad_lib.source(data_dir), vocabulary, name, stride)
+
+
+READY: dict[str, Callable[..., seqio.Task]] = {
+  **{f"glue_{n}_classes": functools.partial(glue, n) for n in glue_lib.GLUE},
+  "squad_spans": squad,
+}

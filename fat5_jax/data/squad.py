@@ -1,0 +1,79 @@
+"""SQuAD's files: the official layout in, predictions out."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+import json
+import os
+from typing import Any
+
+from fat5_jax.data import sources
+from fat5_jax.errors import UserError
+
+
+class SquadFiles:
+  """Local files of questions, one or more glob patterns a split.
+
+  `.json` is the official layout of SQuAD 1.1 and 2.0, every other file has a
+  question a row: id, question, context, answers.
+
+  Attributes:
+    splits: split name to files.
+  """
+
+  def __init__(self, splits: Mapping[str, str | Sequence[str]]):
+    self.splits = {s: sources.expand(p) for s, p in splits.items()}
+
+  def rows(self, split: str) -> Iterator[sources.LocatedRow]:
+    for path in self.splits[split]:
+      if path.endswith(".json"):
+        yield from read(path)
+      else:
+        yield from sources.read_file(path)
+
+  def describe(self, split: str) -> str:
+    return ", ".join(self.splits[split])
+
+  def size_bytes(self, split: str) -> int:
+    return sum(os.path.getsize(path) for path in self.splits[split])
+
+
+def read(path: str) -> Iterator[sources.LocatedRow]:
+  """(place, row) of every question of an official SQuAD file.
+
+  Raises:
+    UserError: if the file is not of that layout.
+  """
+  try:
+    with open(path, encoding="utf-8") as file:
+      articles = json.load(file)["data"]
+    for article in articles:
+      for paragraph in article["paragraphs"]:
+        for qa in paragraph["qas"]:
+          answers = qa["answers"]
+          row = {
+            "id": qa["id"],
+            "question": qa["question"],
+            "context": paragraph["context"],
+            "answers": {
+              "text": [answer["text"] for answer in answers],
+              "answer_start": [answer["answer_start"] for answer in answers],
+            },
+          }
+          yield f"{path}, question {qa['id']}", row
+  except (json.JSONDecodeError, KeyError, TypeError) as e:
+    raise UserError(f"{path}: not an official SQuAD file: {e!r}") from None
+
+
+def source(data_dir: str | None) -> Any:
+  """SQuAD 1.1: `train-v1.1.json` and `dev-v1.1.json` in a folder, files of a
+  question a row named after their split, or (None) HF's `squad`.
+  """
+  official = {
+    split: os.path.join(data_dir or "", f"{stem}-v1.1.json")
+    for split, stem in (("train", "train"), ("validation", "dev"))
+  }
+  found = {s: path for s, path in official.items() if os.path.exists(path)}
+  if data_dir and found:
+    return SquadFiles(found)
+  return sources.named_splits(data_dir, "rajpurkar/squad", None)

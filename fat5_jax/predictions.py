@@ -1,0 +1,232 @@
+"""Predictions of heads: from rows or a task to records, and those to files."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+import itertools
+import json
+from typing import Any
+
+import jax
+import numpy as np
+import seqio
+import tensorflow_datasets as tfds
+
+from fat5_jax import decoding
+from fat5_jax.data import conll, features, head_tasks, sources
+from fat5_jax.errors import UserError
+from fat5_jax.models.config import HeadConfig
+
+# Input lengths are rounded up to a multiple, so that few programs are compiled.
+LENGTH_STEP = 64
+
+Record = dict[str, Any]
+
+
+def describe(value: Any, head: HeadConfig) -> str:
+  """A target or a prediction of an evaluation, for a person."""
+  names = head.label_names
+  if isinstance(value, dict):
+    if "tags" in value:
+      return " ".join(value["tags"])
+    return str(value["text"] if "text" in value else value["answers"][0])
+  if isinstance(value, list) and names:
+    return ", ".join(n for n, on in zip(names, value) if on) or "(none)"
+  if isinstance(value, int) and names:
+    return names[value] if value >= 0 else "(no label)"
+  return str(value)
+
+
+def task_of_rows(
+  head: HeadConfig,
+  rows: Callable[[], Iterable[dict[str, Any]]],
+  vocabulary: seqio.Vocabulary,
+  pairs: bool = False,
+) -> seqio.Task:
+  """A task (split "predict") of rows without labels, for a head to predict.
+
+  Rows have `inputs`, where they are `pairs` also `second`; for spans `question`
+  and `context`; for tags words apart by spaces in `inputs`.
+  """
+  name = "predict_rows"
+  source = sources.Function({"predict": rows})
+  if head.kind == "question_answering":
+    numbers = itertools.count()
+
+    def question(row):
+      return {
+        "id": str(row.get("id", next(numbers))),
+        "question": sources.column(row, "question"),
+        "context": sources.column(row, "context"),
+        "answers": [],
+      }
+
+    source = sources.Function({"predict": lambda: map(question, rows())})
+    return head_tasks.spans(source, vocabulary, name)
+  if head.kind == "token_classification":
+
+    def tagged(row):
+      words = sources.column(row, "inputs").split()
+      return {"words": words, "tags": [0] * len(words)}
+
+    source = sources.Function({"predict": lambda: map(tagged, rows())})
+    names = head.label_names or tuple(map(str, range(head.num_labels)))
+    return head_tasks.tagging(source, vocabulary, tag_names=names, name=name)
+  is_number = head.problem_type == "regression"
+  unknown = [0] * head.num_labels if is_number else -1
+  if head.problem_type == "multi_label_classification":
+    unknown = []
+
+  def classed(row):
+    return {**row, "label": unknown}
+
+  inputs = ["{inputs}", "{second}"] if pairs else "{inputs}"
+  return head_tasks.classification(
+    sources.Function({"predict": lambda: map(classed, rows())}),
+    inputs,
+    "label",
+    vocabulary,
+    head.label_names or tuple(map(str, range(head.num_labels))),
+    head.problem_type,
+    name,
+    num_labels=head.num_labels,
+  )
+
+
+def predict_task(
+  model,
+  params: Any,
+  task: seqio.Task,
+  split: str,
+  batch_size: int,
+  max_input_length: int | None,
+) -> Iterator[Record]:
+  """A record for every row of a task, in order.
+
+  A sentence or context that came in several windows is one record again.
+  """
+  lengths = None
+  if max_input_length is not None:
+    lengths = features.complete_lengths({"inputs": max_input_length}, task)
+  predict = jax.jit(lambda p, b: decoding.predict_labels(model, p, b))
+  head = model.config.head
+
+  def windows():
+    dataset = task.get_dataset(lengths, split, shuffle=False)
+    examples = iter(tfds.as_numpy(dataset))
+    while batch := list(itertools.islice(examples, batch_size)):
+      yield from zip(batch, np.asarray(predict(params, _arrays(batch))))
+
+  def _arrays(batch):
+    keys = ["inputs"] + ["answerable"] * (head.kind == "question_answering")
+    longest = max(len(example["inputs"]) for example in batch)
+    length = -(-longest // LENGTH_STEP) * LENGTH_STEP
+    fill = {"inputs": model.config.pad_token_id, "answerable": 0}
+    arrays = {
+      key: np.full((batch_size, length), fill[key], np.int32) for key in keys
+    }
+    for key, array in arrays.items():
+      for row, example in zip(array, batch):
+        row[: len(example[key])] = example[key]
+    names = {"inputs": "encoder_input_tokens"}
+    return {names.get(key, key): array for key, array in arrays.items()}
+
+  with sources.reraise():
+    if head.kind == "embedding":
+      for example, values in windows():
+        text = example["inputs_pretokenized"].decode("utf-8")
+        yield {"inputs": text, "embedding": values.tolist()}
+    else:
+      yield from _records(windows(), task, head)
+
+
+def _records(windows, task, head: HeadConfig) -> Iterator[Record]:
+  postprocess = task.postprocess_fn
+  key = {"question_answering": "id", "token_classification": "sentence"}
+  numbers = itertools.count()
+
+  def group(window):
+    # A row of classes is a group of its own.
+    name = key.get(head.kind)
+    return next(numbers) if name is None else window[0][name]
+
+  for _, parts in itertools.groupby(windows, group):
+    parts = list(parts)
+    example, values = parts[0]
+    found = [postprocess(v, example=e, is_target=False) for e, v in parts]
+    if head.kind == "question_answering":
+      best = max(found, key=lambda part: part["score"])
+      yield {**best, "question": _question(example)}
+    elif head.kind == "token_classification":
+      tags = [tag for part in found for tag in part["tags"]]
+      words = [word.decode("utf-8") for word in example["words"]]
+      yield {"words": words, "tags": tags}
+    else:
+      text = example["inputs_pretokenized"].decode("utf-8")
+      yield {"inputs": text} | _labels(found[0], values, head)
+
+
+def _question(example) -> str:
+  text = example["inputs_pretokenized"].decode("utf-8")
+  return text.split(" </s> ", 1)[0]
+
+
+def _labels(found, values, head: HeadConfig) -> Record:
+  if head.problem_type == "regression":
+    return {"prediction": found}
+  names = head.label_names or tuple(map(str, range(head.num_labels)))
+  if head.problem_type == "multi_label_classification":
+    return {
+      "prediction": [name for name, on in zip(names, found) if on],
+      "probabilities": dict(zip(names, (round(float(v), 6) for v in values))),
+    }
+  return {
+    "prediction": names[found],
+    "label": found,
+    "probability": round(float(values[1]), 6),
+  }
+
+
+# ---- Files -------------------------------------------------------------------
+
+
+def write(records: Iterable[Record], form: str, head: HeadConfig):
+  """Lines of a file: jsonl, tsv, glue (a submission), squad, or conll.
+
+  Raises:
+    UserError: for a form that this head's predictions do not have.
+  """
+  if form == "jsonl":
+    for record in records:
+      yield json.dumps(record, ensure_ascii=False) + "\n"
+  elif form == "conll" and head.kind == "token_classification":
+    for record in records:
+      yield from conll.write([(record["words"], record["tags"])])
+  elif form == "squad" and head.kind == "question_answering":
+    answers = {record["id"]: record["text"] for record in records}
+    yield json.dumps(answers, ensure_ascii=False) + "\n"
+  elif form == "glue" and head.kind in ("sequence_classification", "enct5"):
+    yield "index\tprediction\n"
+    # GLUE's server wants names where the labels are not 0 and 1.
+    named = "entailment" in head.label_names
+    for i, record in enumerate(records):
+      value = record["prediction"]
+      if not named and "label" in record:
+        value = record["label"]
+      yield (
+        f"{i}\t{value:.3f}\n"
+        if isinstance(value, float)
+        else (f"{i}\t{value}\n")
+      )
+  elif form == "tsv" and head.kind != "embedding":
+    clean = lambda x: str(x).replace("\t", " ").replace("\n", " ")
+    for i, record in enumerate(records):
+      if i == 0:
+        yield "\t".join(record) + "\n"
+      yield "\t".join(map(clean, record.values())) + "\n"
+  else:
+    raise UserError(
+      f"OUTPUT_FORMAT = {form!r} is not one for a head of kind {head.kind}:"
+      " jsonl and tsv are for all but embeddings (jsonl only), glue for"
+      " classes, squad for spans, conll for tags"
+    )
