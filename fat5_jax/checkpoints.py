@@ -39,9 +39,17 @@ class SaveCheckpointConfig:
 
 @dataclasses.dataclass(frozen=True)
 class RestoreCheckpointConfig:
-  """Where a run starts from: an HF folder, a run folder or a checkpoint."""
+  """Where a run starts from.
+
+  Attributes:
+    path: a run folder, one of its checkpoints, or a folder of any format that
+      tools/convert_checkpoint.py reads; None starts from scratch.
+    reinitialize: regular expression, searched in the names of parameters, of
+      those that are initialised anew instead of read: `head|classifier`.
+  """
 
   path: str | None = None
+  reinitialize: str | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -251,6 +259,12 @@ class Source:
   step: int = 0
 
   @property
+  def has_optimizer(self) -> bool:
+    return self.kind == "fat5" and os.path.isdir(
+      os.path.join(self.path, "optimizer")
+    )
+
+  @property
   def run_dir(self) -> str:
     return os.path.dirname(self.path) if self.kind == "fat5" else self.path
 
@@ -297,8 +311,13 @@ def model_config(path: str, **changes: Any) -> T5Config:
   return read_config(find(path)).replace(**changes)
 
 
-def load_params(source: Source) -> tuple[T5Config, dict[str, Any]]:
-  """The config and the parameters (layers unstacked, numpy) of a checkpoint."""
+def load_params(
+  source: Source, without_decoder: bool = False
+) -> tuple[T5Config, dict[str, Any]]:
+  """The config and the parameters (layers unstacked, numpy) of a checkpoint.
+
+  `without_decoder` leaves the decoder out, where the format allows unread.
+  """
   if source.kind == "hf":
     return hf.from_pretrained(source.path)
   with ocp.StandardCheckpointer() as checkpointer:
@@ -311,36 +330,37 @@ def load_params(source: Source) -> tuple[T5Config, dict[str, Any]]:
   return read_config(source), params
 
 
-def check_params(config: T5Config, params: Any, abstract: Any, where: str):
-  """Raises UserError with a `-`/`+` list unless `params` fit the model."""
-  expected = table.flatten(_as_on_disk(abstract))
-  found = table.flatten(params)
-  name = "/".join
-  table.check_names(map(name, expected), map(name, found), where)
-  table.check_shapes(
-    {name(k): v.shape for k, v in expected.items()},
-    {name(k): v.shape for k, v in found.items()},
-    where,
-  )
+# What a language model's checkpoint does not have, and a head has.
+_HEADS_OWN = ("head", "classifier", "prompt_embedder")
+# Fields that may differ between a checkpoint and the run that starts from it.
+_NOT_COMPARED = (
+  "model_type",
+  "pad_token_id",
+  "eos_token_id",
+  "decoder_start_token_id",
+)
+_OF_THE_DECODER = (
+  "num_decoder_layers",
+  "logits_via_embedding",
+  "scale_decoder_outputs",
+)
 
 
-def initial_params(
-  path: str, config: T5Config, abstract_params: Any
-) -> tuple[Any, Source]:
-  """Parameters to start a run from, in its layout and as float32.
+def _check_config(found: T5Config, config: T5Config, path: str) -> bool:
+  """Whether a head is put on a bare T5.
 
   Raises:
-    UserError: if the checkpoint is not of the run's architecture.
+    UserError: if the checkpoint's model cannot become the run's.
   """
-  source = find(path)
-  found_config, params = load_params(source)
-  before, now = found_config.architecture(), config.architecture()
-  ignored = (
-    "model_type",
-    "pad_token_id",
-    "eos_token_id",
-    "decoder_start_token_id",
-  )
+  before, now = found.architecture(), config.architecture()
+  ignored = set(_NOT_COMPARED)
+  adds_head = found.head is None and config.head is not None
+  if adds_head:
+    ignored.add("head")
+    if not config.is_language_model:
+      ignored.update(_OF_THE_DECODER)
+  if found.lora is None:
+    ignored.add("lora")
   lines = [
     f"  - {key} = {before[key]!r}\n  + {key} = {now[key]!r}"
     for key in now
@@ -352,13 +372,74 @@ def initial_params(
       " (- checkpoint, + gin):\n" + "\n".join(lines) + "\nInclude"
       " 'models/from_checkpoint.gin' to take the model from the checkpoint"
     )
-  check_params(config, params, abstract_params, path)
+  return adds_head
+
+
+def initial_params(
+  path: str,
+  config: T5Config,
+  init_params: Any,
+  reinitialize: str | None = None,
+) -> tuple[Any, Source, list[str]]:
+  """Parameters to start a run from, in its layout and as float32.
+
+  A bare T5 gives its body to a head: what the head adds (its layers, EncT5's
+  prompts, LoRA's matrices) keeps its fresh values, the decoder layers and the
+  projection that it leaves out are dropped.
+
+  Args:
+    path: see RestoreCheckpointConfig.
+    config: of the run's model.
+    init_params: its fresh parameters; shapes alone will do where the
+      checkpoint has all of them.
+    reinitialize: see RestoreCheckpointConfig.
+
+  Returns:
+    The parameters, where they come from, and the names of the fresh ones.
+
+  Raises:
+    UserError: if the checkpoint is not of the run's architecture.
+  """
+  source = find(path)
+  adds_head = _check_config(read_config(source), config, path)
+  found_config, loaded = load_params(
+    source, without_decoder=adds_head and not config.num_decoder_layers
+  )
+  name = "/".join
+  found = table.flatten(loaded)
+  on_disk = jax.eval_shape(unstack_layers, init_params)
+  expected = table.flatten(on_disk)
+  again = re.compile(reinitialize).search if reinitialize else lambda name: None
+
+  def is_fresh(where):
+    if again(name(where)):
+      return True
+    adds_lora = found_config.lora is None and where[-1].startswith("lora_")
+    return (adds_head and where[0] in _HEADS_OWN) or adds_lora
+
+  fresh = sorted(where for where in expected if is_fresh(where))
+  if reinitialize and not any(again(name(where)) for where in expected):
+    raise UserError(f"REINITIALIZE = {reinitialize!r} matches no parameter")
+  for where in list(found):
+    left_out = adds_head and where[0] == "decoder" and where not in expected
+    if where in fresh or left_out or again(name(where)):
+      del found[where]
+  wanted = {where: x for where, x in expected.items() if where not in fresh}
+  table.check_names(map(name, wanted), map(name, found), path)
+  table.check_shapes(
+    {name(where): x.shape for where, x in wanted.items()},
+    {name(where): x.shape for where, x in found.items()},
+    path,
+  )
+  if fresh:
+    values = table.flatten(unstack_layers(init_params))
+    found |= {where: values[where] for where in fresh}
   params = jax.tree.map(
     lambda x, like: jnp.asarray(x, like.dtype),
-    _as_running(params, config.scan_layers),
-    abstract_params,
+    _as_running(table.nest(found), config.scan_layers),
+    init_params,
   )
-  return params, source
+  return params, source, [name(where) for where in fresh]
 
 
 def initial_optimizer(source: Source, abstract: Any, scan_layers: bool) -> Any:

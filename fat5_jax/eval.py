@@ -229,7 +229,7 @@ def load_model(path: str, model: Any = None):
     )
     model = factory.create(config)
   abstract = jax.eval_shape(lambda: steps.init_params(model, 0))
-  params, source = checkpoints.initial_params(path, model.config, abstract)
+  params, source, _ = checkpoints.initial_params(path, model.config, abstract)
   vocabulary = None
   if source.kind == "hf":
     if any(

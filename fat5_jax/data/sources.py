@@ -485,7 +485,8 @@ class SeqioSource(seqio.DataSource):
         if example is None:
           continue
         for key in ("inputs", "targets"):
-          if isinstance(example[key], str) and not example[key].strip():
+          text = example.get(key)
+          if isinstance(text, str) and not text.strip():
             raise UserError(f"{key} is empty")
       except UserError as e:
         if not self._skip_bad_rows:

@@ -138,6 +138,20 @@ class HeadConfig:
     if self.kind == "question_answering":
       object.__setattr__(self, "num_labels", 2)
 
+  def architecture(self) -> dict[str, Any]:
+    """The fields that fix the function, with defaults of the kind resolved."""
+    fields = {"kind": self.kind}
+    if self.kind not in ("language_model", "embedding"):
+      fields |= {"num_labels": self.num_labels, "body": self.body}
+      fields["problem_type"] = self.problem_type
+    if self.kind in ("sequence_classification", "embedding"):
+      fields["pooling"] = self.pooled
+    if self.kind == "enct5":
+      fields["decoder_layers"] = self.decoder_layers
+    if self.kind != "embedding":
+      fields |= {"widths": self.widths, "activation": self.activation}
+    return fields
+
   @property
   def prompts(self) -> int:
     """Rows of EncT5's own embedding."""
@@ -322,4 +336,8 @@ class T5Config:
     """The fields that fix the function, without the run-time choices."""
     fields = dataclasses.asdict(self)
     fields["scale_decoder_outputs"] = self.scales_decoder_outputs
+    if self.head is not None:
+      fields["head"] = self.head.architecture()
+    if self.lora is not None:
+      del fields["lora"]["dropout_rate"]
     return {k: v for k, v in fields.items() if k not in RUN_TIME_FIELDS}
