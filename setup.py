@@ -41,6 +41,7 @@ setup(
     "jax>=0.10.2,<0.13",
     "matplotlib>=3.8",
     "ml_dtypes>=0.5",
+    "msgpack>=1.0",
     "numpy",
     "optax>=0.2.5",
     "orbax-checkpoint>=0.11.33",
@@ -57,6 +58,7 @@ setup(
     "tensorboard",
     "tensorflow>=2.18",
     "tensorflow-datasets>=4.9",
+    "tensorstore>=0.1.71",
     "transformers>=4.57",
   ],
   extras_require={

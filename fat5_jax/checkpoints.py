@@ -21,7 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 
-from fat5_jax.convert import hf, table
+from fat5_jax.convert import formats, mesh_tf, orbax_files, t5x, table
 from fat5_jax.errors import UserError
 from fat5_jax.models.config import T5Config
 
@@ -252,11 +252,17 @@ class Checkpointer:
 
 @dataclasses.dataclass(frozen=True)
 class Source:
-  """A checkpoint to read: which kind, where, and at which step."""
+  """A checkpoint to read: which kind, where, and at which step.
 
-  kind: str  # "hf" or "fat5"
+  `kind` is "fat5" or one of convert.formats. `overrides` and `base` are those
+  of formats.open_model.
+  """
+
+  kind: str
   path: str
   step: int = 0
+  overrides: tuple[tuple[str, Any], ...] = ()
+  base: str | None = None
 
   @property
   def has_optimizer(self) -> bool:
@@ -266,41 +272,45 @@ class Source:
 
   @property
   def run_dir(self) -> str:
+    """The folder that tells what is beside the tensors."""
+    if self.kind == "peft" and self.base:
+      return self.base
     return os.path.dirname(self.path) if self.kind == "fat5" else self.path
 
 
 def find(path: str) -> Source:
-  """What lies at a path: an HF folder, a run folder (its latest checkpoint), or
-  one checkpoint of a run.
+  """What lies at a path: a run folder (its latest checkpoint), one checkpoint
+  of a run, or a checkpoint of another library.
 
   Raises:
     UserError: if it is none of these.
   """
   path = os.path.abspath(os.path.expanduser(path))
-  if not os.path.isdir(path):
-    raise UserError(f"{path}: no such checkpoint folder")
+  if not os.path.exists(path) and formats.find(path) is None:
+    raise UserError(f"{path}: no such checkpoint")
   match = _STEP_FOLDER.match(os.path.basename(path))
   if match and os.path.isdir(os.path.join(path, "params")):
     return Source("fat5", path, int(match[1]))
-  if steps(path):
-    step = steps(path)[-1]
-    return Source("fat5", os.path.join(path, f"checkpoint_{step}"), step)
-  if os.path.exists(os.path.join(path, "config.json")):
-    return Source("hf", path)
+  own = [
+    step
+    for step in steps(path)
+    if os.path.isdir(os.path.join(path, f"checkpoint_{step}", "params"))
+  ]
+  if own:
+    return Source("fat5", os.path.join(path, f"checkpoint_{own[-1]}"), own[-1])
+  found = formats.find(path)
+  if found is not None:
+    return Source(*found)
   raise UserError(
-    f"{path}: neither a Hugging Face folder (config.json) nor a fat5_jax run"
-    " (model.json and checkpoint_<step>)"
+    f"{path}: neither a Hugging Face folder (config.json), nor a fat5_jax run"
+    " (model.json and checkpoint_<step>), nor a T5X, Mesh TensorFlow or PEFT"
+    " checkpoint"
   )
 
 
 def read_config(source: Source) -> T5Config:
   """The T5Config of a checkpoint."""
-  if source.kind == "hf":
-    return hf.read_config(source.path)
-  found = read_model_json(source.run_dir)
-  if found is None:
-    raise UserError(f"{source.run_dir}: model.json is missing")
-  return T5Config(**found["model"])
+  return open_params(source)[0]
 
 
 def model_config(path: str, **changes: Any) -> T5Config:
@@ -311,23 +321,36 @@ def model_config(path: str, **changes: Any) -> T5Config:
   return read_config(find(path)).replace(**changes)
 
 
+def open_params(
+  source: Source, without_decoder: bool = False
+) -> tuple[T5Config, table.Leaves]:
+  """The config of a checkpoint, and its tensors, read when wanted.
+
+  Layers are unstacked. `without_decoder` leaves the decoder out, unread.
+  """
+  if source.kind != "fat5":
+    return formats.open_model(
+      source.kind,
+      source.path,
+      without_decoder=without_decoder,
+      overrides=dict(source.overrides),
+      base=source.base,
+    )
+  found = read_model_json(source.run_dir)
+  if found is None:
+    raise UserError(f"{source.run_dir}: model.json is missing")
+  leaves = orbax_files.read_item(os.path.join(source.path, "params"))
+  if without_decoder:
+    leaves = {k: leaf for k, leaf in leaves.items() if k[0] != "decoder"}
+  return T5Config(**found["model"]), leaves
+
+
 def load_params(
   source: Source, without_decoder: bool = False
 ) -> tuple[T5Config, dict[str, Any]]:
-  """The config and the parameters (layers unstacked, numpy) of a checkpoint.
-
-  `without_decoder` leaves the decoder out, where the format allows unread.
-  """
-  if source.kind == "hf":
-    return hf.from_pretrained(source.path)
-  with ocp.StandardCheckpointer() as checkpointer:
-    # A device-free restore: the arrays go wherever the caller puts them.
-    metadata = checkpointer.metadata(os.path.join(source.path, "params"))
-    target = jax.tree.map(
-      lambda x: np.empty(x.shape, x.dtype), metadata.item_metadata.tree
-    )
-    params = checkpointer.restore(os.path.join(source.path, "params"), target)
-  return read_config(source), params
+  """The config and the parameters (layers unstacked, numpy) of a checkpoint."""
+  config, leaves = open_params(source, without_decoder)
+  return config, table.read_all(leaves)
 
 
 # What a language model's checkpoint does not have, and a head has.
@@ -401,12 +424,9 @@ def initial_params(
     UserError: if the checkpoint is not of the run's architecture.
   """
   source = find(path)
-  adds_head = _check_config(read_config(source), config, path)
-  found_config, loaded = load_params(
-    source, without_decoder=adds_head and not config.num_decoder_layers
-  )
+  found_config, found = open_params(source)
+  adds_head = _check_config(found_config, config, path)
   name = "/".join
-  found = table.flatten(loaded)
   on_disk = jax.eval_shape(unstack_layers, init_params)
   expected = table.flatten(on_disk)
   again = re.compile(reinitialize).search if reinitialize else lambda name: None
@@ -431,14 +451,15 @@ def initial_params(
     {name(where): x.shape for where, x in found.items()},
     path,
   )
+  # Only now are the tensors read, one at a time.
+  arrays = {
+    where: jnp.asarray(leaf.read(), expected[where].dtype)
+    for where, leaf in found.items()
+  }
   if fresh:
     values = table.flatten(unstack_layers(init_params))
-    found |= {where: values[where] for where in fresh}
-  params = jax.tree.map(
-    lambda x, like: jnp.asarray(x, like.dtype),
-    _as_running(table.nest(found), config.scan_layers),
-    init_params,
-  )
+    arrays |= {where: values[where] for where in fresh}
+  params = _as_running(table.nest(arrays), config.scan_layers)
   return params, source, [name(where) for where in fresh]
 
 
@@ -461,16 +482,104 @@ def initial_optimizer(source: Source, abstract: Any, scan_layers: bool) -> Any:
   return _as_running(found, scan_layers)
 
 
+def adafactor_state(source: Source, config: T5Config) -> tuple[int, Any]:
+  """(step, state of optimizers.adafactor with a schedule) of a T5X or Mesh
+  TensorFlow checkpoint, unstacked, to be written with its weights.
+
+  Raises:
+    UserError: if it has no Adafactor state, or one of other shapes.
+  """
+  from fat5_jax import optimizers
+
+  reader = mesh_tf if source.kind == "mesh_tf" else t5x
+  step, slots = reader.open_slots(source.path)
+  _, leaves = open_params(source)
+  shapes = table.nest(
+    {k: jax.ShapeDtypeStruct(x.shape, jnp.float32) for k, x in leaves.items()}
+  )
+  optimizer = optimizers.adafactor(
+    optimizers.create_learning_rate_scheduler(),
+    beta1=0.9 if any(_is_used(x) for x in slots["m"].values()) else None,
+  )
+  expected = jax.eval_shape(optimizer.init, shapes)
+  filled = {}
+  for name in t5x.SLOTS:
+    wanted = table.flatten(getattr(expected[0], name))
+    found = slots[name] or {k: x for k, x in wanted.items()}
+    where = f"{source.path}: optimizer slot {name}"
+    table.check_names(map("/".join, wanted), map("/".join, found), where)
+    table.check_shapes(
+      {"/".join(k): x.shape for k, x in wanted.items()},
+      {"/".join(k): found[k].shape for k in wanted},
+      where,
+    )
+    filled[name] = table.nest(
+      {
+        k: np.asarray(x.read(), np.float32)
+        if isinstance(x, table.Leaf)
+        else np.zeros(x.shape, np.float32)
+        for k, x in found.items()
+      }
+    )
+  count = np.int32(step)
+  return step, (
+    expected[0]._replace(count=count, **filled),
+    expected[1]._replace(count=count),
+  )
+
+
+def _is_used(leaf: table.Leaf) -> bool:
+  return leaf.shape != (1,)
+
+
+class _LeafHandler(ocp.type_handlers.NumpyHandler):
+  """Lets orbax write tensors that are read one at a time."""
+
+  async def serialize(self, values, infos, args=None):
+    for i, (leaf, info) in enumerate(zip(values, infos)):
+      arg = None if args is None else [args[i]]
+      for written in await super().serialize([leaf.read()], [info], arg):
+        written.result()
+    return []
+
+
 def write_params(
-  folder: str, config: T5Config, params: Any, vocabulary: Any = None
+  folder: str,
+  config: T5Config,
+  leaves: table.Leaves,
+  vocabulary: Any = None,
+  step: int = 0,
+  opt_state: Any = None,
 ) -> None:
-  """Writes weights as a run folder at step 0, to start other runs from."""
+  """Writes weights as a run folder, to start other runs from, or nothing.
+
+  Args:
+    folder: MODEL_DIR; must hold no checkpoint.
+    config: of the model.
+    leaves: its tensors, unstacked; one is in memory at a time.
+    vocabulary: SeqIO vocabulary, or None.
+    step: of the checkpoint.
+    opt_state: the optimizer's state at that step, or None.
+  """
   from fat5_jax.data import vocabularies  # only here: it brings TensorFlow
 
   folder = prepare_model_dir(folder)
-  description = None
-  if vocabulary is not None:
-    description = vocabularies.save(vocabulary, folder)
-  write_model_json(folder, config, description)
-  with ocp.StandardCheckpointer() as checkpointer:
-    checkpointer.save(os.path.join(folder, "checkpoint_0", "params"), params)
+  registry = ocp.type_handlers.create_type_handler_registry(
+    (table.Leaf, _LeafHandler())
+  )
+  final = os.path.join(folder, f"checkpoint_{step}")
+  with tempfile.TemporaryDirectory(dir=folder, prefix=".writing-") as scratch:
+    target = os.path.join(scratch, "checkpoint")
+    os.mkdir(target)
+    logging.getLogger("absl").setLevel(logging.ERROR)  # of array metadata
+    ocp.Checkpointer(
+      ocp.PyTreeCheckpointHandler(type_handler_registry=registry)
+    ).save(os.path.join(target, "params"), table.nest(leaves))
+    if opt_state is not None:
+      with ocp.StandardCheckpointer() as checkpointer:
+        checkpointer.save(os.path.join(target, "optimizer"), opt_state)
+    description = None
+    if vocabulary is not None:
+      description = vocabularies.save(vocabulary, folder)
+    write_model_json(folder, config, description)
+    os.rename(target, final)

@@ -231,12 +231,12 @@ def load_model(path: str, model: Any = None):
   abstract = jax.eval_shape(lambda: steps.init_params(model, 0))
   params, source, _ = checkpoints.initial_params(path, model.config, abstract)
   vocabulary = None
-  if source.kind == "hf":
+  if source.kind != "fat5":
     if any(
-      os.path.exists(os.path.join(source.path, name))
+      os.path.exists(os.path.join(source.run_dir, name))
       for name in ("spiece.model", "tokenizer_config.json")
     ):
-      vocabulary = vocabularies.from_hf(source.path)
+      vocabulary = vocabularies.from_hf(source.run_dir)
   else:
     found = checkpoints.read_model_json(source.run_dir) or {}
     if found.get("vocabulary"):

@@ -20,8 +20,12 @@ ALLOWED = {
   },
   "fat5_jax/convert": {
     "ml_dtypes",
+    "msgpack",
     "numpy",
     "safetensors",
+    "tensorstore",
+    # mesh_tf.py, when it reads a checkpoint.
+    "tensorflow",
     "fat5_jax.convert",
     "fat5_jax.errors",
     "fat5_jax.models.config",

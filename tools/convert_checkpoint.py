@@ -1,17 +1,24 @@
-"""Converts a checkpoint: Hugging Face to fat5_jax, or back.
+"""Converts a checkpoint of one library to another's.
 
-  python tools/convert_checkpoint.py SOURCE DEST [--to hf|fat5]
+  python tools/convert_checkpoint.py SOURCE DEST \\
+    [--to fat5|hf|flash_t5|enct5|peft] [--encoder_only]
 
-SOURCE is a Hugging Face folder, a run folder (MODEL_DIR, its latest checkpoint)
-or one checkpoint_<step>; what it is, is found by looking. DEST is written whole
-or not at all. The result is read again and its logits compared.
+SOURCE is found by looking: a folder of Hugging Face (T5, mT5, umT5, their
+heads, T5EncoderModel), FAT5, EncT5 or PEFT, a T5X checkpoint, a Mesh TensorFlow
+one, a run folder (MODEL_DIR, its latest checkpoint) or one checkpoint_<step>.
+DEST is written whole or not at all; then both are read again, compared tensor
+by tensor, and run on a few tokens. Tensors go one at a time: memory holds the
+largest and a shard of the output, not the model.
 """
 
 from __future__ import annotations
 
 import argparse
+import ast
 import os
 import sys
+
+_FORMATS = ("fat5", "hf", "flash_t5", "enct5", "peft")
 
 
 def main() -> int:
@@ -21,12 +28,37 @@ def main() -> int:
   parser.add_argument("source")
   parser.add_argument("dest")
   parser.add_argument(
-    "--to", choices=("hf", "fat5"), help="default: the other of the two"
+    "--to",
+    choices=_FORMATS,
+    help="default: fat5, and hf for a fat5_jax run",
+  )
+  parser.add_argument(
+    "--encoder_only",
+    action="store_true",
+    help="leave the decoder out, unread: T5EncoderModel, half the bytes",
   )
   parser.add_argument(
     "--tokenizer",
     help="folder with tokenizer files, or a SentencePiece model, for the"
     " export (default: the source's own)",
+  )
+  parser.add_argument(
+    "--base",
+    help="the model that a PEFT adapter belongs to (default: what it names)",
+  )
+  parser.add_argument(
+    "--set",
+    action="append",
+    default=[],
+    metavar="FIELD=VALUE",
+    help="a field of T5Config that a T5X or Mesh TensorFlow checkpoint does not"
+    " tell, e.g. \"mlp_activations=('silu', 'linear')\"",
+  )
+  parser.add_argument(
+    "--optimizer",
+    action="store_true",
+    help="take step and Adafactor's slots of a T5X or Mesh TensorFlow"
+    " checkpoint along (--to fat5)",
   )
   flags = parser.parse_args()
   os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
@@ -34,46 +66,126 @@ def main() -> int:
   from fat5_jax.errors import UserError
 
   try:
-    convert(flags.source, flags.dest, flags.to, flags.tokenizer)
+    convert(flags)
   except UserError as e:
     print(f"error: {e}", file=sys.stderr)
     return 1
   return 0
 
 
-def convert(source_path, dest, to=None, tokenizer=None) -> None:
+def convert(flags) -> None:
   """See the module's docstring."""
-  import jax
-
   from fat5_jax import checkpoints
-  from fat5_jax.convert import hf
+  from fat5_jax.convert import enct5, flash_t5, formats, hf, lora, peft
   from fat5_jax.errors import UserError
+  from fat5_jax.models.config import HeadConfig
 
-  source = checkpoints.find(source_path)
-  to = to or ("fat5" if source.kind == "hf" else "hf")
-  config, params = checkpoints.load_params(source)
-  size = sum(x.size for x in jax.tree.leaves(params))
-  print(
-    f"{source.path}: {source.kind}, {config.model_type},"
-    f" {config.num_encoder_layers}+{config.num_decoder_layers} layers,"
-    f" {size:,} parameters, vocabulary {config.vocab_size}"
+  source = checkpoints.find(flags.source)
+  source = checkpoints.dataclasses.replace(
+    source, overrides=tuple(_overrides(flags.set)), base=flags.base
   )
+  to = flags.to or ("hf" if source.kind == "fat5" else "fat5")
+  dest = os.path.abspath(os.path.expanduser(flags.dest))
   if os.path.exists(dest) and os.path.samefile(source.run_dir, dest):
     raise UserError(f"{dest}: source and destination are the same folder")
-  if to == "hf":
-    hf.to_pretrained(config, params, dest, tokenizer or _tokenizer(source))
+  config, leaves = checkpoints.open_params(source, flags.encoder_only)
+  if flags.encoder_only and config.is_language_model:
+    config = config.with_head(HeadConfig("embedding"))
+  print(
+    f"{source.path}: {formats.NAMES[source.kind]}, {_describe(config)},"
+    f" {sum(_count(x) for x in leaves.values()):,} parameters, vocabulary"
+    f" {config.vocab_size}, {next(iter(leaves.values())).dtype}"
+  )
+  if flags.optimizer and (
+    to != "fat5" or source.kind not in ("t5x", "mesh_tf")
+  ):
+    raise UserError("--optimizer is for T5X and Mesh TensorFlow, --to fat5")
+  if to == "fat5":
+    _to_fat5(source, config, leaves, dest, flags.optimizer)
+  elif to == "peft":
+    peft.to_peft(config, leaves, dest, _base_of(source))
+    print(f"{dest}: written as {formats.NAMES[to]}; its base is not in it")
+    _verify_adapter(config, leaves, dest)
+    return
   else:
-    if checkpoints.steps(dest):
-      raise UserError(f"{dest}: holds checkpoints already")
-    vocabulary = None
-    if source.kind == "fat5" or _has_tokenizer(source.path):
-      vocabulary = _vocabulary(source)
-    checkpoints.write_params(dest, config, params, vocabulary)
-  again_config, again = checkpoints.load_params(checkpoints.find(dest))
-  difference = _largest_logit_difference(config, params, again_config, again)
-  print(f"{dest}: written as {to}; largest difference in logits {difference:g}")
-  if difference != 0:
-    raise UserError(f"{dest} does not compute what {source.path} does")
+    write = {
+      "hf": hf.to_pretrained,
+      "flash_t5": flash_t5.to_folder,
+      "enct5": enct5.to_folder,
+    }[to]
+    if config.lora is not None:
+      print("LoRA is merged into the kernels")
+      config, leaves = lora.merged(config, leaves)
+    write(config, leaves, dest, flags.tokenizer or _tokenizer(source))
+  again_config, again = checkpoints.open_params(checkpoints.find(dest))
+  _verify(config, leaves, again_config, again, f"{dest}: written as {to};")
+
+
+def _overrides(settings):
+  from fat5_jax.errors import UserError
+
+  for setting in settings:
+    field, separator, value = setting.partition("=")
+    if not separator:
+      raise UserError(f"--set {setting}: write FIELD=VALUE")
+    try:
+      yield field.strip(), ast.literal_eval(value)
+    except (ValueError, SyntaxError):
+      yield field.strip(), value.strip()
+
+
+def _count(leaf) -> int:
+  size = 1
+  for n in leaf.shape:
+    size *= n
+  return size
+
+
+def _describe(config) -> str:
+  text = (
+    f"{config.model_type}, {config.num_encoder_layers}"
+    f"+{config.num_decoder_layers} layers"
+  )
+  if config.head is not None:
+    text += f", head {config.head.kind}"
+    if config.head.kind not in ("embedding", "question_answering"):
+      text += f" ({config.head.num_labels} labels)"
+  if config.lora is not None:
+    text += (
+      f", LoRA rank {config.lora.rank} on {', '.join(config.lora.targets)}"
+    )
+  return text
+
+
+def _to_fat5(source, config, leaves, dest, with_optimizer) -> None:
+  from fat5_jax import checkpoints
+  from fat5_jax.errors import UserError
+
+  if checkpoints.steps(dest):
+    raise UserError(f"{dest}: holds checkpoints already")
+  vocabulary = None
+  if source.kind == "fat5" or _has_tokenizer(source.run_dir):
+    vocabulary = _vocabulary(source)
+  step, opt_state = 0, None
+  if with_optimizer:
+    step, opt_state = checkpoints.adafactor_state(source, config)
+  checkpoints.write_params(dest, config, leaves, vocabulary, step, opt_state)
+
+
+def _base_of(source) -> str:
+  """Where the run that trained an adapter started, from its config.gin."""
+  import re
+
+  path = os.path.join(source.run_dir, "config.gin")
+  if os.path.exists(path):
+    with open(path, encoding="utf-8") as file:
+      found = re.search(
+        r"INITIAL_CHECKPOINT_PATH(?:/macro\.value)? = \\?\s*'([^']+)'",
+        file.read(),
+      )
+    if found:
+      return found[1]
+  return ""
 
 
 def _has_tokenizer(folder: str) -> bool:
@@ -94,27 +206,60 @@ def _vocabulary(source):
 
 def _tokenizer(source):
   """What the export's tokenizer is written from, or None."""
-  if source.kind == "hf":
-    return source.path if _has_tokenizer(source.path) else None
-  return _vocabulary(source)
+  if source.kind == "fat5":
+    return _vocabulary(source)
+  return source.run_dir if _has_tokenizer(source.run_dir) else None
 
 
-def _largest_logit_difference(config_a, params_a, config_b, params_b) -> float:
-  """Between two checkpoints, on a few random tokens, in float32."""
+def _verify(config, leaves, again_config, again, what: str) -> None:
+  """Compares every tensor, then logits, one layer in memory at a time."""
+  import numpy as np
+
+  from fat5_jax.errors import UserError
+
+  if leaves.keys() != again.keys():
+    raise UserError(f"{what} it does not hold the same parameters")
+  for path, leaf in leaves.items():
+    a, b = leaf.read(), again[path].read()
+    if a.dtype != b.dtype or a.tobytes() != b.tobytes():
+      raise UserError(f"{what} {'/'.join(path)} is not the same")
+  found = _outputs(again_config, again)
+  difference = float(np.abs(_outputs(config, leaves) - found).max())
+  print(
+    f"{what} {len(again)} tensors equal bit for bit, largest difference in"
+    f" logits {difference:g}"
+  )
+  if difference != 0:
+    raise UserError("the result does not compute what the source does")
+
+
+def _verify_adapter(config, leaves, dest) -> None:
+  from fat5_jax.convert import peft
+
+  base = {k: x for k, x in leaves.items() if k[-1][:5] != "lora_"}
+  again_config, again = peft.from_peft(dest, config.replace(lora=None), base)
+  _verify(config, leaves, again_config, again, "adapter and base together:")
+
+
+def _outputs(config, leaves):
+  """What the model says of a few random tokens, in float32."""
   import jax
   import numpy as np
 
-  from fat5_jax.models.t5 import Transformer
+  from fat5_jax.convert import table
+  from fat5_jax.models import factory
 
   rng = np.random.default_rng(0)
-  x, y = rng.integers(2, config_a.vocab_size, (2, 2, 16)).astype(np.int32)
-
-  def logits(config, params):
-    model = Transformer(config.replace(dtype="float32", dropout_rate=0.0))
-    return jax.jit(lambda p: model.apply({"params": p}, x, y))(params)
-
-  difference = logits(config_a, params_a) - logits(config_b, params_b)
-  return float(np.abs(difference).max())
+  x, y = rng.integers(2, config.vocab_size, (2, 2, 16)).astype(np.int32)
+  model = factory.create(
+    config.replace(
+      dtype="float32", attention_implementation="reference", scan_layers=False
+    )
+  )
+  inputs = (x, y) if config.is_language_model else (x,)
+  # Op by op, not compiled: a parameter is read when its layer runs.
+  with jax.default_device(jax.devices("cpu")[0]):
+    return np.asarray(model.apply({"params": table.LazyTree(leaves)}, *inputs))
 
 
 if __name__ == "__main__":

@@ -9,22 +9,20 @@ own, and an export writes both what 4.x reads and what 5.x reads.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Mapping
 import contextlib
 import dataclasses
-import json
 import logging
 import os
 import tempfile
 from typing import Any
 
 import numpy as np
-import safetensors
-from safetensors import numpy as safetensors_numpy
 
-from fat5_jax.convert import table, tokenizers, torch_file
+from fat5_jax.convert import hf_heads, lora, table, tensor_files, tokenizers
+from fat5_jax.convert.table import Leaf, Leaves
 from fat5_jax.errors import UserError
-from fat5_jax.models.config import T5Config
+from fat5_jax.models.config import HeadConfig, T5Config
 
 logger = logging.getLogger("fat5_jax")
 
@@ -45,11 +43,7 @@ _PROJECTIONS = {
   ("gelu_exact",): "gelu",
   ("silu",): "silu",
 }
-_ARCHITECTURES = {
-  "t5": "T5ForConditionalGeneration",
-  "mt5": "MT5ForConditionalGeneration",
-  "umt5": "UMT5ForConditionalGeneration",
-}
+_MODEL_TYPES = ("t5", "mt5", "umt5")
 # Copies of `shared.weight` that older files hold beside it.
 _EMBEDDING_ALIASES = (
   "encoder.embed_tokens.weight",
@@ -62,7 +56,21 @@ _UNUSED = (
 
 
 def rows(config: T5Config) -> list[table.Row]:
-  """Every tensor of the model: HF name, our path, our shape."""
+  """Every tensor of the model: HF name, our path, our shape.
+
+  Raises:
+    UserError: for a head that Hugging Face has no names for.
+  """
+  prefix = hf_heads.prefix(config)
+  found = [
+    dataclasses.replace(row, foreign=prefix + row.foreign)
+    for row in body_rows(config)
+  ]
+  return found + hf_heads.rows(config)
+
+
+def body_rows(config: T5Config) -> list[table.Row]:
+  """The tensors of the two stacks, and the language model's projection."""
   width = config.num_heads * config.head_dim
   emb, mlp = config.emb_dim, config.mlp_dim
   out: list[table.Row] = []
@@ -99,12 +107,15 @@ def rows(config: T5Config) -> list[table.Row]:
     ("encoder", config.num_encoder_layers),
     ("decoder", config.num_decoder_layers),
   ):
+    if not depth:
+      continue
     for i in range(depth):
       theirs, ours = f"{stack}.block.{i}.layer", f"{stack}/layers_{i}"
       own = "attention" if stack == "encoder" else "self_attention"
       attention(f"{theirs}.0.SelfAttention", f"{ours}/{own}")
       norm(f"{theirs}.0", f"{ours}/pre_{own}_layer_norm")
-      if i == 0 or config.relative_attention_per_layer:
+      is_first = i == 0 or config.relative_attention_per_layer
+      if is_first and config.position_encoding == "t5":
         per_layer = config.relative_attention_per_layer
         add(
           f"{theirs}.0.SelfAttention.relative_attention_bias",
@@ -119,107 +130,20 @@ def rows(config: T5Config) -> list[table.Row]:
         norm(f"{theirs}.1", f"{ours}/pre_cross_attention_layer_norm")
       feed_forward(f"{theirs}.{1 if stack == 'encoder' else 2}", ours)
     add(f"{stack}.final_layer_norm", f"{stack}/{stack}_norm/scale", (emb,))
-  if not config.logits_via_embedding:
+  if config.is_language_model and not config.logits_via_embedding:
     add(
       "lm_head", "decoder/logits_dense/kernel", (emb, config.vocab_size), True
     )
   return out
 
 
-@dataclasses.dataclass(frozen=True)
-class TensorFiles:
-  """The tensors of a folder: shapes at once, values on demand."""
-
-  shapes: Mapping[str, tuple[int, ...]]
-  dtypes: Mapping[str, str]
-  readers: Mapping[str, Callable[[], np.ndarray]]
-
-  def read(self, name: str) -> np.ndarray:
-    return self.readers[name]()
-
-
-def _read_json(path: str) -> dict[str, Any]:
-  try:
-    with open(path, encoding="utf-8") as file:
-      value = json.load(file)
-  except FileNotFoundError:
-    raise UserError(f"{path}: no such file") from None
-  except (json.JSONDecodeError, UnicodeDecodeError) as e:
-    raise UserError(f"{path}: not valid JSON: {e}") from None
-  if not isinstance(value, dict):
-    raise UserError(f"{path}: expected a JSON object")
-  return value
-
-
-@contextlib.contextmanager
-def open_tensors(folder: str) -> Iterator[TensorFiles]:
-  """The tensors of an HF folder: safetensors or `.bin`, sharded or whole.
-
-  Raises:
-    UserError: if there are none, a shard is missing, or a file is damaged.
-  """
-  for single, open_file in (
-    ("model.safetensors", _open_safetensors),
-    ("pytorch_model.bin", _open_bin),
-  ):
-    index = os.path.join(folder, f"{single}.index.json")
-    if os.path.exists(os.path.join(folder, single)):
-      files = [single]
-    elif os.path.exists(index):
-      weight_map = _read_json(index).get("weight_map", {})
-      files = sorted(set(weight_map.values()))
-    else:
-      continue
-    missing = [f for f in files if not os.path.exists(os.path.join(folder, f))]
-    if missing:
-      raise UserError(f"{folder}: {index} names {missing[0]}, which is missing")
-    with contextlib.ExitStack() as stack:
-      shapes, dtypes, readers = {}, {}, {}
-      for file in files:
-        path = os.path.join(folder, file)
-        for name, (shape, dtype, read) in open_file(path, stack).items():
-          shapes[name], dtypes[name], readers[name] = shape, dtype, read
-      yield TensorFiles(shapes, dtypes, readers)
-      return
-  raise UserError(
-    f"{folder}: no weights found; looked for model.safetensors and"
-    " pytorch_model.bin, each whole or with an .index.json"
-  )
-
-
-def _open_safetensors(path: str, stack: contextlib.ExitStack):
-  try:
-    file = stack.enter_context(safetensors.safe_open(path, "numpy"))
-  except (safetensors.SafetensorError, OSError) as e:
-    raise UserError(f"{path}: not a complete safetensors file: {e}") from None
-  found = {}
-  for name in file.keys():
-    view = file.get_slice(name)
-    found[name] = (
-      tuple(view.get_shape()),
-      {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}.get(
-        view.get_dtype(), view.get_dtype()
-      ),
-      lambda name=name: file.get_tensor(name),
-    )
-  return found
-
-
-def _open_bin(path: str, stack: contextlib.ExitStack):
-  del stack
-  return {
-    name: (array.shape, str(array.dtype), lambda array=array: array)
-    for name, array in torch_file.load(path).items()
-  }
-
-
-def _config_from_json(hf: dict[str, Any], path: str) -> T5Config:
+def config_from_json(hf: dict[str, Any], path: str) -> T5Config:
   """The T5Config of an HF config.json, but for what the tensors decide."""
   model_type = hf.get("model_type")
-  if model_type not in _ARCHITECTURES:
+  if model_type not in _MODEL_TYPES:
     raise UserError(
       f"{path}: model_type is {model_type!r}; this reads"
-      f" {', '.join(_ARCHITECTURES)}"
+      f" {', '.join(_MODEL_TYPES)}"
     )
   projection = hf.get(
     "feed_forward_proj", "relu" if model_type == "t5" else "gated-gelu"
@@ -255,7 +179,7 @@ def _config_from_json(hf: dict[str, Any], path: str) -> T5Config:
       num_heads=hf.get("num_heads", defaults[3]),
       head_dim=hf.get("d_kv", 64),
       num_encoder_layers=num_layers,
-      num_decoder_layers=hf.get("num_decoder_layers") or num_layers,
+      num_decoder_layers=_decoder_layers(hf, num_layers),
       mlp_dim=hf.get("d_ff", defaults[1]),
       mlp_activations=(activation, "linear") if gated else (activation,),
       logits_via_embedding=False,
@@ -278,6 +202,11 @@ def _config_from_json(hf: dict[str, Any], path: str) -> T5Config:
     raise UserError(f"{path}: {e}") from None
 
 
+def _decoder_layers(hf: dict[str, Any], num_layers: int) -> int:
+  found = hf.get("num_decoder_layers")
+  return num_layers if found is None else found
+
+
 def _token_id(hf: dict[str, Any], key: str, default: int) -> int:
   value = hf.get(key)
   if isinstance(value, list):
@@ -285,16 +214,16 @@ def _token_id(hf: dict[str, Any], key: str, default: int) -> int:
   return default if value is None else value
 
 
-def _is_tied(config_json, tensors: TensorFiles) -> bool:
+def _is_tied(config_json, tensors: Mapping[str, Leaf]) -> bool:
   """Whether the output projection is the embedding; see the module's head."""
-  if "lm_head.weight" not in tensors.shapes:
+  if "lm_head.weight" not in tensors:
     return True
   if config_json.get("tie_word_embeddings") is False:
     return False
-  if "shared.weight" not in tensors.shapes:
+  if "shared.weight" not in tensors:
     return False
   return np.array_equal(
-    tensors.read("lm_head.weight"), tensors.read("shared.weight")
+    tensors["lm_head.weight"].read(), tensors["shared.weight"].read()
   )
 
 
@@ -306,27 +235,101 @@ def read_config(folder: str) -> T5Config:
   Raises:
     UserError: if the folder is not a T5 checkpoint.
   """
-  with open_tensors(folder) as tensors:
-    return _read_config(folder, tensors)
+  return _read_config(folder, tensor_files.read_folder(folder))
 
 
-def _read_config(folder: str, tensors: TensorFiles) -> T5Config:
+def _read_config(folder: str, tensors: Mapping[str, Leaf]) -> T5Config:
   path = os.path.join(folder, "config.json")
-  config_json = _read_json(path)
-  config = _config_from_json(config_json, path)
-  stored = tensors.dtypes.get("shared.weight", "float32")
-  return config.replace(
-    logits_via_embedding=_is_tied(config_json, tensors),
-    dtype="float32" if stored == "float32" else "bfloat16",
+  config_json = tensor_files.read_json(path)
+  config = config_from_json(config_json, path)
+  head = hf_heads.read(config_json, tensors, path)
+  config = config.replace(
+    logits_via_embedding=head is None and _is_tied(config_json, tensors),
+    dtype=stored_dtype(tensors),
   )
+  if head is None and not has_decoder(tensors):
+    # T5EncoderModel.
+    head = HeadConfig("embedding")
+  try:
+    return config.with_head(head)
+  except ValueError as e:
+    raise UserError(f"{path}: {e}") from None
 
 
-def from_pretrained(folder: str) -> tuple[T5Config, dict[str, Any]]:
-  """Loads an HF T5-family folder, strictly and without torch.
+def has_decoder(tensors: Mapping[str, Leaf]) -> bool:
+  return any(".block." in name and "decoder." in name for name in tensors)
+
+
+def stored_dtype(tensors: Mapping[str, Leaf]) -> str:
+  """float32 for a file of it, else bfloat16."""
+  stored = {x.dtype for x in tensors.values() if len(x.shape) == 2}
+  return "float32" if stored <= {"float32"} else "bfloat16"
+
+
+def open_model(
+  folder: str, without_decoder: bool = False
+) -> tuple[T5Config, Leaves]:
+  """The config and the tensors of an HF folder, to be read when wanted.
 
   Args:
     folder: holds config.json and safetensors or weights-only `.bin` files,
-      sharded or whole.
+      sharded or whole: a T5, one of HF's heads, or an encoder alone.
+    without_decoder: leaves the decoder out, unread.
+
+  Raises:
+    UserError: as in `from_pretrained`.
+  """
+  tensors = tensor_files.read_folder(folder)
+  config = _read_config(folder, tensors)
+  model_rows = rows(config)
+  tensors = without_aliases(tensors, model_rows[0].foreign, folder)
+  if config.logits_via_embedding:
+    tensors.pop("lm_head.weight", None)
+  leaves = table.to_leaves(model_rows, tensors, folder)
+  if without_decoder:
+    leaves = {k: leaf for k, leaf in leaves.items() if k[0] != "decoder"}
+  return config, leaves
+
+
+def without_aliases(
+  tensors: Mapping[str, Leaf], embedding: str, where: str
+) -> dict[str, Leaf]:
+  """The tensors without copies of the embedding and those no model reads.
+
+  Raises:
+    UserError: for an alias that is another table.
+  """
+  prefix = embedding.removesuffix("shared.weight")
+  found = {k: v for k, v in tensors.items() if k not in _prefixed(prefix)}
+  aliases = [prefix + name for name in _EMBEDDING_ALIASES]
+  if embedding not in tensors and aliases[0] in tensors:
+    # A file that kept the alias instead of the name.
+    found[embedding] = tensors[aliases[0]]
+  for alias in aliases:
+    if alias in tensors and embedding in found:
+      same = tensors[alias].shape == found[embedding].shape
+      if not (
+        same and np.array_equal(tensors[alias].read(), found[embedding].read())
+      ):
+        raise UserError(
+          f"{where}: {alias} differs from {embedding}; T5 has one embedding"
+          " for both stacks"
+        )
+  return found
+
+
+def _prefixed(prefix: str) -> set[str]:
+  return {prefix + name for name in (*_EMBEDDING_ALIASES, *_UNUSED)}
+
+
+def from_pretrained(
+  folder: str, without_decoder: bool = False
+) -> tuple[T5Config, dict[str, Any]]:
+  """Loads an HF T5-family folder, strictly and without torch.
+
+  Args:
+    folder: see `open_model`.
+    without_decoder: leaves the decoder out, unread.
 
   Returns:
     The config, and T5X's parameter tree of numpy arrays in the stored dtype.
@@ -335,33 +338,8 @@ def from_pretrained(folder: str) -> tuple[T5Config, dict[str, Any]]:
     UserError: with a `-`/`+` list if a tensor is missing, unexpected or of
       another shape; if a file is damaged; if it is no T5.
   """
-  with open_tensors(folder) as tensors:
-    config = _read_config(folder, tensors)
-    model_rows = rows(config)
-    optional = set(_EMBEDDING_ALIASES) | set(_UNUSED)
-    if config.logits_via_embedding:
-      optional.add("lm_head.weight")
-    found = set(tensors.shapes) - optional
-    if "shared.weight" not in found and _EMBEDDING_ALIASES[0] in tensors.shapes:
-      # A file that kept the alias instead of the name.
-      model_rows[0] = dataclasses.replace(
-        model_rows[0], foreign=_EMBEDDING_ALIASES[0]
-      )
-      found.add(_EMBEDDING_ALIASES[0])
-    table.check_names((r.foreign for r in model_rows), found, folder)
-    table.check_shapes(
-      {r.foreign: r.foreign_shape for r in model_rows}, tensors.shapes, folder
-    )
-    shared = tensors.read(model_rows[0].foreign)
-    for alias in _EMBEDDING_ALIASES:
-      if alias in tensors.shapes and not np.array_equal(
-        tensors.read(alias), shared
-      ):
-        raise UserError(
-          f"{folder}: {alias} differs from shared.weight; T5 has one"
-          " embedding for both stacks"
-        )
-    return config, table.to_tree(model_rows, tensors.read)
+  config, leaves = open_model(folder, without_decoder)
+  return config, table.read_all(leaves)
 
 
 def hf_config(config: T5Config) -> dict[str, Any]:
@@ -376,9 +354,14 @@ def hf_config(config: T5Config) -> dict[str, Any]:
       f"mlp_activations={config.mlp_activations} has no Hugging Face name;"
       f" those with one: {', '.join(map(str, _PROJECTIONS))}"
     )
+  if config.position_encoding != "t5" or config.attention_scale != 1.0:
+    raise UserError(
+      f"position_encoding={config.position_encoding!r} with attention_scale ="
+      f" {config.attention_scale} is FAT5's; Hugging Face's T5 has neither."
+      " Write it with --to flash_t5"
+    )
   name = projection.rpartition("-")[2]
-  return {
-    "architectures": [_ARCHITECTURES[config.model_type]],
+  return hf_heads.config_json(config) | {
     "model_type": config.model_type,
     "vocab_size": config.vocab_size,
     "d_model": config.emb_dim,
@@ -395,7 +378,7 @@ def hf_config(config: T5Config) -> dict[str, Any]:
     "feed_forward_proj": projection,
     "dense_act_fn": "gelu_new" if projection == "gated-gelu" else name,
     "is_gated_act": len(config.mlp_activations) > 1,
-    "is_encoder_decoder": True,
+    "is_encoder_decoder": config.num_decoder_layers > 0,
     "use_cache": True,
     "pad_token_id": config.pad_token_id,
     "eos_token_id": config.eos_token_id,
@@ -408,6 +391,8 @@ def hf_config(config: T5Config) -> dict[str, Any]:
 
 
 def _warn_of_old_readers(config: T5Config) -> None:
+  if not config.is_language_model:
+    return
   scaled, tied = config.scales_decoder_outputs, config.logits_via_embedding
   if scaled and not tied:
     logger.warning(
@@ -430,13 +415,14 @@ def to_pretrained(
   folder: str,
   tokenizer: Any = None,
   *,
-  max_shard_bytes: int = 5 * 10**9,
+  max_shard_bytes: int = 10**9,
 ) -> None:
   """Writes a complete HF folder that stock transformers 4.37 and 5 load.
 
   Args:
     config: describes `params`.
-    params: T5X's parameter tree, unstacked; written in its own dtypes.
+    params: T5X's parameter tree, unstacked, of arrays or of `table.Leaf`;
+      written in its own dtypes, LoRA merged.
     folder: created; replaced as a whole if it is an earlier export.
     tokenizer: what to write the tokenizer from: a folder that holds tokenizer
       files, a SentencePiece model file, an HF tokenizer, or a SeqIO
@@ -444,79 +430,75 @@ def to_pretrained(
     max_shard_bytes: a larger model is split into several files.
 
   Raises:
-    UserError: if the parameters are not the config's (`-`/`+` list), or the
-      folder holds something else.
+    UserError: if the parameters are not the config's (`-`/`+` list), the
+      folder holds something else, or HF has no such model.
+  """
+  leaves = table.as_leaves(params)
+  config, leaves = lora.merged(config, leaves)
+  _warn_of_old_readers(config)
+  tensors = table.to_foreign(rows(config), leaves, "the parameters")
+  if (
+    config.is_language_model
+    and config.logits_via_embedding
+    and not config.scales_decoder_outputs
+  ):
+    # 4.x ties only models that it scales; a second copy is right everywhere.
+    tensors["lm_head.weight"] = tensors["shared.weight"]
+  files = {"config.json": hf_config(config) | _dtype_json(tensors)}
+  if config.is_language_model:
+    files["generation_config.json"] = {
+      "decoder_start_token_id": config.decoder_start_token_id,
+      "eos_token_id": config.eos_token_id,
+      "pad_token_id": config.pad_token_id,
+    }
+  write_folder(folder, files, tensors, tokenizer, max_shard_bytes)
+
+
+def _dtype_json(tensors: Mapping[str, Leaf]) -> dict[str, str]:
+  dtype = next(iter(tensors.values())).dtype
+  # 4.x reads torch_dtype, 5.x dtype.
+  return {"torch_dtype": dtype, "dtype": dtype}
+
+
+@contextlib.contextmanager
+def whole_folder(folder: str):
+  """A new folder that takes the place of `folder` if nothing fails.
+
+  Raises:
+    UserError: if `folder` holds something else than an earlier export.
   """
   folder = os.path.abspath(folder)
   if (
     os.path.isdir(folder)
     and os.listdir(folder)
-    and not os.path.exists(os.path.join(folder, "config.json"))
+    and not any(
+      os.path.exists(os.path.join(folder, name))
+      for name in ("config.json", "adapter_config.json")
+    )
   ):
     raise UserError(f"{folder}: exists and is no Hugging Face folder")
-  _warn_of_old_readers(config)
-  tensors = dict(table.from_tree(rows(config), params, "the parameters"))
-  if config.logits_via_embedding and not config.scales_decoder_outputs:
-    # 4.x ties only models that it scales; a second copy is right everywhere.
-    tensors["lm_head.weight"] = tensors["shared.weight"]
   parent = os.path.dirname(folder)
   os.makedirs(parent, exist_ok=True)
-  # Written beside and moved in one step, so a failure leaves nothing half done.
   with tempfile.TemporaryDirectory(dir=parent, prefix=".export-") as scratch:
-    target = os.path.join(scratch, "hf")
+    target = os.path.join(scratch, "new")
     os.mkdir(target)
-    _write_tensors(tensors, target, max_shard_bytes)
-    config_json = hf_config(config)
-    dtype = str(tensors["shared.weight"].dtype)
-    # 4.x reads torch_dtype, 5.x dtype.
-    config_json |= {"torch_dtype": dtype, "dtype": dtype}
-    _write_json(os.path.join(target, "config.json"), config_json)
-    _write_json(
-      os.path.join(target, "generation_config.json"),
-      {
-        "decoder_start_token_id": config.decoder_start_token_id,
-        "eos_token_id": config.eos_token_id,
-        "pad_token_id": config.pad_token_id,
-      },
-    )
-    if tokenizer is not None:
-      tokenizers.write(tokenizer, target)
+    yield target
     if os.path.isdir(folder):
       os.rename(folder, os.path.join(scratch, "old"))
     os.rename(target, folder)
 
 
-def _write_json(path: str, value: dict[str, Any]) -> None:
-  with open(path, "w", encoding="utf-8") as file:
-    json.dump(value, file, indent=2, sort_keys=True)
-    file.write("\n")
-
-
-def _write_tensors(tensors, folder: str, max_shard_bytes: int) -> None:
-  shards: list[dict[str, np.ndarray]] = [{}]
-  size = 0
-  for name, array in tensors.items():
-    if size and size + array.nbytes > max_shard_bytes:
-      shards.append({})
-      size = 0
-    shards[-1][name] = array
-    size += array.nbytes
-  # transformers 4 refuses files that do not name their format.
-  metadata = {"format": "pt"}
-  if len(shards) == 1:
-    path = os.path.join(folder, "model.safetensors")
-    safetensors_numpy.save_file(shards[0], path, metadata=metadata)
-    return
-  weight_map = {}
-  for i, shard in enumerate(shards):
-    file = f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors"
-    path = os.path.join(folder, file)
-    safetensors_numpy.save_file(shard, path, metadata=metadata)
-    weight_map |= dict.fromkeys(shard, file)
-  _write_json(
-    os.path.join(folder, "model.safetensors.index.json"),
-    {
-      "metadata": {"total_size": sum(a.nbytes for a in tensors.values())},
-      "weight_map": weight_map,
-    },
-  )
+def write_folder(
+  folder: str,
+  files: Mapping[str, Mapping[str, Any]],
+  tensors: Mapping[str, Leaf],
+  tokenizer: Any,
+  max_shard_bytes: int,
+) -> None:
+  """Writes JSON files, tensors and tokenizer, all of them or none."""
+  with whole_folder(folder) as target:
+    tensor_files.write_folder(tensors, target, max_shard_bytes)
+    for name, value in files.items():
+      tensor_files.write_json(os.path.join(target, name), value)
+    if tokenizer is not None:
+      tokenizers.write(tokenizer, target)

@@ -1,9 +1,14 @@
-"""Strict renaming: every tensor is accounted for, in both directions."""
+"""Strict renaming: every tensor is accounted for, in both directions.
+
+Tensors are read one at a time: a checkpoint is a flat table of `Leaf`, by path
+in our tree, and only what writes or computes with one reads it.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 import dataclasses
+import math
 from typing import Any
 
 import numpy as np
@@ -12,6 +17,72 @@ from fat5_jax.errors import UserError
 
 # Prints this many names of a list, then a count.
 _LISTED = 20
+
+
+@dataclasses.dataclass(frozen=True)
+class Leaf:
+  """A tensor that is read when it is wanted; `dtype` by its numpy name."""
+
+  shape: tuple[int, ...]
+  dtype: str
+  read: Callable[[], np.ndarray]
+
+  @property
+  def nbytes(self) -> int:
+    return math.prod(self.shape) * _itemsize(self.dtype)
+
+
+def _itemsize(dtype: str) -> int:
+  """Bytes of an element, bfloat16 included."""
+  return 2 if dtype == "bfloat16" else np.dtype(dtype).itemsize
+
+
+Leaves = dict[tuple[str, ...], Leaf]
+
+
+def leaf_of(array: Any) -> Leaf:
+  """An array that is there already."""
+  return Leaf(
+    tuple(np.shape(array)), str(array.dtype), lambda: np.asarray(array)
+  )
+
+
+def as_leaves(tree: Mapping[str, Any]) -> Leaves:
+  """A tree of arrays, or of leaves, as a table."""
+  return {
+    path: x if isinstance(x, Leaf) else leaf_of(x)
+    for path, x in flatten(tree).items()
+  }
+
+
+def read_all(leaves: Leaves) -> dict[str, Any]:
+  """The tree of all arrays."""
+  return nest({path: leaf.read() for path, leaf in leaves.items()})
+
+
+class LazyTree(dict):
+  """A table as a tree whose arrays are read at each access and not kept.
+
+  flax applies a model to one as to any other dictionary, a layer in memory at
+  a time.
+  """
+
+  def __init__(self, leaves: Leaves):
+    super().__init__(nest(leaves))
+
+  def __getitem__(self, key):
+    node = super().__getitem__(key)
+    if isinstance(node, Leaf):
+      return node.read()
+    tree = LazyTree({})
+    tree.update(node)
+    return tree
+
+  def items(self):
+    return ((key, self[key]) for key in self)
+
+  def values(self):
+    return (self[key] for key in self)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,34 +164,40 @@ def flatten(tree: Mapping[str, Any], prefix=()) -> dict[tuple[str, ...], Any]:
   return flat
 
 
-def to_tree(rows: Iterable[Row], read) -> dict[str, Any]:
-  """Our tree, each leaf read by its foreign name."""
-  flat = {}
-  for row in rows:
-    array = read(row.foreign)
-    flat[row.path] = np.ascontiguousarray(array.T) if row.transposed else array
-  return nest(flat)
-
-
-def from_tree(rows: Iterable[Row], tree: Mapping[str, Any], where: str):
-  """Yields (foreign name, array) of every leaf, strictly.
+def to_leaves(
+  rows: Iterable[Row], tensors: Mapping[str, Leaf], where: str
+) -> Leaves:
+  """Foreign tensors under our names.
 
   Raises:
-    UserError: where the tree misses a leaf, has another, or one has another
-      shape.
+    UserError: with a `-`/`+` list unless they are those of the rows.
   """
   rows = list(rows)
-  flat = flatten(tree)
-  name = "/".join
-  check_names((name(r.path) for r in rows), map(name, flat), where)
+  check_names((r.foreign for r in rows), tensors, where)
   check_shapes(
-    {name(r.path): r.shape for r in rows},
-    {name(path): np.shape(leaf) for path, leaf in flat.items()},
+    {r.foreign: r.foreign_shape for r in rows},
+    {name: leaf.shape for name, leaf in tensors.items()},
     where,
   )
-  for row in rows:
-    array = np.asarray(flat[row.path])
-    yield (
-      row.foreign,
-      np.ascontiguousarray(array.T if row.transposed else array),
-    )
+  return {r.path: _turned(r, tensors[r.foreign], r.shape) for r in rows}
+
+
+def to_foreign(
+  rows: Iterable[Row], leaves: Leaves, where: str
+) -> dict[str, Leaf]:
+  """The inverse of `to_leaves`, as strict."""
+  rows = list(rows)
+  name = "/".join
+  check_names((name(r.path) for r in rows), map(name, leaves), where)
+  check_shapes(
+    {name(r.path): r.shape for r in rows},
+    {name(path): leaf.shape for path, leaf in leaves.items()},
+    where,
+  )
+  return {r.foreign: _turned(r, leaves[r.path], r.foreign_shape) for r in rows}
+
+
+def _turned(row: Row, leaf: Leaf, shape: tuple[int, ...]) -> Leaf:
+  if not row.transposed:
+    return leaf
+  return Leaf(shape, leaf.dtype, lambda: np.ascontiguousarray(leaf.read().T))

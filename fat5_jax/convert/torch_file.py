@@ -9,11 +9,13 @@ from __future__ import annotations
 
 import collections
 import pickle
+from typing import NamedTuple
 import zipfile
 
 import ml_dtypes
 import numpy as np
 
+from fat5_jax.convert.table import Leaf
 from fat5_jax.errors import UserError
 
 _STORAGE_DTYPES = {
@@ -27,21 +29,35 @@ _STORAGE_DTYPES = {
 }
 
 
+class _Storage(NamedTuple):
+  """Where a tensor's numbers are in the archive."""
+
+  key: str
+  dtype: np.dtype
+  size: int
+
+
+class _Tensor(NamedTuple):
+  """A tensor's place in its storage."""
+
+  storage: _Storage
+  offset: int
+  shape: tuple[int, ...]
+  strides: tuple[int, ...]
+
+
 class _StorageType:
   def __init__(self, name: str):
     self.dtype = np.dtype(_STORAGE_DTYPES[name])
 
 
 def _rebuild_tensor(storage, offset, shape, strides, *unused):
-  itemsize = storage.dtype.itemsize
   if any(n < 0 for n in (offset, *shape, *strides)):
     raise UserError("negative offset, shape or stride in a tensor record")
   last = offset + sum((n - 1) * s for n, s in zip(shape, strides))
   if all(shape) and last >= storage.size:
     raise UserError("a tensor record points beyond its storage")
-  return np.lib.stride_tricks.as_strided(
-    storage[offset:], shape, [s * itemsize for s in strides], writeable=False
-  )
+  return _Tensor(storage, offset, tuple(shape), tuple(strides))
 
 
 def _rebuild_parameter(data, *unused):
@@ -56,12 +72,11 @@ _ALLOWED = {
 
 
 class _Unpickler(pickle.Unpickler):
-  """Unpickles tensors only; `archive` yields the bytes of a storage."""
+  """Unpickles tensors only, as places in the archive."""
 
   def __init__(self, file, archive: zipfile.ZipFile, root: str):
     super().__init__(file)
     self._archive, self._root = archive, root
-    self._storages: dict[str, np.ndarray] = {}
 
   def find_class(self, module, name):
     if (module, name) in _ALLOWED:
@@ -77,14 +92,27 @@ class _Unpickler(pickle.Unpickler):
     kind, storage_type, key, _, _ = pid
     if kind != "storage":
       raise UserError(f"unknown record {kind!r} in the pickle")
-    if key not in self._storages:
-      data = self._archive.read(f"{self._root}/data/{key}")
-      self._storages[key] = np.frombuffer(data, storage_type.dtype)
-    return self._storages[key]
+    entry = self._archive.getinfo(f"{self._root}/data/{key}")
+    size = entry.file_size // storage_type.dtype.itemsize
+    return _Storage(entry.filename, storage_type.dtype, size)
 
 
-def load(path: str) -> dict[str, np.ndarray]:
-  """The tensors of a `.bin` file by name.
+def _read(path: str, tensor: _Tensor) -> np.ndarray:
+  storage = tensor.storage
+  try:
+    with zipfile.ZipFile(path) as archive:
+      data = np.frombuffer(archive.read(storage.key), storage.dtype)
+  except (zipfile.BadZipFile, EOFError) as e:
+    raise UserError(f"{path}: damaged PyTorch archive: {e}") from None
+  strides = [step * storage.dtype.itemsize for step in tensor.strides]
+  view = np.lib.stride_tricks.as_strided(
+    data[tensor.offset :], tensor.shape, strides, writeable=False
+  )
+  return np.ascontiguousarray(view)
+
+
+def load(path: str) -> dict[str, Leaf]:
+  """The tensors of a `.bin` file by name, each read when it is wanted.
 
   Raises:
     UserError: if the file is not a torch zip archive of tensors, is truncated,
@@ -109,7 +137,10 @@ def load(path: str) -> dict[str, np.ndarray]:
   except (pickle.UnpicklingError, EOFError, KeyError, ValueError) as e:
     raise UserError(f"{path}: damaged PyTorch archive: {e}") from None
   if not isinstance(tensors, dict) or not all(
-    isinstance(t, np.ndarray) for t in tensors.values()
+    isinstance(t, _Tensor) for t in tensors.values()
   ):
     raise UserError(f"{path}: holds more than a table of tensors")
-  return dict(tensors)
+  return {
+    name: Leaf(t.shape, str(t.storage.dtype), lambda t=t: _read(path, t))
+    for name, t in tensors.items()
+  }

@@ -67,8 +67,8 @@ def of_checkpoint(path: str) -> seqio.Vocabulary:
     UserError: if it brings none.
   """
   source = checkpoints.find(path)
-  if source.kind == "hf":
-    return from_hf(source.path)
+  if source.kind != "fat5":
+    return from_hf(source.run_dir)
   found = checkpoints.read_model_json(source.run_dir) or {}
   if not found.get("vocabulary"):
     raise UserError(

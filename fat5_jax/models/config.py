@@ -233,6 +233,11 @@ class T5Config:
   relative_attention_max_distance: int = 128
   # umT5 learns a position table in every layer, the others share the first.
   relative_attention_per_layer: bool = False
+  # FAT5's other choice that depends on the distance alone.
+  position_encoding: Literal["t5", "alibi"] = "t5"
+  # Of queries times keys; T5 folds 1/sqrt(head_dim) into the query's
+  # initialiser instead, FAT5 may scale.
+  attention_scale: float = 1.0
   layer_norm_epsilon: float = 1e-6
   dropout_rate: float = 0.0
   pad_token_id: int = 0
@@ -272,6 +277,7 @@ class T5Config:
     _check_choice(self, "dtype", DTYPES)
     _check_choice(self, "remat_policy", REMAT_POLICIES)
     _check_choice(self, "model_type", ("t5", "mt5", "umt5"))
+    _check_choice(self, "position_encoding", ("t5", "alibi"))
     for activation in self.mlp_activations:
       if activation not in ACTIVATIONS:
         raise ValueError(

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from fat5_jax.models.config import LoRAConfig, T5Config
-from pallas_kernels import RelativeBuckets, flash_attention, rms_norm
+from pallas_kernels import Alibi, RelativeBuckets, flash_attention, rms_norm
 
 _ACTIVATIONS = {
   "relu": nn.relu,
@@ -240,7 +240,7 @@ class Attention(nn.Module):
     x_BQM: jax.Array,
     memory: dict[str, jax.Array],
     *,
-    position: RelativeBuckets | None = None,
+    position: RelativeBuckets | Alibi | None = None,
     causal: bool = False,
     q_segment_ids: jax.Array | None = None,
     kv_segment_ids: jax.Array | None = None,
@@ -263,7 +263,7 @@ class Attention(nn.Module):
       causal=causal,
       q_segment_ids=q_segment_ids,
       kv_segment_ids=kv_segment_ids,
-      scale=1.0,
+      scale=config.attention_scale,
       implementation=config.attention_implementation,
       q_offset=q_offset,
     )

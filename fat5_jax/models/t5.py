@@ -19,7 +19,7 @@ import numpy as np
 from fat5_jax.models import layers
 from fat5_jax.models.config import T5Config
 from fat5_jax.models.positions import RelativePositionBias
-from pallas_kernels import RelativeBuckets
+from pallas_kernels import Alibi, RelativeBuckets
 
 _REMAT_POLICIES = {
   "minimal": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
@@ -227,7 +227,7 @@ class Decoder(nn.Module):
     project: bool = True,
   ) -> tuple[jax.Array, Any]:
     config = self.config
-    position: RelativeBuckets | None = None
+    position: RelativeBuckets | Alibi | None = None
     if not config.relative_attention_per_layer:
       position = RelativePositionBias(config, False, name="relpos_bias")()
     x_BLM = layers.Dropout(config, enable_dropout)(x_BLM)

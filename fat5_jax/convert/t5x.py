@@ -1,0 +1,314 @@
+"""T5X checkpoints, read: legacy msgpack, orbax with placeholders, OCDBT.
+
+Layouts: minimal (`encoder/layers_0/...`, our own tree) and scalable (one stack
+of all layers along axis 1, heads and their dimension apart). T5X writes no
+config beside its checkpoints; shapes tell all of it but the activation, the
+number of position buckets' distance, and whether an untied output is scaled.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+import os
+import re
+from typing import Any
+
+import ml_dtypes
+import msgpack
+import numpy as np
+
+from fat5_jax.convert import hf, orbax_files, table
+from fat5_jax.convert.table import Leaf, Leaves
+from fat5_jax.errors import UserError
+from fat5_jax.models.config import T5Config
+
+_PLACEHOLDER = "PLACEHOLDER://"
+_LAYER = re.compile(r"layers_\d+$")
+SLOTS = ("m", "v", "v_row", "v_col")
+
+
+def is_checkpoint(path: str) -> bool:
+  """Whether a file or a `checkpoint_<step>` folder is T5X's."""
+  if os.path.isfile(path):
+    with open(path, "rb") as file:
+      # A msgpack map of a few keys.
+      first = file.read(1)
+    return bool(first) and 0x81 <= first[0] <= 0x8F
+  return any(
+    os.path.exists(os.path.join(path, name))
+    for name in ("state/_METADATA", "checkpoint")
+  ) and not os.path.isdir(os.path.join(path, "params"))
+
+
+def open_model(
+  path: str, overrides: Mapping[str, Any] | None = None
+) -> tuple[T5Config, Leaves]:
+  """The config and the tensors of a T5X checkpoint, to be read when wanted.
+
+  Args:
+    path: a `checkpoint_<step>` folder, or a bare msgpack file.
+    overrides: fields of T5Config that shapes do not tell, such as
+      mlp_activations=("silu", "linear").
+
+  Raises:
+    UserError: with a `-`/`+` list if it holds no T5; if it is damaged.
+  """
+  target, _ = _open(path)
+  if not target:
+    raise UserError(f"{path}: no parameters (target) in it")
+  target = _minimal(target, path)
+  return as_model(target, overrides, path)
+
+
+def as_model(
+  target: Leaves, overrides: Mapping[str, Any] | None, where: str
+) -> tuple[T5Config, Leaves]:
+  """Parameters under T5X's minimal names, checked, and the config they tell."""
+  config = config_of(target, overrides or {}, where)
+  expected = {row.path: row.shape for row in hf.rows(config)}
+  name = "/".join
+  table.check_names(map(name, expected), map(name, target), where)
+  table.check_shapes(
+    {name(k): shape for k, shape in expected.items()},
+    {name(k): leaf.shape for k, leaf in target.items()},
+    where,
+  )
+  return config, target
+
+
+def open_slots(path: str) -> tuple[int, dict[str, Leaves]]:
+  """(step, Adafactor's slots by name, each a table by parameter).
+
+  A slot that a parameter does not use has shape (1,), as T5X writes it.
+
+  Raises:
+    UserError: if the checkpoint has none.
+  """
+  target, state = _open(path)
+  step = next((x for k, x in state.items() if k[-1] == "step"), None)
+  slots: dict[str, Leaves] = {name: {} for name in SLOTS}
+  for where, leaf in state.items():
+    if where[0] == "param_states" and where[-1] in SLOTS:
+      slots[where[-1]][where[1:-1]] = leaf
+  if step is None or not slots["v"]:
+    raise UserError(f"{path}: no Adafactor state in it")
+  if any("layers" not in "".join(k) and len(k) < 2 for k in target):
+    raise UserError(f"{path}: optimizer slots of an unknown layout")
+  if not any(_LAYER.match(part) for k in target for part in k):
+    raise UserError(
+      f"{path}: optimizer slots of scanned layers are averages over all of them"
+      " and cannot be taken apart; convert the weights alone"
+    )
+  return int(step.read()), slots
+
+
+# ---- Files -------------------------------------------------------------------
+
+
+def _open(path: str) -> tuple[Leaves, Leaves]:
+  """(target, optimizer state) of a checkpoint."""
+  if os.path.isdir(os.path.join(path, "state")):
+    return _parts(orbax_files.read_item(os.path.join(path, "state")))
+  folder = path
+  if os.path.isfile(path):
+    folder = os.path.dirname(path)
+  else:
+    path = os.path.join(path, "checkpoint")
+  tree = _read_msgpack(path)
+  flat = {}
+  for where, value in _walk(tree):
+    leaf = _leaf(where, value, folder)
+    if leaf is not None:
+      flat[where] = leaf
+  return _parts(flat)
+
+
+def _parts(flat: Leaves) -> tuple[Leaves, Leaves]:
+  target, state = {}, {}
+  for where, leaf in flat.items():
+    if where[0] == "optimizer":
+      where = where[1:]
+    if where[0] in ("target", "params"):
+      target[where[1:]] = leaf
+    elif where[0] == "state":
+      state[where[1:]] = leaf
+    elif where[0] in ("step", "param_states"):
+      state[where] = leaf
+  return target, state
+
+
+def _read_msgpack(path: str) -> dict[str, Any]:
+  try:
+    with open(path, "rb") as file:
+      tree = msgpack.unpackb(
+        file.read(), ext_hook=_extension, raw=False, strict_map_key=False
+      )
+  except FileNotFoundError:
+    raise UserError(f"{path}: no such file") from None
+  except (ValueError, TypeError, msgpack.UnpackException) as e:
+    raise UserError(
+      f"{path}: not a complete T5X checkpoint (msgpack): {e}"
+    ) from None
+  if not isinstance(tree, dict):
+    raise UserError(f"{path}: not a T5X checkpoint")
+  return tree
+
+
+def _extension(code: int, data: bytes) -> Any:
+  """flax.serialization's array (1) and numpy scalar (3)."""
+  if code not in (1, 3):
+    raise ValueError(f"unknown record {code}")
+  shape, dtype_name, buffer = msgpack.unpackb(data, raw=True)
+  name = dtype_name.decode()
+  dtype = ml_dtypes.bfloat16 if name in ("bfloat16", "V2") else np.dtype(name)
+  return np.frombuffer(buffer, dtype).reshape(shape)
+
+
+def _walk(node: Any, path: tuple[str, ...] = ()):
+  """(path, value) of leaves: arrays, numbers, text, TensorStore's specs."""
+  is_spec = isinstance(node, dict) and {"driver", "kvstore", "metadata"} <= set(
+    node
+  )
+  if isinstance(node, dict) and "__msgpack_chunked_array__" in node:
+    shape = [n for _, n in sorted(node["shape"].items(), key=_number)]
+    parts = [part for _, part in sorted(node["chunks"].items(), key=_number)]
+    yield path, np.concatenate([p.reshape(-1) for p in parts]).reshape(shape)
+  elif isinstance(node, dict) and not is_spec:
+    for key, value in node.items():
+      yield from _walk(value, (*path, str(key)))
+  else:
+    yield path, node
+
+
+def _number(item) -> int:
+  return int(item[0])
+
+
+def _leaf(where: tuple[str, ...], value: Any, folder: str) -> Leaf | None:
+  if isinstance(value, np.ndarray):
+    return _as_bfloat16(table.leaf_of(value))
+  if isinstance(value, (int, float)):
+    return table.leaf_of(np.asarray(value))
+  name = ".".join(where[1:] if where[0] == "optimizer" else where)
+  if isinstance(value, dict):
+    # The recorded path may be that of a bucket; the array lies beside.
+    path = (value["kvstore"].get("path") or value.get("path") or name).rstrip(
+      "/"
+    )
+    candidates = [path, os.path.basename(path), name, ".".join(where)]
+    return _beside(folder, candidates, name)
+  if isinstance(value, str) and value.startswith(_PLACEHOLDER):
+    path = value.removeprefix(_PLACEHOLDER)
+    return _beside(folder, [path, name, ".".join(where)], name)
+  return None
+
+
+def _beside(folder: str, candidates: list[str], name: str) -> Leaf:
+  for candidate in candidates:
+    path = os.path.join(folder, candidate)
+    if os.path.isdir(path):
+      store = {"driver": "file", "path": path + "/"}
+      zarr3 = os.path.exists(os.path.join(path, "zarr.json"))
+      driver = "zarr3" if zarr3 else "zarr"
+      return _as_bfloat16(orbax_files.array(driver, store, path))
+  if os.path.exists(os.path.join(folder, "manifest.ocdbt")):
+    base = f"file://{os.path.abspath(folder)}/"
+    store = {"driver": "ocdbt", "base": base, "path": f"{candidates[0]}/"}
+    return _as_bfloat16(orbax_files.array("zarr", store, f"{folder}: {name}"))
+  raise UserError(f"{folder}: the folder of {name} is missing")
+
+
+def _as_bfloat16(leaf: Leaf) -> Leaf:
+  """T5X once wrote bfloat16 as its bits, uint16."""
+  if leaf.dtype != "uint16":
+    return leaf
+  return Leaf(
+    leaf.shape, "bfloat16", lambda: leaf.read().view(ml_dtypes.bfloat16)
+  )
+
+
+# ---- Layouts -----------------------------------------------------------------
+
+
+def _minimal(target: Leaves, where: str) -> Leaves:
+  """The minimal layout of either."""
+  found: Leaves = {}
+  for path, leaf in target.items():
+    stack = path[0]
+    scanned = path[:2] in (("encoder", "encoder"), ("decoder", "decoder"))
+    if not scanned:
+      found[path] = _two_axes(path, leaf)
+      continue
+    axis = 0 if len(leaf.shape) == 1 else 1
+    for i in range(leaf.shape[axis]):
+      name = (stack, f"layers_{i}", *path[2:])
+      found[name] = _two_axes(name, _slice(leaf, axis, i))
+  return found
+
+
+def _slice(leaf: Leaf, axis: int, i: int) -> Leaf:
+  shape = leaf.shape[:axis] + leaf.shape[axis + 1 :]
+  return Leaf(
+    shape,
+    leaf.dtype,
+    lambda: np.ascontiguousarray(np.take(leaf.read(), i, axis)),
+  )
+
+
+def _two_axes(path: tuple[str, ...], leaf: Leaf) -> Leaf:
+  """A kernel with heads and their dimension joined."""
+  if path[-1] != "kernel" or len(leaf.shape) != 3:
+    return leaf
+  a, b, c = leaf.shape
+  shape = (a * b, c) if path[-2] == "out" else (a, b * c)
+  return Leaf(shape, leaf.dtype, lambda: leaf.read().reshape(shape))
+
+
+def config_of(
+  target: Leaves, overrides: Mapping[str, Any], where: str
+) -> T5Config:
+  """The T5Config that the shapes of a minimal tree tell.
+
+  Raises:
+    UserError: naming the first parameter of a T5 that is not there.
+  """
+
+  def shape(*path):
+    if path not in target:
+      raise UserError(
+        f"{where}: no T5: {'/'.join(path)} is missing. It has"
+        f" {', '.join(sorted({'/'.join(k[:2]) for k in target})[:8])}"
+      )
+    return target[path].shape
+
+  def depth(stack):
+    numbers = {k[1] for k in target if k[0] == stack and _LAYER.match(k[1])}
+    return len(numbers)
+
+  vocab_size, emb_dim = shape("token_embedder", "embedding")
+  first = ("encoder", "layers_0")
+  per_layer = (*first, "relpos_bias", "rel_embedding") in target
+  owner = first if per_layer else ("encoder",)
+  num_heads, buckets = shape(*owner, "relpos_bias", "rel_embedding")
+  width = shape(*first, "attention", "query", "kernel")[1]
+  gated = (*first, "mlp", "wi_0", "kernel") in target
+  mlp_dim = shape(*first, "mlp", "wi_0" if gated else "wi", "kernel")[1]
+  fields = {
+    "vocab_size": vocab_size,
+    "emb_dim": emb_dim,
+    "num_heads": num_heads,
+    "head_dim": width // num_heads,
+    "num_encoder_layers": depth("encoder"),
+    "num_decoder_layers": depth("decoder"),
+    "mlp_dim": mlp_dim,
+    "mlp_activations": ("gelu", "linear") if gated else ("relu",),
+    "logits_via_embedding": ("decoder", "logits_dense", "kernel") not in target,
+    "relative_attention_num_buckets": buckets,
+    "relative_attention_per_layer": per_layer,
+    "model_type": "umt5" if per_layer else "t5",
+    "dtype": "bfloat16",
+  }
+  try:
+    return T5Config(**fields | dict(overrides))
+  except (TypeError, ValueError) as e:
+    raise UserError(f"{where}: {e}") from None
