@@ -147,7 +147,7 @@ def from_peft(
     for row in base
     if row.path[-1] == "kernel"
   }
-  found = {n.rpartition(".lora_A.")[0] for n in tensors if ".lora_A." in n}
+  found = {n.rpartition(".lora_")[0] for n in tensors if ".lora_" in n}
   unknown = sorted(found - set(paths))
   if unknown:
     raise UserError(f"{folder}: no such projection in the model: {unknown[0]}")

@@ -47,12 +47,11 @@ def leaf_of(array: Any) -> Leaf:
   )
 
 
-def as_leaves(tree: Mapping[str, Any]) -> Leaves:
-  """A tree of arrays, or of leaves, as a table."""
-  return {
-    path: x if isinstance(x, Leaf) else leaf_of(x)
-    for path, x in flatten(tree).items()
-  }
+def as_leaves(tree: Mapping[Any, Any]) -> Leaves:
+  """A tree of arrays as a table; a table stays one."""
+  if all(isinstance(key, tuple) for key in tree):
+    return dict(tree)
+  return {path: leaf_of(x) for path, x in flatten(tree).items()}
 
 
 def read_all(leaves: Leaves) -> dict[str, Any]:

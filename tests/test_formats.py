@@ -1,0 +1,752 @@
+"""Checkpoints of other libraries: found, read bit for bit, and refused."""
+
+import json
+import os
+import pickle
+import zipfile
+
+import hf_models
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+import safetensors.numpy
+
+from fat5_jax import checkpoints
+from fat5_jax.convert import (
+  enct5,
+  flash_t5,
+  formats,
+  hf,
+  mesh_tf,
+  peft,
+  t5x,
+  table,
+)
+from fat5_jax.errors import UserError
+from fat5_jax.models import factory
+from fat5_jax.models.config import HeadConfig, LoRAConfig, T5Config
+
+CONFIG = T5Config(
+  vocab_size=50,
+  emb_dim=8,
+  num_heads=2,
+  head_dim=4,
+  num_encoder_layers=2,
+  num_decoder_layers=1,
+  mlp_dim=12,
+  mlp_activations=("gelu", "linear"),
+  dtype="float32",
+)
+
+
+def random_leaves(config, dtype="float32", seed=0):
+  """A made-up model under our names."""
+  model = factory.create(config)
+  tokens = jnp.zeros((1, 4), jnp.int32)
+  inputs = [tokens] * (2 if model.config.is_language_model else 1)
+  shapes = jax.eval_shape(lambda: model.init(jax.random.key(0), *inputs))
+  rng = np.random.default_rng(seed)
+  arrays = {
+    k: rng.normal(size=x.shape).astype(dtype)
+    for k, x in table.flatten(shapes["params"]).items()
+  }
+  return model.config, {k: table.leaf_of(x) for k, x in arrays.items()}
+
+
+def same(found, expected):
+  assert found.keys() == expected.keys()
+  for k, leaf in expected.items():
+    a, b = found[k].read(), leaf.read()
+    assert a.dtype == b.dtype and a.tobytes() == b.tobytes(), k
+
+
+# ---- Hugging Face and FAT5 ---------------------------------------------------
+
+HEADS = [
+  HeadConfig("sequence_classification", num_labels=3, body="encoder_decoder"),
+  HeadConfig("sequence_classification", label_names=("no", "yes")),
+  HeadConfig("sequence_classification", widths=(), pooling="first"),
+  HeadConfig(
+    "sequence_classification", num_labels=1, problem_type="regression"
+  ),
+  HeadConfig("token_classification", num_labels=5),
+  HeadConfig("question_answering", body="encoder_decoder"),
+  HeadConfig("question_answering"),
+  HeadConfig("embedding"),
+]
+
+
+@pytest.mark.parametrize("head", HEADS, ids=lambda h: f"{h.kind}-{h.body}")
+def test_every_head_goes_there_and_back_in_both_formats(head, tmp_path):
+  config, leaves = random_leaves(CONFIG.with_head(head))
+  for name, write in (
+    ("hf", hf.to_pretrained),
+    ("flash_t5", flash_t5.to_folder),
+  ):
+    write(config, leaves, tmp_path / name)
+    source = checkpoints.find(str(tmp_path / name))
+    assert source.kind == name
+    found_config, found = checkpoints.open_params(source)
+    assert found_config.architecture() == config.architecture()
+    assert found_config.head == head
+    same(found, leaves)
+
+
+def test_the_encoder_alone_is_half_the_bytes_and_loads_in_transformers(
+  tmp_path,
+):
+  import torch
+  import transformers
+
+  theirs = hf_models.make("t5_1_1", tmp_path / "hf")
+  config, leaves = hf.open_model(tmp_path / "hf", without_decoder=True)
+  config = config.with_head(HeadConfig("embedding"))
+  hf.to_pretrained(config, leaves, tmp_path / "encoder")
+  model, info = transformers.T5EncoderModel.from_pretrained(
+    tmp_path / "encoder", output_loading_info=True
+  )
+  assert not info["missing_keys"] and not info["unexpected_keys"]
+  x = torch.randint(2, 100, (2, 9))
+  assert torch.equal(
+    model(x).last_hidden_state, theirs.encoder.eval()(x).last_hidden_state
+  )
+  again, _ = hf.open_model(tmp_path / "encoder")
+  assert again.num_decoder_layers == 0 and again.head.kind == "embedding"
+
+
+def test_encoder_only_loading_reads_no_decoder_tensor(tmp_path, monkeypatch):
+  hf_models.make("t5_1_1", tmp_path)
+  read = []
+  original = table.Leaf.__init__
+
+  def spy(self, shape, dtype, read_fn):
+    def reading():
+      read.append(shape)
+      return read_fn()
+
+    original(self, shape, dtype, reading)
+
+  monkeypatch.setattr(table.Leaf, "__init__", spy)
+  _, params = hf.from_pretrained(tmp_path, without_decoder=True)
+  assert set(params) == {"token_embedder", "encoder"}
+  # Whether lm_head is the embedding the config says; three tables are read at
+  # most, and no decoder layer.
+  layers = len(jax.tree.leaves(params))
+  assert len(read) <= 2 * layers + 2
+
+
+FLASH_NAMES = {
+  # The names that flashT5's own modules give (users.md, section 3.3).
+  "shared.weight",
+  "encoder.block.0.self_attention_layer.self_attention.Wq.weight",
+  "encoder.block.0.self_attention_layer.self_attention.Wk.weight",
+  "encoder.block.0.self_attention_layer.self_attention.Wv.weight",
+  "encoder.block.0.self_attention_layer.self_attention.o.weight",
+  "encoder.block.0.self_attention_layer.self_attention.pe_encoding"
+  ".relative_attention_bias.weight",
+  "encoder.block.0.self_attention_layer.layer_norm.weight",
+  "encoder.block.0.ff_layer.layer_norm.weight",
+  "encoder.block.0.ff_layer.act.wi.weight",
+  "encoder.block.0.ff_layer.wo.weight",
+  "encoder.final_layer_norm.weight",
+  "decoder.block.0.self_attention_layer.self_attention.Wq.weight",
+  "decoder.block.0.self_attention_layer.self_attention.Wk.weight",
+  "decoder.block.0.self_attention_layer.self_attention.Wv.weight",
+  "decoder.block.0.self_attention_layer.self_attention.o.weight",
+  "decoder.block.0.self_attention_layer.self_attention.pe_encoding"
+  ".relative_attention_bias.weight",
+  "decoder.block.0.self_attention_layer.layer_norm.weight",
+  "decoder.block.0.cross_attention_layer.cross_attention.Wq.weight",
+  "decoder.block.0.cross_attention_layer.cross_attention.Wk.weight",
+  "decoder.block.0.cross_attention_layer.cross_attention.Wv.weight",
+  "decoder.block.0.cross_attention_layer.cross_attention.o.weight",
+  "decoder.block.0.cross_attention_layer.layer_norm.weight",
+  "decoder.block.0.ff_layer.layer_norm.weight",
+  "decoder.block.0.ff_layer.act.wi.weight",
+  "decoder.block.0.ff_layer.wo.weight",
+  "decoder.final_layer_norm.weight",
+  "lm_head.weight",
+}
+
+
+def test_flash_t5_with_relu_has_fat5s_names_and_scale(tmp_path):
+  config = CONFIG.replace(
+    num_encoder_layers=1,
+    mlp_activations=("relu",),
+    attention_scale=2**-0.5,
+  )
+  config, leaves = random_leaves(config, ml_dtypes.bfloat16)
+  flash_t5.to_folder(config, leaves, tmp_path / "flash")
+  path = tmp_path / "flash" / "model.safetensors"
+  assert set(safetensors.numpy.load_file(path)) == FLASH_NAMES
+  # Without attention_scale it is 1/sqrt(heads), and the default pad no token.
+  hf_models.edit_config(
+    tmp_path / "flash", attention_scale=None, pad_token_id=-100
+  )
+  found_config, found = flash_t5.open_model(tmp_path / "flash")
+  assert found_config.attention_scale == pytest.approx(2**-0.5)
+  assert found_config.pad_token_id == 0
+  same(found, leaves)
+
+
+def test_attention_scale_is_that_of_scaled_queries():
+  config = CONFIG.replace(attention_scale=0.25)
+  config, leaves = random_leaves(config)
+  x = np.arange(2, 12).reshape(2, 5)
+  params = table.read_all(leaves)
+  scaled = jax.tree_util.tree_map_with_path(
+    lambda p, v: v * 0.25 if "query" in str(p) else v, params
+  )
+  run = lambda c, p: factory.create(c).apply({"params": p}, x, x)
+  np.testing.assert_allclose(
+    run(config, params), run(CONFIG, scaled), rtol=1e-4, atol=1e-5
+  )
+
+
+def test_alibi_has_no_parameters_and_rope_is_refused(tmp_path):
+  config, leaves = random_leaves(CONFIG.replace(position_encoding="alibi"))
+  assert not any("relpos_bias" in k for k in leaves)
+  flash_t5.to_folder(config, leaves, tmp_path / "flash")
+  found_config, found = flash_t5.open_model(tmp_path / "flash")
+  assert found_config.position_encoding == "alibi"
+  same(found, leaves)
+  x = np.arange(2, 12).reshape(2, 5)
+  model = factory.create(config)
+  assert np.isfinite(
+    model.apply({"params": table.read_all(leaves)}, x, x)
+  ).all()
+  hf_models.edit_config(tmp_path / "flash", position_encoding_type="RoPE")
+  with pytest.raises(UserError, match="'RoPE'"):
+    flash_t5.open_model(tmp_path / "flash")
+  with pytest.raises(UserError, match="--to flash_t5"):
+    hf.to_pretrained(config, leaves, tmp_path / "hf")
+
+
+def test_what_fat5_has_not_is_refused(tmp_path):
+  for changes, match in (
+    ({"scale_decoder_outputs": True}, "does not scale"),
+    ({"relative_attention_per_layer": True}, "one position table"),
+    ({"mlp_activations": ("silu", "linear")}, "no mlp_activations"),
+  ):
+    config, leaves = random_leaves(CONFIG.replace(**changes))
+    with pytest.raises(UserError, match=match):
+      flash_t5.to_folder(config, leaves, tmp_path / "flash")
+  assert not (tmp_path / "flash").exists()
+
+
+def test_monologgs_enct5_is_an_encoder_read_at_its_first_token(tmp_path):
+  head = HeadConfig(
+    "sequence_classification", num_labels=3, widths=(), pooling="first"
+  )
+  config, leaves = random_leaves(CONFIG.with_head(head))
+  hf.to_pretrained(config, leaves, tmp_path)
+  # As their repository writes it.
+  hf_models.edit_config(
+    tmp_path, fat5_jax=None, architectures=["EncT5ForSequenceClassification"]
+  )
+  found_config, found = hf.open_model(tmp_path)
+  assert found_config.head.pooled == "first"
+  assert found_config.head.kind == "sequence_classification"
+  same(found, leaves)
+
+
+@pytest.mark.parametrize("problem", ["single_label", "multi_label"])
+def test_enct5_there_and_back(problem, tmp_path):
+  head = HeadConfig(
+    "enct5", num_labels=4, problem_type=f"{problem}_classification"
+  )
+  config, leaves = random_leaves(CONFIG.with_head(head))
+  enct5.to_folder(config, leaves, tmp_path)
+  source = checkpoints.find(str(tmp_path))
+  assert source.kind == "enct5"
+  found_config, found = checkpoints.open_params(source)
+  assert found_config.head == head
+  same(found, leaves)
+  with pytest.raises(UserError, match="--to enct5"):
+    hf.to_pretrained(config, leaves, tmp_path / "hf")
+
+
+# ---- PEFT --------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["language_model", "token_classification"])
+def test_a_peft_round_trip_loads_in_peft_with_the_same_logits(kind, tmp_path):
+  import peft as oracle
+  import torch
+  import transformers
+
+  torch.manual_seed(0)
+  if kind == "language_model":
+    theirs = hf_models.make("t5_1_1", tmp_path / "hf")
+    targets = ["q", "v", "wo"]
+  else:
+    sizes = hf_models._DIMS | {"num_layers": 2}
+    theirs = transformers.T5ForTokenClassification(
+      transformers.T5Config(**sizes, num_labels=3)
+    )
+    theirs.save_pretrained(tmp_path / "hf")
+    targets = ["q", "k"]
+  adapter = oracle.get_peft_model(
+    theirs,
+    oracle.LoraConfig(
+      r=3,
+      lora_alpha=7,
+      lora_dropout=0.1,
+      target_modules=targets,
+      modules_to_save=None if kind == "language_model" else ["classifier"],
+    ),
+  ).eval()
+  with torch.no_grad():
+    for name, parameter in adapter.named_parameters():
+      if "lora_B" in name or "modules_to_save" in name:
+        parameter.normal_()
+  adapter.save_pretrained(tmp_path / "adapter")
+  hf_models.edit_config(tmp_path / "hf")
+
+  source = checkpoints.Source(
+    "peft", str(tmp_path / "adapter"), base=str(tmp_path / "hf")
+  )
+  config, leaves = checkpoints.open_params(source)
+  assert (config.lora.rank, config.lora.alpha) == (3, 7)
+  x, y = hf_models.tokens()
+  inputs = (x, y) if kind == "language_model" else (x,)
+  options = {
+    "input_ids": torch.tensor(x),
+    "attention_mask": torch.tensor(x != 0),
+  }
+  if kind == "language_model":
+    options["decoder_input_ids"] = torch.tensor(y)
+  expected = adapter(**options).logits.detach().numpy()
+  found = factory.create(config).apply(
+    {"params": table.read_all(leaves)}, *inputs
+  )
+  real = x != 0 if kind != "language_model" else np.ones_like(y, bool)
+  error = np.abs(found - expected)[real].max()
+  assert error < 1e-4 * np.abs(expected).max()
+
+  # Ours, read by peft, on the same base.
+  peft.to_peft(config, leaves, tmp_path / "ours", str(tmp_path / "hf"))
+  base = type(theirs).from_pretrained(tmp_path / "hf")
+  again = oracle.PeftModel.from_pretrained(base, tmp_path / "ours").eval()
+  np.testing.assert_allclose(
+    again(**options).logits.detach().numpy(), expected, rtol=1e-5, atol=1e-5
+  )
+  # Ours, read by us: bit for bit, and the same short names of targets.
+  found_config, found = formats.open_model(
+    "peft", str(tmp_path / "ours"), base=str(tmp_path / "hf")
+  )
+  assert found_config.lora == config.lora
+  same(found, leaves)
+
+
+def test_an_adapter_that_is_not_plain_lora_is_refused(tmp_path):
+  config, leaves = random_leaves(CONFIG.replace(lora=LoRAConfig()))
+  plain = {k: x for k, x in leaves.items() if k[-1][:5] != "lora_"}
+  hf.to_pretrained(config.replace(lora=None), plain, tmp_path / "hf")
+  peft.to_peft(config, leaves, tmp_path / "adapter")
+  open_model = lambda: formats.open_model(
+    "peft", str(tmp_path / "adapter"), base=str(tmp_path / "hf")
+  )
+  open_model()
+  with pytest.raises(UserError, match="--base"):
+    formats.open_model("peft", str(tmp_path / "adapter"))
+  path = tmp_path / "adapter" / "adapter_config.json"
+  adapter = json.loads(path.read_text())
+  path.write_text(json.dumps(adapter | {"use_dora": True}))
+  with pytest.raises(UserError, match="use_dora"):
+    open_model()
+
+
+# ---- T5X ---------------------------------------------------------------------
+
+
+def legacy(leaves, slots=False):
+  """T5X's tree before it is written: optimizer/target and its state."""
+  target = table.read_all(leaves)
+  state = {"step": np.int32(7), "param_states": {}}
+  if slots:
+    state["param_states"] = jax.tree.map(
+      lambda x: {
+        "m": np.zeros(1, "float32"),
+        "v": np.square(x.astype("float32")),
+        "v_row": np.zeros(1, "float32"),
+        "v_col": np.zeros(1, "float32"),
+      },
+      target,
+    )
+  return {
+    "version": 3,
+    "optimizer": {"target": target, "state": state},
+  }
+
+
+def write_msgpack(tree, folder):
+  from flax import serialization
+
+  folder.mkdir(exist_ok=True)
+  data = serialization.msgpack_serialize(tree)
+  (folder / "checkpoint").write_bytes(data)
+
+
+def write_zarr(path, array):
+  import tensorstore as ts
+
+  ts.open(
+    {
+      "driver": "zarr",
+      "kvstore": {"driver": "file", "path": f"{path}/"},
+      "metadata": {
+        "compressor": {"id": "gzip", "level": 1},
+        "chunks": [max(1, n // 2) for n in array.shape],
+      },
+    },
+    create=True,
+    dtype=array.dtype,
+    shape=array.shape,
+  ).result().write(array).result()
+
+
+def out_of_line(node, folder, leaf, path=()):
+  """The tree with every target array in a folder beside, as T5X writes it."""
+  if isinstance(node, dict):
+    return {
+      k: out_of_line(v, folder, leaf, (*path, k)) for k, v in node.items()
+    }
+  if "target" not in path:
+    return node
+  name = ".".join(path[path.index("target") :])
+  write_zarr(folder / name, node)
+  return leaf(name, node)
+
+
+SPEC = lambda name, array: {
+  "driver": "zarr",
+  "dtype": str(array.dtype),
+  "kvstore": {"driver": "gfile", "path": f"{name}/"},
+  "metadata": {
+    "chunks": list(array.shape),
+    "compressor": {"id": "gzip", "level": 1},
+    "shape": list(array.shape),
+  },
+}
+PLACEHOLDER = lambda name, array: f"PLACEHOLDER://{name}"
+
+
+@pytest.mark.parametrize("leaf", [None, SPEC, PLACEHOLDER])
+def test_t5x_msgpack_with_arrays_inline_and_beside(leaf, tmp_path):
+  config, leaves = random_leaves(CONFIG)
+  tree = legacy(leaves)
+  folder = tmp_path / "checkpoint_1007"
+  folder.mkdir()
+  if leaf is not None:
+    tree = out_of_line(tree, folder, leaf)
+  write_msgpack(tree, folder)
+  for path in (folder, tmp_path):
+    source = checkpoints.find(str(path))
+    assert (source.kind, source.step) == ("t5x", 1007)
+    found_config, found = checkpoints.open_params(source)
+    same(found, leaves)
+  expected = config.replace(dtype="bfloat16").architecture()
+  assert found_config.architecture() == expected
+
+
+def test_t5x_as_orbax_writes_it_now(tmp_path):
+  import orbax.checkpoint as ocp
+
+  _, leaves = random_leaves(CONFIG)
+  tree = {
+    "target": table.read_all(leaves),
+    "state": {"step": np.int32(3), "param_states": {}},
+  }
+  folder = tmp_path / "checkpoint_3"
+  ocp.Checkpointer(ocp.PyTreeCheckpointHandler(use_ocdbt=True)).save(
+    folder / "state", tree
+  )
+  source = checkpoints.find(str(folder))
+  assert source.kind == "t5x"
+  same(checkpoints.open_params(source)[1], leaves)
+
+
+def test_t5x_scanned_layers_with_heads_apart(tmp_path):
+  """The scalable layout: layers along axis 1, heads and dimension apart."""
+  config = CONFIG.replace(relative_attention_per_layer=True)
+  _, leaves = random_leaves(config)
+  target = {}
+  for k, leaf in leaves.items():
+    if len(k) < 2 or not k[1].startswith("layers_"):
+      target[k] = leaf.read()
+      continue
+    name = (k[0], k[0], *k[2:])
+    depth = 2 if k[0] == "encoder" else 1
+    parts = [leaves[(k[0], f"layers_{i}", *k[2:])].read() for i in range(depth)]
+    if "attention" in k[-3] and k[-1] == "kernel":
+      shape = (2, 4, 8) if k[-2] == "out" else (8, 2, 4)
+      parts = [part.reshape(shape) for part in parts]
+    axis = 0 if parts[0].ndim == 1 else 1
+    stacked = np.stack(parts, axis)
+    if parts[0].ndim == 1:
+      stacked = np.stack(parts, axis=1)
+    target[name] = stacked
+  tree = {
+    "version": 3,
+    "optimizer": {"target": table.nest(target), "state": {}},
+  }
+  write_msgpack(tree, tmp_path / "checkpoint_5")
+  found_config, found = t5x.open_model(str(tmp_path / "checkpoint_5"))
+  assert found_config.relative_attention_per_layer
+  same(found, leaves)
+
+
+def test_t5x_bfloat16_written_as_its_bits(tmp_path):
+  _, leaves = random_leaves(CONFIG, ml_dtypes.bfloat16)
+  tree = legacy(
+    {k: table.leaf_of(x.read().view(np.uint16)) for k, x in leaves.items()}
+  )
+  write_msgpack(tree, tmp_path / "checkpoint_1")
+  same(t5x.open_model(str(tmp_path / "checkpoint_1"))[1], leaves)
+
+
+def test_what_shapes_do_not_tell_can_be_said(tmp_path):
+  _, leaves = random_leaves(CONFIG)
+  write_msgpack(legacy(leaves), tmp_path / "checkpoint_1")
+  path = str(tmp_path / "checkpoint_1")
+  config, _ = t5x.open_model(path, {"mlp_activations": ("silu", "linear")})
+  assert config.mlp_activations == ("silu", "linear")
+  with pytest.raises(UserError, match="mlp_activation"):
+    t5x.open_model(path, {"mlp_activation": ("silu",)})
+
+
+def test_adafactors_slots_come_along_and_training_goes_on(tmp_path):
+  from fat5_jax import optimizers
+
+  config, leaves = random_leaves(CONFIG)
+  write_msgpack(legacy(leaves, slots=True), tmp_path / "checkpoint_7")
+  source = checkpoints.find(str(tmp_path / "checkpoint_7"))
+  step, state = checkpoints.adafactor_state(source, config)
+  assert step == 7 and int(state[0].count) == 7
+  checkpoints.write_params(
+    str(tmp_path / "run"), config, leaves, None, step, state
+  )
+  run = checkpoints.find(str(tmp_path / "run"))
+  assert run.step == 7 and run.has_optimizer
+  optimizer = optimizers.adafactor(optimizers.create_learning_rate_scheduler())
+  abstract = jax.eval_shape(
+    optimizer.init, jax.tree.map(jnp.asarray, table.read_all(leaves))
+  )
+  restored = checkpoints.initial_optimizer(run, abstract, False)
+  for k, leaf in leaves.items():
+    np.testing.assert_array_equal(
+      table.flatten(restored[0].v)[k], np.square(leaf.read())
+    )
+
+
+# ---- Mesh TensorFlow ---------------------------------------------------------
+
+
+def mtf_variables(leaves):
+  """The names of the study's table 4.4."""
+  projections = {"query": "q", "key": "k", "value": "v", "out": "o"}
+  norms = {
+    "pre_attention_layer_norm": 0,
+    "pre_self_attention_layer_norm": 0,
+    "pre_cross_attention_layer_norm": 1,
+  }
+  found = {}
+  for k, leaf in leaves.items():
+    if k == ("token_embedder", "embedding"):
+      name = "shared/embedding"
+    elif k == ("decoder", "logits_dense", "kernel"):
+      name = "decoder/logits/kernel"
+    elif k[1] == "relpos_bias":
+      name = f"{k[0]}/block_000/layer_000/SelfAttention/relative_attention_bias"
+    elif k[1].endswith("_norm"):
+      name = f"{k[0]}/rms_norm/scale"
+    else:
+      block = f"{k[0]}/block_{int(k[1][7:]):03d}"
+      last = 1 if k[0] == "encoder" else 2
+      if k[2] == "mlp":
+        name = f"{block}/layer_{last:03d}/DenseReluDense/{k[3]}/kernel"
+      elif k[2].endswith("layer_norm"):
+        name = f"{block}/layer_{norms.get(k[2], last):03d}/rms_norm/scale"
+      elif k[2] == "encoder_decoder_attention":
+        name = f"{block}/layer_001/EncDecAttention/{projections[k[3]]}"
+      else:
+        name = f"{block}/layer_000/SelfAttention/{projections[k[3]]}"
+    found[name] = leaf.read()
+  return found
+
+
+def test_mesh_tensorflow(tmp_path):
+  import tensorflow as tf
+
+  config, leaves = random_leaves(CONFIG)
+  variables = mtf_variables(leaves)
+  saved = dict(variables) | {"global_step": np.int64(1000)}
+  saved |= {
+    f"{n}_slot_v": np.abs(x).astype("float32") for n, x in variables.items()
+  }
+
+  def write(variables, name):
+    with tf.Graph().as_default(), tf.compat.v1.Session() as session:
+      made = {
+        n: tf.compat.v1.get_variable(n, initializer=x)
+        for n, x in variables.items()
+      }
+      session.run(tf.compat.v1.global_variables_initializer())
+      tf.compat.v1.train.Saver(made).save(
+        session, str(tmp_path / name), write_meta_graph=False
+      )
+
+  write(saved, "model.ckpt-1000")
+  for path in (tmp_path, tmp_path / "model.ckpt-1000"):
+    source = checkpoints.find(str(path))
+    assert source.kind == "mesh_tf"
+    found_config, found = checkpoints.open_params(source)
+    same(found, leaves)
+  assert found_config.architecture() == config.architecture()
+  step, slots = mesh_tf.open_slots(str(tmp_path))
+  assert step == 1000
+  for k, leaf in leaves.items():
+    np.testing.assert_array_equal(slots["v"][k].read(), np.abs(leaf.read()))
+
+  write({"encoder/block_000/layer_000/Unknown/q": np.zeros(3)}, "odd-1")
+  with pytest.raises(UserError, match="Unknown/q is not one of T5's"):
+    mesh_tf.open_model(str(tmp_path / "odd-1"))
+
+
+# ---- Wrong, damaged, hostile -------------------------------------------------
+
+
+def change(tensors, how):
+  name = next(n for n in sorted(tensors) if "Wq" in n or ".q." in n)
+  if how == "missing":
+    del tensors[name]
+  elif how == "extra":
+    tensors["one.more"] = np.zeros(3, "float32")
+  elif how == "misshaped":
+    tensors[name] = tensors[name][:-1]
+  return tensors, name if how != "extra" else "one.more"
+
+
+@pytest.mark.parametrize("how", ["missing", "extra", "misshaped"])
+@pytest.mark.parametrize("kind", ["hf", "flash_t5", "enct5", "peft"])
+def test_a_wrong_tensor_is_in_the_list(kind, how, tmp_path):
+  config = CONFIG
+  if kind == "enct5":
+    config = config.with_head(HeadConfig("enct5"))
+  if kind == "peft":
+    config = config.replace(lora=LoRAConfig())
+  config, leaves = random_leaves(config)
+  plain = {k: x for k, x in leaves.items() if k[-1][:5] != "lora_"}
+  write = {
+    "hf": hf.to_pretrained,
+    "flash_t5": flash_t5.to_folder,
+    "enct5": enct5.to_folder,
+    "peft": lambda c, x, f: (
+      peft.to_peft(c, x, f),
+      hf.to_pretrained(c.replace(lora=None), plain, tmp_path / "base"),
+    ),
+  }[kind]
+  write(config, leaves, tmp_path / "it")
+  file = "adapter_model" if kind == "peft" else "model"
+  path = tmp_path / "it" / f"{file}.safetensors"
+  tensors, name = change(dict(safetensors.numpy.load_file(path)), how)
+  safetensors.numpy.save_file(tensors, path)
+  with pytest.raises(UserError) as e:
+    formats.open_model(kind, str(tmp_path / "it"), base=str(tmp_path / "base"))
+  assert f"+ {name}" in str(e.value) or f"- {name}" in str(e.value)
+
+
+@pytest.mark.parametrize("how", ["missing", "extra", "misshaped"])
+def test_a_wrong_tensor_of_t5x_is_in_the_list(how, tmp_path):
+  _, leaves = random_leaves(CONFIG)
+  victim = ("encoder", "layers_1", "attention", "value", "kernel")
+  leaves = dict(leaves)
+  if how == "missing":
+    del leaves[victim]
+  elif how == "extra":
+    victim = ("encoder", "layers_1", "adapter", "kernel")
+    leaves[victim] = table.leaf_of(np.zeros((2, 2), "float32"))
+  else:
+    leaves[victim] = table.leaf_of(np.zeros((8, 7), "float32"))
+  write_msgpack(legacy(leaves), tmp_path / "checkpoint_1")
+  with pytest.raises(UserError) as e:
+    t5x.open_model(str(tmp_path / "checkpoint_1"))
+  assert "/".join(victim) in str(e.value)
+
+
+def test_truncated_files_are_errors(tmp_path):
+  config, leaves = random_leaves(CONFIG)
+
+  def cut(path, share=0.6):
+    data = path.read_bytes()
+    path.write_bytes(data[: int(len(data) * share)])
+
+  def refused(path):
+    with pytest.raises(UserError) as e:
+      found = checkpoints.open_params(checkpoints.find(str(path)))[1]
+      table.read_all(found)
+    assert len(str(e.value)) < 1500
+
+  hf.to_pretrained(config, leaves, tmp_path / "hf")
+  cut(tmp_path / "hf" / "model.safetensors")
+  refused(tmp_path / "hf")
+
+  write_msgpack(legacy(leaves), tmp_path / "checkpoint_1")
+  cut(tmp_path / "checkpoint_1" / "checkpoint")
+  refused(tmp_path / "checkpoint_1")
+
+  folder = tmp_path / "checkpoint_2"
+  folder.mkdir()
+  write_msgpack(out_of_line(legacy(leaves), folder, SPEC), folder)
+  chunk = next(
+    p
+    for p in (folder / "target.token_embedder.embedding").iterdir()
+    if not p.name.startswith(".")
+  )
+  cut(chunk, 0.5)
+  refused(folder)
+
+  checkpoints.write_params(str(tmp_path / "run"), config, leaves)
+  files = [
+    p
+    for p in (tmp_path / "run").rglob("d/*")
+    if p.is_file() and p.stat().st_size > 1000
+  ]
+  for file in files:
+    cut(file, 0.3)
+  refused(tmp_path / "run")
+
+
+class Hostile:
+  def __init__(self, marker):
+    self.marker = marker
+
+  def __reduce__(self):
+    return (os.mkdir, (self.marker,))
+
+
+@pytest.mark.parametrize("kind", ["hf", "flash_t5", "enct5"])
+def test_a_hostile_pickle_executes_nothing(kind, tmp_path):
+  marker = str(tmp_path / "executed")
+  (tmp_path / "it").mkdir()
+  with zipfile.ZipFile(tmp_path / "it" / "pytorch_model.bin", "w") as archive:
+    data = pickle.dumps({"shared.weight": Hostile(marker)})
+    archive.writestr("archive/data.pkl", data)
+  model_type = {"hf": "t5"}.get(kind, kind)
+  (tmp_path / "it" / "config.json").write_text(
+    json.dumps({"model_type": model_type})
+  )
+  with pytest.raises(UserError, match="nothing was run"):
+    checkpoints.open_params(checkpoints.find(str(tmp_path / "it")))
+  assert not os.path.exists(marker)
+
+
+def test_writing_over_something_else_is_refused(tmp_path):
+  config, leaves = random_leaves(CONFIG.replace(lora=LoRAConfig()))
+  (tmp_path / "notes.txt").write_text("mine")
+  with pytest.raises(UserError, match="no Hugging Face folder"):
+    peft.to_peft(config, leaves, tmp_path)
+  assert sorted(os.listdir(tmp_path)) == ["notes.txt"]
