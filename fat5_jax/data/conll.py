@@ -15,8 +15,7 @@ def read(
   """(place, {"words": [...], "tags": [...]}) of every sentence of a file.
 
   A word a line, columns apart by tabs or, where there are none, spaces; an
-  empty line ends a sentence; `#` begins a comment where a word has ten columns
-  (CoNLL-U) or a number first (IOB2 of Universal NER), `-DOCSTART-` a document.
+  empty line ends a sentence; `# ` begins a comment, `-DOCSTART-` a document.
   Multi-word ranges (`1-2`) and empty nodes (`1.1`) of CoNLL-U are left out.
 
   Args:
@@ -35,15 +34,18 @@ def read(
   words: list[str] = []
   tags: list[str] = []
   begin = 1
+  # Whether tabs part the columns; None until the first word.
+  tabs: bool | None = None
   for number, line in sources.read_lines(path, opener):
     if not line.strip():
       if words:
         yield f"{path}, row {begin}", {"words": words, "tags": tags}
         words, tags = [], []
       continue
-    if line.startswith(("# ", "#\t", "-DOCSTART-")) and "\t" not in line[2:]:
+    if line.startswith("-DOCSTART-") or _is_comment(line, tabs):
       continue
-    columns = line.split("\t") if "\t" in line else line.split()
+    tabs = "\t" in line
+    columns = line.split("\t") if tabs else line.split()
     counted = columns[0].replace("-", "").replace(".", "").isdigit()
     counted = counted and len(columns) > 2
     if counted and not columns[0].isdigit():
@@ -65,6 +67,13 @@ def read(
     tags.append(columns[tag_at])
   if words:
     yield f"{path}, row {begin}", {"words": words, "tags": tags}
+
+
+def _is_comment(line: str, tabs: bool | None) -> bool:
+  """`# sent_id = 1`; not the word `#` and its tag."""
+  if not line.startswith("# "):
+    return False
+  return " = " in line or ("\t" not in line and tabs is not False)
 
 
 class Conll:
