@@ -300,7 +300,7 @@ def find(path: str) -> Source:
     return Source("fat5", os.path.join(path, f"checkpoint_{own[-1]}"), own[-1])
   found = formats.find(path)
   if found is not None:
-    return Source(*found)
+    return Source(*found, base=formats.base_of(found))
   raise UserError(
     f"{path}: neither a Hugging Face folder (config.json), nor a fat5_jax run"
     " (model.json and checkpoint_<step>), nor a T5X, Mesh TensorFlow or PEFT"

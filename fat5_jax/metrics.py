@@ -20,7 +20,7 @@ def scalars(sums: Mapping[str, float]) -> dict[str, float]:
   """T5X's metrics from sums over one or more steps.
 
   `loss` and its parts are as normalised, a step's mean; the per-token values
-  are natural logarithms.
+  are natural logarithms. A head's labels stand for target tokens.
   """
   tokens = max(sums["target_tokens"], 1.0)
   count = max(sums["steps"], 1.0)
@@ -29,7 +29,6 @@ def scalars(sums: Mapping[str, float]) -> dict[str, float]:
     "cross_ent_loss": sums["cross_entropy"] / count,
     "z_loss": sums["z_loss"] / count,
     "loss_per_nonpadding_target_token": sums["token_loss"] / tokens,
-    "accuracy": sums["correct"] / tokens,
     "non_padding_fraction/encoder": sums["encoder_tokens"]
     / max(sums["encoder_positions"], 1.0),
     "non_padding_fraction/decoder": sums["target_tokens"]
@@ -39,6 +38,8 @@ def scalars(sums: Mapping[str, float]) -> dict[str, float]:
     )
     / max(sums["encoder_positions"] + sums["target_positions"], 1.0),
   }
+  if "correct" in sums:  # Regression has no right answers.
+    result["accuracy"] = sums["correct"] / tokens
   if "gradient_norm" in sums:
     result["gradient_norm"] = sums["gradient_norm"] / count
   return result

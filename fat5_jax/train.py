@@ -30,7 +30,7 @@ import optax
 from fat5_jax import checkpoints, console, metrics, steps
 from fat5_jax import trainable as trainable_lib
 from fat5_jax.convert import table
-from fat5_jax.data import pipeline, vocabularies
+from fat5_jax.data import features, pipeline, vocabularies
 from fat5_jax.errors import UserError
 from fat5_jax.eval import InferenceEvaluator, loss_metrics
 
@@ -219,7 +219,8 @@ def train(
   # The first batch shows bad data before anything is written.
   batches = itertools.chain([next(batches)], batches)
 
-  vocabulary = task.output_features["targets"].vocabulary
+  text_side = "inputs" if features.label_feature(task) else "targets"
+  vocabulary = task.output_features[text_side].vocabulary
   checkpoints.write_model_json(
     model_dir,
     config,
@@ -264,6 +265,7 @@ def train(
         + "  ".join(
           f"{k} {values[k]:.4f}"
           for k in ("loss_per_nonpadding_target_token", "accuracy")
+          if k in values
         )
       )
     if evaluator is not None:
@@ -435,20 +437,24 @@ def _closing_words(log, evaluator, model_dir: str, step: int) -> None:
       if metric in _CLOSING_METRICS or dataset.startswith("inference_eval")
     ],
   )
-  example = ""
+  example, samples = "", []
   if evaluator is not None:
     samples = list(evaluator.samples(step, 8))
     console.samples_table(samples)
-    if samples:
+    # A line of text is no input where rows are pairs or questions.
+    if samples and " </s> " not in samples[0]["input"]:
       example = f"echo {shlex.quote(samples[0]['input'])} | "
   console.say(f"curves: {log.plot()}")
   python = "python"
   if shutil.which("python") != sys.executable:
     python = sys.executable
+  has_columns = samples and " </s> " in samples[0]["input"]
   console.say(
-    "try your own lines next:\n"
+    f"try your own {'rows' if has_columns else 'lines'} next:\n"
     f"  {example}{python} -m fat5_jax.infer"
     f" --gin.MODEL_DIR={shlex.quote(model_dir)}"
+    + " --gin.INPUT=rows.jsonl"
+    * bool(has_columns)
   )
 
 
@@ -495,7 +501,7 @@ def _dry_run(dataset_cfg, config, abstract, trains, config_text) -> None:
   if config_text is not None:
     console.say(config_text())
   batch = next(pipeline.train_batches(dataset_cfg, config.vocab_size))
-  features = dataset_cfg.task().output_features
+  task_features = dataset_cfg.task().output_features
   console.say("one batch:")
   for key, array in batch.items():
     console.say(f"  {key} {array.shape} {array.dtype}")
@@ -517,6 +523,6 @@ def _dry_run(dataset_cfg, config, abstract, trains, config_text) -> None:
       if segments is not None:
         ids = segments[row]
         parts = [tokens[ids == i] for i in range(1, ids.max(initial=0) + 1)]
-      texts = [pipeline.decode(features[feature], part) for part in parts]
+      texts = [pipeline.decode(task_features[feature], part) for part in parts]
       console.say(f"  row {row} {feature}: " + " | ".join(texts[:4]))
   console.say("dry run: nothing was trained or written")

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import ast
+import dataclasses
 import os
 import sys
 
@@ -81,8 +82,10 @@ def convert(flags) -> None:
   from fat5_jax.models.config import HeadConfig
 
   source = checkpoints.find(flags.source)
-  source = checkpoints.dataclasses.replace(
-    source, overrides=tuple(_overrides(flags.set)), base=flags.base
+  source = dataclasses.replace(
+    source,
+    overrides=tuple(_overrides(flags.set)),
+    base=flags.base or source.base,
   )
   to = flags.to or ("hf" if source.kind == "fat5" else "fat5")
   dest = os.path.abspath(os.path.expanduser(flags.dest))

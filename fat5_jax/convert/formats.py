@@ -118,13 +118,21 @@ def open_model(
   return config, leaves
 
 
+def base_of(found: Found) -> str | None:
+  """The folder that an adapter names as its model's, where it is one."""
+  if found.kind != "peft":
+    return None
+  named = tensor_files.read_json(os.path.join(found.path, peft.CONFIG))
+  base = named.get("base_model_name_or_path") or ""
+  return base if os.path.exists(os.path.join(base, "config.json")) else None
+
+
 def _with_adapter(path: str, base: str | None) -> tuple[T5Config, Leaves]:
-  named = tensor_files.read_json(os.path.join(path, "adapter_config.json"))
-  base = base or named.get("base_model_name_or_path") or ""
-  if not os.path.exists(os.path.join(base, "config.json")):
+  base = base or base_of(Found("peft", path))
+  if base is None:
     raise UserError(
-      f"{path}: an adapter belongs to a model; its base {base!r} is no folder"
-      " here. Say where the model is: --base FOLDER"
+      f"{path}: an adapter belongs to a model, and it names none that is a"
+      " folder here. Say where the model is: --base FOLDER"
     )
   config, leaves = hf.open_model(base)
   return peft.from_peft(path, config, leaves)

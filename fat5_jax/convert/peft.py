@@ -12,7 +12,7 @@ from fat5_jax.errors import UserError
 from fat5_jax.models.config import LoRAConfig, T5Config
 
 _WRAPPER = "base_model.model."
-_CONFIG, _WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+CONFIG, _WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 # PEFT's options that change the mathematics, and the value that is plain LoRA.
 _PLAIN = {
   "bias": "none",
@@ -107,12 +107,12 @@ def to_peft(
     "inference_mode": True,
   }
   with hf.whole_folder(folder) as target:
-    tensor_files.write_json(os.path.join(target, _CONFIG), adapter)
+    tensor_files.write_json(os.path.join(target, CONFIG), adapter)
     tensor_files.write_safetensors(tensors, os.path.join(target, _WEIGHTS))
 
 
 def is_adapter(folder: str) -> bool:
-  return os.path.exists(os.path.join(folder, _CONFIG))
+  return os.path.exists(os.path.join(folder, CONFIG))
 
 
 def from_peft(
@@ -128,7 +128,7 @@ def from_peft(
   Raises:
     UserError: for an adapter that is not plain LoRA, or of another model.
   """
-  path = os.path.join(folder, _CONFIG)
+  path = os.path.join(folder, CONFIG)
   adapter = tensor_files.read_json(path)
   for key, plain in _PLAIN.items():
     value = adapter.get(key) or plain
