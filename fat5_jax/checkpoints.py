@@ -225,14 +225,22 @@ class Checkpointer:
 
   def restore(self, step: int, params, opt_state, scan_layers: bool):
     """(params, opt_state, data) of a step, given abstract ones as they run."""
-    found = self._manager.restore(
-      step,
-      args=ocp.args.Composite(
-        params=ocp.args.StandardRestore(_as_on_disk(params)),
-        optimizer=ocp.args.StandardRestore(_as_on_disk(opt_state)),
-        data=ocp.args.JsonRestore(),
-      ),
-    )
+    try:
+      found = self._manager.restore(
+        step,
+        args=ocp.args.Composite(
+          params=ocp.args.StandardRestore(_as_on_disk(params)),
+          optimizer=ocp.args.StandardRestore(_as_on_disk(opt_state)),
+          data=ocp.args.JsonRestore(),
+        ),
+      )
+    except (ValueError, KeyError, TypeError) as e:
+      raise UserError(
+        f"{self._manager.directory}: the optimizer of step {step} is that of"
+        " other settings (optimizer, TRAINABLE, FROZEN):"
+        f" {str(e).splitlines()[0][:200]}. Use another --gin.MODEL_DIR=..., and"
+        " this one as INITIAL_CHECKPOINT_PATH"
+      ) from None
     return (
       _as_running(found["params"], scan_layers),
       _as_running(found["optimizer"], scan_layers),
@@ -377,7 +385,9 @@ def _check_config(found: T5Config, config: T5Config, path: str) -> bool:
   """
   before, now = found.architecture(), config.architecture()
   ignored = set(_NOT_COMPARED)
-  adds_head = found.head is None and config.head is not None
+  # An encoder alone is read as an embedding, which has no layers of its own.
+  bare = found.head is None or found.head.kind == "embedding"
+  adds_head = bare and config.head is not None and config.head != found.head
   if adds_head:
     ignored.add("head")
     if not config.is_language_model:

@@ -167,18 +167,27 @@ def _without_comments(text: str) -> str:
 def _check_macros(files: _GinFiles, bindings: list[str]) -> None:
   """Raises for a macro that nothing uses and no shipped file knows.
 
-  gin itself accepts any: a misspelt --gin.TRAIN_STEP=10 would do nothing.
+  gin itself accepts any: a misspelt --gin.TRAIN_STEP=10 would do nothing. A
+  file may set macros of another command; the command line may not.
   """
   texts = {path: _without_comments(t) for path, t in files.texts.items()}
   known: set[str] = set()
+  users: dict[str, str] = {}
   for root in GIN_ROOTS:
     for folder, _, names in os.walk(root):
       for name in names:
-        with open(os.path.join(folder, name), encoding="utf-8") as file:
+        path = os.path.join(folder, name)
+        with open(path, encoding="utf-8") as file:
           text = _without_comments(file.read())
-        known |= set(_MACRO_SET.findall(text)) | set(_MACRO_USED.findall(text))
-  for text in [*texts.values(), *bindings]:
-    known |= set(_MACRO_USED.findall(text))
+        used = _MACRO_USED.findall(text)
+        known |= {*_MACRO_SET.findall(text), *used}
+        users |= dict.fromkeys(used, os.path.relpath(path, root))
+  used_here = {
+    name
+    for text in [*texts.values(), *bindings]
+    for name in _MACRO_USED.findall(text)
+  }
+  known |= used_here
   for where, text in [
     *((f"{path}: ", text) for path, text in texts.items()),
     *(("", binding) for binding in bindings),
@@ -189,6 +198,9 @@ def _check_macros(files: _GinFiles, bindings: list[str]) -> None:
           f"{where}unknown gin name {name!r}: no file uses it."
           f"{nearest(name, known)}"
         )
+      if not where and name not in used_here:
+        hint = f"; {users[name]} does" if name in users else ""
+        raise UserError(f"no gin file of this run uses {name}{hint}")
 
 
 def _parse(
@@ -410,7 +422,15 @@ def _user_value_error(error: ValueError) -> str | None:
   gin appends "In call to configurable ..." to what it passes through.
   """
   text = str(error)
-  for name in ("T5Config", "create_learning_rate_scheduler", "DatasetConfig"):
+  for name in (
+    "T5Config",
+    "HeadConfig",
+    "LoRAConfig",
+    "head_config",
+    "create",
+    "create_learning_rate_scheduler",
+    "DatasetConfig",
+  ):
     if f"In call to configurable '{name}'" in text:
       return f"{name}: {_without_gin_trail(text)}"
   return None

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from fat5_jax import losses
+from fat5_jax.errors import UserError
 from fat5_jax.models.config import T5Config
 from pallas_kernels import linear_cross_entropy
 
@@ -175,17 +176,17 @@ def check(
   label_smoothing: float,
   num_microbatches: int | None,
 ) -> None:
-  """Raises ValueError for options that this model's objective does not have."""
+  """Raises UserError for options that this model's objective does not have."""
   if config.is_language_model:
     return
   if config.head.problem_type != "single_label_classification":
     if z_loss or label_smoothing:
-      raise ValueError(
+      raise UserError(
         f"Z_LOSS = {z_loss} and LABEL_SMOOTHING = {label_smoothing}:"
         f" {config.head.problem_type} has neither; set both to 0.0"
       )
   if config.head.kind == "embedding" and (num_microbatches or 1) > 1:
-    raise ValueError(
+    raise UserError(
       "NUM_MICROBATCHES: an embedding's wrong answers are the rest of its"
       " batch, so splitting it changes the objective"
     )

@@ -71,8 +71,8 @@ def make_train_step(
   that trains whose gradient is not finite, or -1.
 
   Raises:
-    ValueError: if the batch does not divide into the microbatches, or the
-      model's objective has no such option.
+    UserError: if the model's objective has no such option.
+    ValueError: if the batch does not divide into the microbatches.
   """
   objectives.check(model.config, z_loss, label_smoothing, num_microbatches)
   dropout = has_dropout(model.config)

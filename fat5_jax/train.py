@@ -115,6 +115,7 @@ def train(
   task = train_dataset_cfg.task()
   pipeline.check_task(train_dataset_cfg, config)
   abstract_params = jax.eval_shape(lambda: steps.init_params(model, 0))
+  trainable_lib.check_lora(abstract_params, config)
   trains = trainable_lib.choose(abstract_params, trainable, frozen)
   train_step = jax.jit(
     steps.make_train_step(

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+import dataclasses
 import re
 from typing import Any
 
 from fat5_jax.convert import table
 from fat5_jax.errors import UserError
+from fat5_jax.models.config import T5Config
 
 
 def name_of(path: tuple[str, ...]) -> str:
@@ -77,6 +79,23 @@ def choose(
       " train"
     )
   return frozenset(chosen)
+
+
+def check_lora(params: Mapping[str, Any], config: T5Config) -> None:
+  """Raises UserError for a LoRA target that no projection has the name of."""
+  if config.lora is None:
+    return
+  names = [
+    name_of(path[:-1]) for path in table.flatten(params) if path[-1] == "lora_a"
+  ]
+  for target in config.lora.targets:
+    alone = dataclasses.replace(config.lora, targets=(target,))
+    if not any(map(alone.applies_to, names)):
+      raise UserError(
+        f"LORA_TARGETS: the model has no projection {target!r}; it has"
+        " attention's query, key, value and out, and the MLP's kernels"
+        " (--dry_run prints all names)"
+      )
 
 
 def split(

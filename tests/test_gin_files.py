@@ -82,19 +82,27 @@ def test_a_size_is_a_small_diff(file):
 
 
 @pytest.mark.parametrize(
-  "file", [f for f in FILES if f.startswith(("recipes/", "runs/"))]
+  "file", [f for f in FILES if f.startswith(("recipes/", "runs/", "heads/"))]
 )
-def test_a_run_file_parses(file):
-  bindings = [
-    f"{name} = 'x'"
-    for name in (
-      "MODEL_DIR",
-      "MIXTURE_OR_TASK_NAME",
-      "TASK_FEATURE_LENGTHS",
-      "INITIAL_CHECKPOINT_PATH",
-      "VOCAB_FILE",
-    )
-  ]
-  bindings += ["MODEL = None", "VOCABULARY = None"]
-  files = ["runs/infer.gin", file] if "infer" in file else [file]
-  cli._parse(files, bindings, [], "train")
+def test_a_run_file_parses(file, tmp_path):
+  # In a file, because the command line may set only what the run uses.
+  (tmp_path / "user.gin").write_text(
+    """
+MODEL_DIR = 'x'
+MIXTURE_OR_TASK_NAME = 'x'
+TASK_FEATURE_LENGTHS = {'inputs': 8}
+INITIAL_CHECKPOINT_PATH = 'x'
+VOCAB_FILE = 'x'
+HEAD_WIDTHS = (8,)
+TRAIN_FILES = 'x'
+VALIDATION_FILES = 'x'
+MODEL = None
+VOCABULARY = None
+"""
+  )
+  files = [file, str(tmp_path / "user.gin")]
+  if "infer" in file:
+    files.insert(0, "runs/infer.gin")
+  if file.startswith("heads/") or "tiny_cpu" in file:
+    files[:0] = ["runs/finetune.gin", "models/from_checkpoint.gin"]
+  cli._parse(files, [], [], "train")

@@ -482,11 +482,7 @@ def test_lora_dropout_is_on_its_own_branch_alone():
   )
   np.testing.assert_array_equal(run(quiet, 0), run(quiet, 1))
   with pytest.raises(ValueError, match="dropout_rate = 0"):
-    init(
-      CONFIG.replace(
-        lora=LoRAConfig(dropout_rate=0.5, targets=("logits_dense",))
-      )
-    )
+    CONFIG.replace(lora=LoRAConfig(dropout_rate=0.5, targets=("logits_dense",)))
 
 
 # ---- Configs that cannot be --------------------------------------------------

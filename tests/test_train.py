@@ -268,6 +268,11 @@ def test_an_unknown_macro_names_the_nearest(fails):
   assert "'TRAIN_STEP'" in message and "'TRAIN_STEPS'" in message
 
 
+def test_a_macro_that_this_run_does_not_use_names_the_file_that_does(fails):
+  message = fails(*TRAIN, "--gin.LORA_RANK=4")
+  assert "no gin file of this run uses LORA_RANK; lora.gin does" in message
+
+
 def test_an_unknown_macro_in_a_file_names_the_file(fails, folder):
   (folder / "bad.gin").write_text("include 'tiny.gin'\nEVAL_PEROID = 5\n")
   message = fails("--gin_file=bad.gin", "--gin.MODEL_DIR=run")

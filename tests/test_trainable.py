@@ -84,6 +84,16 @@ def test_lora_trains_its_matrices_and_the_head_alone():
   assert not np.array_equal(query(state)["lora_b"], query(after)["lora_b"])
 
 
+def test_a_lora_target_that_is_none_is_an_error():
+  with pytest.raises(ValueError, match="'q' ends in no projection"):
+    LoRAConfig(targets=("q", "v"))
+  config = CONFIG.replace(lora=LoRAConfig(targets=("wi_0",)))
+  model = factory.create(config, HEAD)
+  params = jax.eval_shape(lambda: steps.init_params(model, 0))
+  with pytest.raises(UserError, match="'wi_0'"):
+    trainable.check_lora(params, model.config)
+
+
 def test_microbatches_of_a_frozen_model_are_the_whole_batch():
   state, step, chosen = setup(r"^decoder/")
   model = factory.create(CONFIG, HEAD)

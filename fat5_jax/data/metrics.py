@@ -204,7 +204,8 @@ def best_spans(rows: Iterable[Mapping[str, Any]]) -> dict[str, str]:
 
 def span_squad(targets, predictions) -> dict[str, float]:
   """`squad` over questions whose contexts were split into windows."""
-  answers = {row["id"]: row["answers"] for row in targets}
+  # Nothing is the answer of a question that has none (SQuAD 2.0).
+  answers = {row["id"]: row["answers"] or [""] for row in targets}
   texts = best_spans(predictions)
   return squad(list(answers.values()), [texts[q] for q in answers])
 

@@ -40,6 +40,12 @@ RUN_TIME_FIELDS = (
 )
 
 
+_PROJECTIONS = (
+  *("query", "key", "value", "out"),
+  *("wi", "wi_0", "wi_1", "wo", "logits_dense"),
+)
+
+
 def _check_choice(where: Any, field: str, choices: tuple[Any, ...]) -> None:
   value = getattr(where, field)
   if value not in choices:
@@ -194,6 +200,12 @@ class LoRAConfig:
     object.__setattr__(self, "targets", tuple(self.targets))
     if self.rank < 1 or not self.targets:
       raise ValueError("LoRA needs rank >= 1 and at least one of targets")
+    for target in self.targets:
+      if target.split("/")[-1] not in _PROJECTIONS:
+        raise ValueError(
+          f"targets={self.targets}: {target!r} ends in no projection of T5;"
+          f" those are {', '.join(_PROJECTIONS)}"
+        )
     if not 0.0 <= self.dropout_rate < 1.0:
       raise ValueError(f"dropout_rate={self.dropout_rate} is not in [0, 1)")
 
@@ -307,6 +319,13 @@ class T5Config:
         f"widths={self.head.widths} of the head must end in emb_dim ="
         f" {self.emb_dim}, because the embedding is the output projection"
       )
+    if (
+      self.lora is not None
+      and self.lora.dropout_rate
+      and self.lora.applies_to("decoder/logits_dense")
+    ):
+      # The loss projects with the merged kernel, where nothing can be dropped.
+      raise ValueError("LoRA of logits_dense needs its dropout_rate = 0")
     if self.num_decoder_layers < 0:
       raise ValueError("num_decoder_layers is negative")
 

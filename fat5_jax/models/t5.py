@@ -291,10 +291,6 @@ class Transformer(nn.Module):
         f" {config.head and config.head.kind!r}, {config.num_decoder_layers}"
         " decoder layers"
       )
-    lora = config.lora
-    if lora and lora.dropout_rate and lora.applies_to("decoder/logits_dense"):
-      # The loss projects with the merged kernel, where nothing can be dropped.
-      raise ValueError("LoRA of logits_dense needs its dropout_rate = 0")
     self.token_embedder = layers.Embed(config)
     self.encoder = Encoder(config)
     self.decoder = Decoder(config)
