@@ -167,8 +167,8 @@ def plot(rows: Iterable[tuple[int, str, str, float]], path: str) -> None:
     xs.append(step)
     ys.append(value)
   panels = [
-    ("loss per target token, or label (nats)", "loss_per_nonpadding_target_token"),
-    ("accuracy of tokens, or labels", "accuracy"),
+    ("loss per target or label (nats)", "loss_per_nonpadding_target_token"),
+    ("accuracy of targets or labels", "accuracy"),
     ("learning rate", "learning_rate"),
   ]
   figure, axes = plt.subplots(2, 2, figsize=(11, 7), layout="constrained")
