@@ -24,6 +24,7 @@ from fat5_jax import (
   metrics,
   predictions,
   steps,
+  weights,
 )
 from fat5_jax.data import features, pipeline, sources
 from fat5_jax.errors import UserError
@@ -222,14 +223,14 @@ def load_model(path: str, model: Any = None):
   from fat5_jax.data import vocabularies
   from fat5_jax.models import factory
 
-  source = checkpoints.find(path)
+  source = weights.find(path)
   if model is None:
-    config = checkpoints.read_config(source).replace(
+    config = weights.read_config(source).replace(
       scan_layers=False, remat_policy="none"
     )
     model = factory.create(config)
   abstract = jax.eval_shape(lambda: steps.init_params(model, 0))
-  params, source, _ = checkpoints.initial_params(path, model.config, abstract)
+  params, source, _ = weights.initial_params(path, model.config, abstract)
   vocabulary = None
   if source.kind != "fat5":
     if any(

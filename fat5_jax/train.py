@@ -27,7 +27,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from fat5_jax import checkpoints, console, metrics, steps
+from fat5_jax import checkpoints, console, metrics, steps, weights
 from fat5_jax import trainable as trainable_lib
 from fat5_jax.convert import table
 from fat5_jax.data import features, pipeline, vocabularies
@@ -180,7 +180,7 @@ def train(
     console.say(f"going on from step {own_step} of {model_dir}")
   elif initial_path:
     state = jax.jit(init_state)()
-    params, source, fresh = checkpoints.initial_params(
+    params, source, fresh = weights.initial_params(
       initial_path, config, state.params, checkpoint_cfg.restore.reinitialize
     )
     opt_state = state.opt_state
@@ -188,7 +188,7 @@ def train(
     if source.has_optimizer and not fresh:
       begin_step = source.step
       if len(trains) == len(table.flatten(abstract.params)):
-        opt_state = checkpoints.initial_optimizer(
+        opt_state = weights.initial_optimizer(
           source, abstract.opt_state, config.scan_layers
         )
       else:

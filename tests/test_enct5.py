@@ -178,15 +178,15 @@ def test_weights_from_a_t5_are_upstreams_choice(tmp_path):
   prompt and classifier are fresh; the other layers and lm_head are left."""
   import hf_models
 
-  from fat5_jax import checkpoints, steps
+  from fat5_jax import steps, weights
   from fat5_jax.models.config import HeadConfig
 
   hf_models.make("t5_1_1", tmp_path / "hf")
-  source = checkpoints.find(str(tmp_path / "hf"))
-  config, t5 = checkpoints.load_params(source)
+  source = weights.find(str(tmp_path / "hf"))
+  config, t5 = weights.load_params(source)
   model = factory.create(config, HeadConfig("enct5", decoder_layers=2))
   fresh_params = steps.init_params(model, 0)
-  params, _, fresh = checkpoints.initial_params(
+  params, _, fresh = weights.initial_params(
     source.path, model.config, fresh_params
   )
   assert sorted(fresh) == [

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-from fat5_jax import checkpoints
+from fat5_jax import weights
 from fat5_jax.convert import (
   enct5,
   flash_t5,
@@ -87,12 +87,43 @@ def test_every_head_goes_there_and_back_in_both_formats(head, tmp_path):
     ("flash_t5", flash_t5.to_folder),
   ):
     write(config, leaves, tmp_path / name)
-    source = checkpoints.find(str(tmp_path / name))
+    source = weights.find(str(tmp_path / name))
     assert source.kind == name
-    found_config, found = checkpoints.open_params(source)
+    found_config, found = weights.open_params(source)
     assert found_config.architecture() == config.architecture()
     assert found_config.head == head
     same(found, leaves)
+
+
+@pytest.mark.parametrize(
+  "head,class_name",
+  [
+    (HEADS[0], "T5ForSequenceClassification"),
+    (HEADS[4], "T5ForTokenClassification"),
+    (HEADS[5], "T5ForQuestionAnswering"),
+  ],
+)
+def test_exported_heads_load_in_transformers(head, class_name, tmp_path):
+  import torch
+  import transformers
+
+  config, leaves = random_leaves(CONFIG.with_head(head))
+  hf.to_pretrained(config, leaves, tmp_path)
+  theirs, info = getattr(transformers, class_name).from_pretrained(
+    tmp_path, output_loading_info=True
+  )
+  assert not any(info[k] for k in ("missing_keys", "unexpected_keys")), info
+  assert theirs.config.num_labels == head.num_labels
+  x = np.arange(2, 14).reshape(2, 6)
+  x[:, -1] = 1
+  output = theirs.eval()(input_ids=torch.tensor(x))
+  if head.kind == "question_answering":
+    expected = torch.stack([output.start_logits, output.end_logits], -1)
+  else:
+    expected = output.logits
+  found = factory.create(config).apply({"params": table.read_all(leaves)}, x)
+  expected = expected.detach().numpy()
+  assert np.abs(found - expected).max() < 1e-4 * np.abs(expected).max()
 
 
 def test_the_encoder_alone_is_half_the_bytes_and_loads_in_transformers(
@@ -260,9 +291,9 @@ def test_enct5_there_and_back(problem, tmp_path):
   )
   config, leaves = random_leaves(CONFIG.with_head(head))
   enct5.to_folder(config, leaves, tmp_path)
-  source = checkpoints.find(str(tmp_path))
+  source = weights.find(str(tmp_path))
   assert source.kind == "enct5"
-  found_config, found = checkpoints.open_params(source)
+  found_config, found = weights.open_params(source)
   assert found_config.head == head
   same(found, leaves)
   with pytest.raises(UserError, match="--to enct5"):
@@ -306,10 +337,10 @@ def test_a_peft_round_trip_loads_in_peft_with_the_same_logits(kind, tmp_path):
   adapter.save_pretrained(tmp_path / "adapter")
   hf_models.edit_config(tmp_path / "hf")
 
-  source = checkpoints.Source(
+  source = weights.Source(
     "peft", str(tmp_path / "adapter"), base=str(tmp_path / "hf")
   )
-  config, leaves = checkpoints.open_params(source)
+  config, leaves = weights.open_params(source)
   assert (config.lora.rank, config.lora.alpha) == (3, 7)
   x, y = hf_models.tokens()
   inputs = (x, y) if kind == "language_model" else (x,)
@@ -445,9 +476,9 @@ def test_t5x_msgpack_with_arrays_inline_and_beside(leaf, tmp_path):
     tree = out_of_line(tree, folder, leaf)
   write_msgpack(tree, folder)
   for path in (folder, tmp_path):
-    source = checkpoints.find(str(path))
+    source = weights.find(str(path))
     assert (source.kind, source.step) == ("t5x", 1007)
-    found_config, found = checkpoints.open_params(source)
+    found_config, found = weights.open_params(source)
     same(found, leaves)
   expected = config.replace(dtype="bfloat16").architecture()
   assert found_config.architecture() == expected
@@ -465,9 +496,9 @@ def test_t5x_as_orbax_writes_it_now(tmp_path):
   ocp.Checkpointer(ocp.PyTreeCheckpointHandler(use_ocdbt=True)).save(
     folder / "state", tree
   )
-  source = checkpoints.find(str(folder))
+  source = weights.find(str(folder))
   assert source.kind == "t5x"
-  same(checkpoints.open_params(source)[1], leaves)
+  same(weights.open_params(source)[1], leaves)
 
 
 def test_t5x_scanned_layers_with_heads_apart(tmp_path):
@@ -524,19 +555,17 @@ def test_adafactors_slots_come_along_and_training_goes_on(tmp_path):
 
   config, leaves = random_leaves(CONFIG)
   write_msgpack(legacy(leaves, slots=True), tmp_path / "checkpoint_7")
-  source = checkpoints.find(str(tmp_path / "checkpoint_7"))
-  step, state = checkpoints.adafactor_state(source, config)
+  source = weights.find(str(tmp_path / "checkpoint_7"))
+  step, state = weights.adafactor_state(source, config)
   assert step == 7 and int(state[0].count) == 7
-  checkpoints.write_params(
-    str(tmp_path / "run"), config, leaves, None, step, state
-  )
-  run = checkpoints.find(str(tmp_path / "run"))
+  weights.write_params(str(tmp_path / "run"), config, leaves, None, step, state)
+  run = weights.find(str(tmp_path / "run"))
   assert run.step == 7 and run.has_optimizer
   optimizer = optimizers.adafactor(optimizers.create_learning_rate_scheduler())
   abstract = jax.eval_shape(
     optimizer.init, jax.tree.map(jnp.asarray, table.read_all(leaves))
   )
-  restored = checkpoints.initial_optimizer(run, abstract, False)
+  restored = weights.initial_optimizer(run, abstract, False)
   for k, leaf in leaves.items():
     np.testing.assert_array_equal(
       table.flatten(restored[0].v)[k], np.square(leaf.read())
@@ -602,9 +631,9 @@ def test_mesh_tensorflow(tmp_path):
 
   write(saved, "model.ckpt-1000")
   for path in (tmp_path, tmp_path / "model.ckpt-1000"):
-    source = checkpoints.find(str(path))
+    source = weights.find(str(path))
     assert source.kind == "mesh_tf"
-    found_config, found = checkpoints.open_params(source)
+    found_config, found = weights.open_params(source)
     same(found, leaves)
   assert found_config.architecture() == config.architecture()
   step, slots = mesh_tf.open_slots(str(tmp_path))
@@ -687,7 +716,7 @@ def test_truncated_files_are_errors(tmp_path):
 
   def refused(path):
     with pytest.raises(UserError) as e:
-      found = checkpoints.open_params(checkpoints.find(str(path)))[1]
+      found = weights.open_params(weights.find(str(path)))[1]
       table.read_all(found)
     assert len(str(e.value)) < 1500
 
@@ -710,7 +739,7 @@ def test_truncated_files_are_errors(tmp_path):
   cut(chunk, 0.5)
   refused(folder)
 
-  checkpoints.write_params(str(tmp_path / "run"), config, leaves)
+  weights.write_params(str(tmp_path / "run"), config, leaves)
   files = [
     p
     for p in (tmp_path / "run").rglob("d/*")
@@ -741,7 +770,7 @@ def test_a_hostile_pickle_executes_nothing(kind, tmp_path):
     json.dumps({"model_type": model_type})
   )
   with pytest.raises(UserError, match="nothing was run"):
-    checkpoints.open_params(checkpoints.find(str(tmp_path / "it")))
+    weights.open_params(weights.find(str(tmp_path / "it")))
   assert not os.path.exists(marker)
 
 

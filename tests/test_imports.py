@@ -45,6 +45,7 @@ ALLOWED = {
     "fat5_jax.data",
     "fat5_jax.errors",
     "fat5_jax.checkpoints",
+    "fat5_jax.weights",
     "fat5_jax.models.config",
   },
 }

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import seqio
 
-from fat5_jax import checkpoints, cli
+from fat5_jax import cli, weights
 from fat5_jax.convert import hf, table
 import gin
 
@@ -186,7 +186,7 @@ def test_classify(user, monkeypatch, capfd):
   found = metrics_of(user, "cls", "glue_sst2_classes")
   assert [row["step"] for row in found] == [2, 4]
   assert 0 <= found[0]["accuracy"] <= 100
-  config = checkpoints.read_config(checkpoints.find(str(user / "cls")))
+  config = weights.read_config(weights.find(str(user / "cls")))
   assert config.head.label_names == ("negative", "positive")
   assert config.num_decoder_layers == 0
   # The run folder alone evaluates, and predicts lines and GLUE's test set.
@@ -228,12 +228,10 @@ def test_classify(user, monkeypatch, capfd):
   assert all(line.split("\t")[1] in "01" for line in lines[1:])
 
   # A classifier of its own kind goes on from it, its head anew where asked.
-  again = checkpoints.initial_params(
+  again = weights.initial_params(
     str(user / "cls"),
     config,
-    table.read_all(
-      checkpoints.open_params(checkpoints.find(str(user / "cls")))[1]
-    ),
+    table.read_all(weights.open_params(weights.find(str(user / "cls")))[1]),
     r"^classifier/",
   )
   assert again[2] == ["classifier/bias", "classifier/kernel"]
@@ -261,8 +259,8 @@ def test_enct5_by_its_prompt_alone(user, monkeypatch, capfd):
     r"--gin.TRAINABLE=^(prompt_embedder|classifier)/",
   )
   assert "of them training" in text
-  _, before = checkpoints.open_params(checkpoints.find(str(user / "t5")))
-  config, after = checkpoints.open_params(checkpoints.find(str(user / "enct5")))
+  _, before = weights.open_params(weights.find(str(user / "t5")))
+  config, after = weights.open_params(weights.find(str(user / "enct5")))
   assert config.num_decoder_layers == 1
   for path, leaf in after.items():
     if path in before:
@@ -345,8 +343,8 @@ def test_lora_trains_resumes_and_is_exported(user, monkeypatch, capfd):
   assert "going on from step 4" in again
   from fat5_jax.convert import formats, peft
 
-  config, leaves = checkpoints.open_params(checkpoints.find(str(user / "lora")))
-  _, base = checkpoints.open_params(checkpoints.find(str(user / "t5")))
+  config, leaves = weights.open_params(weights.find(str(user / "lora")))
+  _, base = weights.open_params(weights.find(str(user / "t5")))
   for path, leaf in base.items():
     assert np.array_equal(leaf.read(), leaves[path].read()), path
   assert any(

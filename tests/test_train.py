@@ -14,7 +14,7 @@ import jax
 import numpy as np
 import pytest
 
-from fat5_jax import checkpoints, cli, metrics
+from fat5_jax import checkpoints, cli, metrics, weights
 
 TINY = """
 from __gin__ import dynamic_registration
@@ -93,7 +93,7 @@ TRAIN = ("--gin_file=tiny.gin", "--gin.MODEL_DIR=run")
 
 def final_state(folder, step=12):
   path = os.path.abspath(os.path.join(folder, f"checkpoint_{step}"))
-  _, params = checkpoints.load_params(checkpoints.find(path))
+  _, params = weights.load_params(weights.find(path))
   import orbax.checkpoint as ocp
 
   with ocp.StandardCheckpointer() as reader:

@@ -76,12 +76,12 @@ def main() -> int:
 
 def convert(flags) -> None:
   """See the module's docstring."""
-  from fat5_jax import checkpoints
+  from fat5_jax import weights
   from fat5_jax.convert import enct5, flash_t5, formats, hf, lora, peft
   from fat5_jax.errors import UserError
   from fat5_jax.models.config import HeadConfig
 
-  source = checkpoints.find(flags.source)
+  source = weights.find(flags.source)
   source = dataclasses.replace(
     source,
     overrides=tuple(_overrides(flags.set)),
@@ -91,7 +91,7 @@ def convert(flags) -> None:
   dest = os.path.abspath(os.path.expanduser(flags.dest))
   if os.path.exists(dest) and os.path.samefile(source.run_dir, dest):
     raise UserError(f"{dest}: source and destination are the same folder")
-  config, leaves = checkpoints.open_params(source, flags.encoder_only)
+  config, leaves = weights.open_params(source, flags.encoder_only)
   if flags.encoder_only and config.is_language_model:
     config = config.with_head(HeadConfig("embedding"))
   print(
@@ -120,7 +120,7 @@ def convert(flags) -> None:
       print("LoRA is merged into the kernels")
       config, leaves = lora.merged(config, leaves)
     write(config, leaves, dest, flags.tokenizer or _tokenizer(source))
-  again_config, again = checkpoints.open_params(checkpoints.find(dest))
+  again_config, again = weights.open_params(weights.find(dest))
   _verify(config, leaves, again_config, again, f"{dest}: written as {to};")
 
 
@@ -161,7 +161,7 @@ def _describe(config) -> str:
 
 
 def _to_fat5(source, config, leaves, dest, with_optimizer) -> None:
-  from fat5_jax import checkpoints
+  from fat5_jax import checkpoints, weights
   from fat5_jax.errors import UserError
 
   if checkpoints.steps(dest):
@@ -171,8 +171,8 @@ def _to_fat5(source, config, leaves, dest, with_optimizer) -> None:
     vocabulary = _vocabulary(source)
   step, opt_state = 0, None
   if with_optimizer:
-    step, opt_state = checkpoints.adafactor_state(source, config)
-  checkpoints.write_params(dest, config, leaves, vocabulary, step, opt_state)
+    step, opt_state = weights.adafactor_state(source, config)
+  weights.write_params(dest, config, leaves, vocabulary, step, opt_state)
 
 
 def _base_of(source) -> str:

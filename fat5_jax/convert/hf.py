@@ -392,6 +392,12 @@ def hf_config(config: T5Config) -> dict[str, Any]:
 
 def _warn_of_old_readers(config: T5Config) -> None:
   if not config.is_language_model:
+    if not hf_heads.has_class(config):
+      logger.warning(
+        "transformers has no class for this head on the encoder alone:"
+        " T5EncoderModel loads the body of this folder, FAT5's code (--to"
+        " flash_t5) and fat5_jax all of it"
+      )
     return
   scaled, tied = config.scales_decoder_outputs, config.logits_via_embedding
   if scaled and not tied:
@@ -435,8 +441,8 @@ def to_pretrained(
   """
   leaves = table.as_leaves(params)
   config, leaves = lora.merged(config, leaves)
-  _warn_of_old_readers(config)
   tensors = table.to_foreign(rows(config), leaves, "the parameters")
+  _warn_of_old_readers(config)
   if (
     config.is_language_model
     and config.logits_via_embedding

@@ -38,6 +38,11 @@ def prefix(config: T5Config) -> str:
   return "transformer." if wrapped else ""
 
 
+def has_class(config: T5Config) -> bool:
+  """Whether transformers has a class for the head."""
+  return (config.head.kind, config.head.body) in _CLASSES
+
+
 def rows(config: T5Config) -> list[table.Row]:
   """The tensors of the head.
 

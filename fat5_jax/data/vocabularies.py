@@ -9,7 +9,7 @@ from typing import Any
 
 import seqio
 
-from fat5_jax import checkpoints
+from fat5_jax import checkpoints, weights
 from fat5_jax.errors import UserError
 
 
@@ -66,7 +66,7 @@ def of_checkpoint(path: str) -> seqio.Vocabulary:
   Raises:
     UserError: if it brings none.
   """
-  source = checkpoints.find(path)
+  source = weights.find(path)
   if source.kind != "fat5":
     return from_hf(source.run_dir)
   found = checkpoints.read_model_json(source.run_dir) or {}
