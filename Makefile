@@ -8,11 +8,12 @@ ORACLE := $(VENV)/oracle-4.37
 GPU_ENV := $(VENV)/gpu
 LIBTPU := $(VENV)/libtpu
 
-.PHONY: help install quickstart gpu-env test test-chips lint clean
+.PHONY: help install quickstart gpu-env test test-slow test-chips lint clean
 
 help:
 	@echo "make quickstart  install into .venv, train a small T5, show results"
 	@echo "make test        install into .venv, run the tests"
+	@echo "make test-slow   whole runs: killed, stopped, started from one another"
 	@echo "make test-chips  compile the kernels for TPUs and GPUs that are not here"
 	@echo "make lint        ruff check and format check"
 
@@ -52,7 +53,10 @@ $(GPU_ENV): $(STAMP)
 gpu-env: $(GPU_ENV)
 
 test: $(STAMP) $(ORACLE)
-	$(BIN)/python -m pytest -n 2 tests -m 'not chips'
+	$(BIN)/python -m pytest -n 2 tests -m 'not chips and not slow'
+
+test-slow: $(STAMP)
+	$(BIN)/python -m pytest -n 2 tests -m slow
 
 test-chips: $(STAMP) $(LIBTPU) $(GPU_ENV)
 	$(BIN)/python -m pytest -n 2 tests -m chips -rs

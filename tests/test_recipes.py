@@ -326,6 +326,7 @@ def test_embed(user, monkeypatch, capfd):
   np.testing.assert_allclose(np.linalg.norm(vectors, axis=1), 1, rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_lora_trains_resumes_and_is_exported(user, monkeypatch, capfd):
   text = train(
     user, monkeypatch, capfd, "lora.gin", "lora", "--gin.EVAL_PERIOD=0"

@@ -410,6 +410,7 @@ def test_dry_run_shows_the_run_and_writes_nothing(folder, monkeypatch, capfd):
   gin.clear_config()
 
 
+@pytest.mark.slow
 def test_a_run_starts_from_a_run_and_counts_its_steps(
   folder, monkeypatch, capfd
 ):
