@@ -230,7 +230,11 @@ def load_model(path: str, model: Any = None):
     )
     model = factory.create(config)
   abstract = jax.eval_shape(lambda: steps.init_params(model, 0))
-  params, source, _ = weights.initial_params(path, model.config, abstract)
+  params, source, fresh = weights.initial_params(path, model.config, abstract)
+  if fresh:
+    raise UserError(
+      f"{path} is not trained for this model: it has no {', '.join(fresh[:4])}"
+    )
   vocabulary = None
   if source.kind != "fat5":
     if any(

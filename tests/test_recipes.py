@@ -237,6 +237,18 @@ def test_classify(user, monkeypatch, capfd):
   assert again[2] == ["classifier/bias", "classifier/kernel"]
 
 
+def test_a_checkpoint_without_the_head_is_no_classifier(user):
+  from fat5_jax.errors import UserError
+  from fat5_jax.eval import load_model
+  from fat5_jax.models import factory
+  from fat5_jax.models.config import HeadConfig
+
+  config = weights.model_config(str(user / "t5"))
+  model = factory.create(config, HeadConfig("token_classification"))
+  with pytest.raises(UserError, match="has no classifier/bias"):
+    load_model(str(user / "t5"), model)
+
+
 def test_regression(user, monkeypatch, capfd):
   train(
     user,
