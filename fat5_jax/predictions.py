@@ -29,7 +29,8 @@ def describe(value: Any, head: HeadConfig) -> str:
   if isinstance(value, dict):
     if "tags" in value:
       return " ".join(value["tags"])
-    return str(value["text"] if "text" in value else value["answers"][0])
+    answers = [value["text"]] if "text" in value else value["answers"]
+    return str(answers[0] if answers else "(no answer)")
   if isinstance(value, list) and names:
     return ", ".join(n for n, on in zip(names, value) if on) or "(none)"
   if isinstance(value, int) and names:
@@ -72,10 +73,11 @@ def task_of_rows(
     source = sources.Function({"predict": lambda: map(tagged, rows())})
     names = head.label_names or tuple(map(str, range(head.num_labels)))
     return head_tasks.tagging(source, vocabulary, tag_names=names, name=name)
-  is_number = head.problem_type == "regression"
-  unknown = [0] * head.num_labels if is_number else -1
+  unknown: Any = -1
   if head.problem_type == "multi_label_classification":
     unknown = []
+  elif head.problem_type == "regression":
+    unknown = [0] * head.num_labels if head.num_labels > 1 else 0
 
   def classed(row):
     return {**row, "label": unknown}
@@ -128,6 +130,13 @@ def predict_task(
     for key, array in arrays.items():
       for row, example in zip(array, batch):
         row[: len(example[key])] = example[key]
+    largest = int(arrays["inputs"].max())
+    if largest >= model.config.vocab_size:
+      raise UserError(
+        f"an input holds token id {largest}, beyond the model's embedding"
+        f" (vocab_size = {model.config.vocab_size}); is the vocabulary the"
+        " model's?"
+      )
     names = {"inputs": "encoder_input_tokens"}
     return {names.get(key, key): array for key, array in arrays.items()}
 

@@ -259,6 +259,19 @@ def test_regression(user, monkeypatch, capfd):
     "--gin.MIXTURE_OR_TASK_NAME=glue_stsb_classes",
   )
   assert "pearson_corrcoef" in metrics_of(user, "sts", "glue_stsb_classes")[0]
+  # A file with pairs has a second column.
+  (user / "rows.tsv").write_text("inputs\tsecond\nred\tround\n")
+  out = run(
+    user,
+    monkeypatch,
+    capfd,
+    "infer",
+    "--gin.MODEL_DIR=sts",
+    "--gin.INPUT=rows.tsv",
+  ).out
+  (row,) = map(json.loads, out.splitlines())
+  assert row["inputs"] == "red </s> round"
+  assert isinstance(row["prediction"], float)
 
 
 def test_enct5_by_its_prompt_alone(user, monkeypatch, capfd):
