@@ -171,7 +171,7 @@ def _head_records(
     task = predictions.task_of_rows(
       head, lambda: _input_rows(path, head.kind), vocabulary, pairs
     )
-    split = "predict"
+    split = predictions.ROWS
   return predictions.predict_task(
     model, jax.device_put(params), task, split, batch_size, max_input_length
   )

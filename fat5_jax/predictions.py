@@ -21,6 +21,8 @@ from fat5_jax.models.config import HeadConfig
 LENGTH_STEP = 64
 
 Record = dict[str, Any]
+# The split of rows that are no task's.
+ROWS = "predict"
 
 
 def describe(value: Any, head: HeadConfig) -> str:
@@ -44,13 +46,13 @@ def task_of_rows(
   vocabulary: seqio.Vocabulary,
   pairs: bool = False,
 ) -> seqio.Task:
-  """A task (split "predict") of rows without labels, for a head to predict.
+  """A task (its split is `ROWS`) of rows without labels, for a head to predict.
 
   Rows have `inputs`, where they are `pairs` also `second`; for spans `question`
   and `context`; for tags words apart by spaces in `inputs`.
   """
   name = "predict_rows"
-  source = sources.Function({"predict": rows})
+  source = sources.Function({ROWS: rows})
   if head.kind == "question_answering":
     numbers = itertools.count()
 
@@ -62,7 +64,7 @@ def task_of_rows(
         "answers": [],
       }
 
-    source = sources.Function({"predict": lambda: map(question, rows())})
+    source = sources.Function({ROWS: lambda: map(question, rows())})
     return head_tasks.spans(source, vocabulary, name)
   if head.kind == "token_classification":
 
@@ -70,7 +72,7 @@ def task_of_rows(
       words = sources.column(row, "inputs").split()
       return {"words": words, "tags": [0] * len(words)}
 
-    source = sources.Function({"predict": lambda: map(tagged, rows())})
+    source = sources.Function({ROWS: lambda: map(tagged, rows())})
     names = head.label_names or tuple(map(str, range(head.num_labels)))
     return head_tasks.tagging(source, vocabulary, tag_names=names, name=name)
   unknown: Any = -1
@@ -84,7 +86,7 @@ def task_of_rows(
 
   inputs = ["{inputs}", "{second}"] if pairs else "{inputs}"
   return head_tasks.classification(
-    sources.Function({"predict": lambda: map(classed, rows())}),
+    sources.Function({ROWS: lambda: map(classed, rows())}),
     inputs,
     "label",
     vocabulary,
@@ -146,10 +148,12 @@ def predict_task(
         text = example["inputs_pretokenized"].decode("utf-8")
         yield {"inputs": text, "embedding": values.tolist()}
     else:
-      yield from _records(windows(), task, head)
+      yield from _records(windows(), task, head, split != ROWS)
 
 
-def _records(windows, task, head: HeadConfig) -> Iterator[Record]:
+def _records(
+  windows, task, head: HeadConfig, with_targets: bool
+) -> Iterator[Record]:
   postprocess = task.postprocess_fn
   key = {"question_answering": "id", "token_classification": "sentence"}
   numbers = itertools.count()
@@ -163,16 +167,23 @@ def _records(windows, task, head: HeadConfig) -> Iterator[Record]:
     parts = list(parts)
     example, values = parts[0]
     found = [postprocess(v, example=e, is_target=False) for e, v in parts]
+    wanted = [
+      postprocess(e["targets"], example=e, is_target=True) for e, _ in parts
+    ]
+    targets: Any = describe(wanted[0], head)
     if head.kind == "question_answering":
       best = max(found, key=lambda part: part["score"])
-      yield {**best, "question": _question(example)}
+      record = {**best, "question": _question(example)}
+      targets = wanted[0]["answers"]
     elif head.kind == "token_classification":
-      tags = [tag for part in found for tag in part["tags"]]
+      join = lambda rows: [tag for row in rows for tag in row["tags"]]
       words = [word.decode("utf-8") for word in example["words"]]
-      yield {"words": words, "tags": tags}
+      record = {"words": words, "tags": join(found)}
+      targets = join(wanted)
     else:
       text = example["inputs_pretokenized"].decode("utf-8")
-      yield {"inputs": text} | _labels(found[0], values, head)
+      record = {"inputs": text} | _labels(found[0], values, head)
+    yield record | ({"targets": targets} if with_targets else {})
 
 
 def _question(example) -> str:
