@@ -187,7 +187,9 @@ def _base_of(source) -> str:
         file.read(),
       )
     if found:
-      return found[1]
+      # A folder is found again from anywhere; a name stays one.
+      path = os.path.abspath(os.path.expanduser(found[1]))
+      return path if os.path.isdir(path) else found[1]
   return ""
 
 
