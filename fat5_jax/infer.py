@@ -24,8 +24,6 @@ from fat5_jax.data import pipeline, sources
 from fat5_jax.errors import UserError
 from fat5_jax.eval import load_model
 
-_FORMATS = ("jsonl", "tsv", "glue", "squad", "conll")
-
 
 def infer(
   *,
@@ -69,13 +67,26 @@ def infer(
   vocabulary = vocabulary or own_vocabulary
   if vocabulary is None:
     raise UserError(f"{source.path} brings no vocabulary; set INFER_VOCABULARY")
-  output_format = _choose_format(output, output_format)
+  head = model.config.head
+  output_format = _choose_format(output, output_format, head)
   from_task = input is None and dataset_cfg is not None
   if from_task and dataset_cfg.vocabulary is None:
     dataset_cfg = dataclasses.replace(dataset_cfg, vocabulary=vocabulary)
-  is_head = not model.config.is_language_model
-  if is_head:
-    lines = _head_records(
+  count = itertools.count()
+  if model.config.is_language_model:
+    rows = _task_rows(dataset_cfg) if from_task else _input_rows(input or "-")
+    lines = _generated_lines(
+      model,
+      params,
+      _counted(rows, count),
+      vocabulary,
+      output_format,
+      batch_size,
+      max_input_length,
+      max_output_length,
+    )
+  else:
+    records = _head_records(
       model,
       params,
       dataset_cfg if from_task else None,
@@ -84,31 +95,25 @@ def infer(
       batch_size,
       max_input_length,
     )
-    lines = predictions.write(lines, output_format, model.config.head)
-  else:
-    rows = _task_rows(dataset_cfg) if from_task else _input_rows(input or "-")
+    lines = predictions.write(_counted(records, count), output_format, head)
   if dry_run:
     console.say(f"dry run: {source.path} and its vocabulary are fine")
     return
   if (input or "-") == "-" and dataset_cfg is None and sys.stdin.isatty():
     console.say("one input a line, end with Ctrl-D:")
-  if not is_head:
-    lines = _generated_lines(
-      model,
-      params,
-      rows,
-      vocabulary,
-      output_format,
-      batch_size,
-      max_input_length,
-      max_output_length,
-    )
   with _open_output(output) as file:
     for line in lines:
       file.write(line)
       file.flush()
   if output != "-":
-    console.say(f"predictions in {output}")
+    console.say(f"{next(count)} predictions in {output}")
+
+
+def _counted(rows: Iterable[Any], count: Iterator[int]) -> Iterator[Any]:
+  """The rows, each of which moves the count on."""
+  for row in rows:
+    next(count)
+    yield row
 
 
 def _generated_lines(
@@ -122,11 +127,6 @@ def _generated_lines(
   max_output_length,
 ) -> Iterator[str]:
   """A language model's answer to every row, as lines of the output file."""
-  if output_format not in ("jsonl", "tsv"):
-    raise UserError(
-      f"OUTPUT_FORMAT = {output_format!r} is for heads; a language model writes"
-      " jsonl or tsv"
-    )
   predict = jax.jit(
     lambda params, tokens: decoding.generate(
       model, params, tokens, max_output_length
@@ -177,12 +177,14 @@ def _head_records(
   )
 
 
-def _choose_format(output: str, output_format: str | None) -> str:
+def _choose_format(output: str, output_format: str | None, head) -> str:
   if output_format is None:
-    return "tsv" if output.endswith(".tsv") else "jsonl"
-  if output_format not in _FORMATS:
+    output_format = "tsv" if output.endswith(".tsv") else "jsonl"
+  known = predictions.forms(head)
+  if output_format not in known:
+    what = "language model" if head is None else f"head of kind {head.kind}"
     raise UserError(
-      f"OUTPUT_FORMAT = {output_format!r} is not one of {', '.join(_FORMATS)}"
+      f"OUTPUT_FORMAT = {output_format!r}: a {what} writes {', '.join(known)}"
     )
   return output_format
 

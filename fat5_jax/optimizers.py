@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-import re
 from typing import NamedTuple
 
 import jax
@@ -11,6 +10,7 @@ import jax.numpy as jnp
 import optax
 
 from fat5_jax.errors import UserError, nearest
+from fat5_jax.trainable import searcher
 
 Schedule = Callable[[jax.Array], jax.Array]
 
@@ -243,9 +243,11 @@ def scale_by_pattern(
     UserError: for a pattern that is the first in no parameter's name.
   """
 
+  searchers = {p: searcher("learning_rate_multipliers", p) for p in multipliers}
+
   def pattern_of(path):
     name = jax.tree_util.keystr(path, simple=True, separator="/")
-    return next((p for p in multipliers if re.search(p, name)), None)
+    return next((p for p, found in searchers.items() if found(name)), None)
 
   def init(params):
     leaves = jax.tree_util.tree_leaves_with_path(params)

@@ -210,22 +210,33 @@ def _labels(found, values, head: HeadConfig) -> Record:
 # ---- Files -------------------------------------------------------------------
 
 
-def write(records: Iterable[Record], form: str, head: HeadConfig):
-  """Lines of a file: jsonl, tsv, glue (a submission), squad, or conll.
+def forms(head: HeadConfig | None) -> tuple[str, ...]:
+  """The formats that the predictions of a head, or a language model, have."""
+  if head is not None and head.kind == "embedding":
+    return ("jsonl",)
+  own = {
+    "token_classification": ("conll",),
+    "question_answering": ("squad",),
+    "sequence_classification": ("glue",),
+    "enct5": ("glue",),
+  }
+  return ("jsonl", "tsv", *own.get(head.kind if head else "", ()))
 
-  Raises:
-    UserError: for a form that this head's predictions do not have.
-  """
+
+def write(
+  records: Iterable[Record], form: str, head: HeadConfig
+) -> Iterator[str]:
+  """Lines of a file in one of `forms(head)`; glue is a submission."""
   if form == "jsonl":
     for record in records:
       yield json.dumps(record, ensure_ascii=False) + "\n"
-  elif form == "conll" and head.kind == "token_classification":
+  elif form == "conll":
     for record in records:
       yield from conll.write([(record["words"], record["tags"])])
-  elif form == "squad" and head.kind == "question_answering":
+  elif form == "squad":
     answers = {record["id"]: record["text"] for record in records}
     yield json.dumps(answers, ensure_ascii=False) + "\n"
-  elif form == "glue" and head.kind in ("sequence_classification", "enct5"):
+  elif form == "glue":
     yield "index\tprediction\n"
     # GLUE's server wants names where the labels are not 0 and 1.
     named = "entailment" in head.label_names
@@ -238,15 +249,9 @@ def write(records: Iterable[Record], form: str, head: HeadConfig):
         if isinstance(value, float)
         else (f"{i}\t{value}\n")
       )
-  elif form == "tsv" and head.kind != "embedding":
+  else:
     clean = lambda x: str(x).replace("\t", " ").replace("\n", " ")
     for i, record in enumerate(records):
       if i == 0:
         yield "\t".join(record) + "\n"
       yield "\t".join(map(clean, record.values())) + "\n"
-  else:
-    raise UserError(
-      f"OUTPUT_FORMAT = {form!r} is not one for a head of kind {head.kind}:"
-      " jsonl and tsv are for all but embeddings (jsonl only), glue for"
-      " classes, squad for spans, conll for tags"
-    )

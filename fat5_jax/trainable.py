@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 import dataclasses
 import re
 from typing import Any
@@ -14,6 +14,20 @@ from fat5_jax.models.config import T5Config
 
 def name_of(path: tuple[str, ...]) -> str:
   return "/".join(path)
+
+
+def searcher(setting: str, pattern: str) -> Callable[[str], Any]:
+  """A function that looks for a pattern in a name.
+
+  Raises:
+    UserError: if it is no regular expression, in the words of `setting`.
+  """
+  try:
+    return re.compile(pattern).search
+  except (re.error, TypeError) as e:
+    raise UserError(
+      f"{setting} = {pattern!r} is no regular expression: {e}"
+    ) from None
 
 
 def _names(path: tuple[str, ...], leaf: Any) -> list[str]:
@@ -47,12 +61,7 @@ def choose(
   everything = [name for group in names.values() for name in group]
   tests = []
   for macro, pattern in (("TRAINABLE", trainable), ("FROZEN", frozen)):
-    try:
-      tests.append(None if pattern is None else re.compile(pattern).search)
-    except (re.error, TypeError) as e:
-      raise UserError(
-        f"{macro} = {pattern!r} is no regular expression: {e}"
-      ) from None
+    tests.append(None if pattern is None else searcher(macro, pattern))
     if tests[-1] is not None and not any(map(tests[-1], everything)):
       raise UserError(
         f"{macro} = {pattern!r} matches no parameter; their names are like"

@@ -9,7 +9,6 @@ from __future__ import annotations
 import dataclasses
 import logging
 import os
-import re
 import tempfile
 from typing import Any
 
@@ -18,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 
-from fat5_jax import checkpoints
+from fat5_jax import checkpoints, trainable
 from fat5_jax.convert import formats, mesh_tf, orbax_files, t5x, table
 from fat5_jax.errors import UserError
 from fat5_jax.models.config import T5Config
@@ -102,29 +101,22 @@ def open_params(
 
   Layers are unstacked. `without_decoder` leaves the decoder out, unread.
   """
-  if source.kind != "fat5":
-    return formats.open_model(
+  if source.kind == "fat5":
+    found = checkpoints.read_model_json(source.run_dir)
+    if found is None:
+      raise UserError(f"{source.run_dir}: model.json is missing")
+    config = T5Config(**found["model"])
+    leaves = orbax_files.read_item(os.path.join(source.path, "params"))
+  else:
+    config, leaves = formats.open_model(
       source.kind,
       source.path,
-      without_decoder=without_decoder,
       overrides=dict(source.overrides),
       base=source.base,
     )
-  found = checkpoints.read_model_json(source.run_dir)
-  if found is None:
-    raise UserError(f"{source.run_dir}: model.json is missing")
-  leaves = orbax_files.read_item(os.path.join(source.path, "params"))
   if without_decoder:
     leaves = {k: leaf for k, leaf in leaves.items() if k[0] != "decoder"}
-  return T5Config(**found["model"]), leaves
-
-
-def load_params(
-  source: Source, without_decoder: bool = False
-) -> tuple[T5Config, dict[str, Any]]:
-  """The config and the parameters (layers unstacked, numpy) of a checkpoint."""
-  config, leaves = open_params(source, without_decoder)
-  return config, table.read_all(leaves)
+  return config, leaves
 
 
 # What a language model's checkpoint does not have, and a head has.
@@ -205,7 +197,9 @@ def initial_params(
   name = "/".join
   on_disk = jax.eval_shape(checkpoints.unstack_layers, init_params)
   expected = table.flatten(on_disk)
-  again = re.compile(reinitialize).search if reinitialize else lambda name: None
+  again = lambda name: None
+  if reinitialize:
+    again = trainable.searcher("REINITIALIZE", reinitialize)
 
   def is_fresh(where):
     if again(name(where)):
@@ -275,13 +269,14 @@ def adafactor_state(source: Source, config: T5Config) -> tuple[int, Any]:
   )
   optimizer = optimizers.adafactor(
     optimizers.create_learning_rate_scheduler(),
-    beta1=0.9 if any(_is_used(x) for x in slots["m"].values()) else None,
+    # Whether there is momentum; how much, the run's gin file says.
+    beta1=0.9 if any(x.shape != (1,) for x in slots["m"].values()) else None,
   )
   expected = jax.eval_shape(optimizer.init, shapes)
   filled = {}
   for name in t5x.SLOTS:
     wanted = table.flatten(getattr(expected[0], name))
-    found = slots[name] or {k: x for k, x in wanted.items()}
+    found = slots[name]
     where = f"{source.path}: optimizer slot {name}"
     table.check_names(map("/".join, wanted), map("/".join, found), where)
     table.check_shapes(
@@ -290,22 +285,13 @@ def adafactor_state(source: Source, config: T5Config) -> tuple[int, Any]:
       where,
     )
     filled[name] = table.nest(
-      {
-        k: np.asarray(x.read(), np.float32)
-        if isinstance(x, table.Leaf)
-        else np.zeros(x.shape, np.float32)
-        for k, x in found.items()
-      }
+      {k: np.asarray(x.read(), np.float32) for k, x in found.items()}
     )
   count = np.int32(step)
   return step, (
     expected[0]._replace(count=count, **filled),
     expected[1]._replace(count=count),
   )
-
-
-def _is_used(leaf: table.Leaf) -> bool:
-  return leaf.shape != (1,)
 
 
 class _LeafHandler(ocp.type_handlers.NumpyHandler):

@@ -183,7 +183,8 @@ def test_weights_from_a_t5_are_upstreams_choice(tmp_path):
 
   hf_models.make("t5_1_1", tmp_path / "hf")
   source = weights.find(str(tmp_path / "hf"))
-  config, t5 = weights.load_params(source)
+  config, leaves = weights.open_params(source)
+  t5 = table.read_all(leaves)
   model = factory.create(config, HeadConfig("enct5", decoder_layers=2))
   fresh_params = steps.init_params(model, 0)
   params, _, fresh = weights.initial_params(

@@ -23,6 +23,7 @@ from fat5_jax.convert import (
   peft,
   t5x,
   table,
+  tensor_files,
 )
 from fat5_jax.errors import UserError
 from fat5_jax.models import factory
@@ -151,22 +152,25 @@ def test_the_encoder_alone_is_half_the_bytes_and_loads_in_transformers(
 def test_encoder_only_loading_reads_no_decoder_tensor(tmp_path, monkeypatch):
   hf_models.make("t5_1_1", tmp_path)
   read = []
-  original = table.Leaf.__init__
+  original = tensor_files.read_safetensors
 
-  def spy(self, shape, dtype, read_fn):
-    def reading():
-      read.append(shape)
-      return read_fn()
+  def spied(path):
+    def spy(name, leaf):
+      return table.Leaf(
+        leaf.shape, leaf.dtype, lambda: (read.append(name), leaf.read())[1]
+      )
 
-    original(self, shape, dtype, reading)
+    return {name: spy(name, leaf) for name, leaf in original(path).items()}
 
-  monkeypatch.setattr(table.Leaf, "__init__", spy)
+  monkeypatch.setattr(
+    tensor_files,
+    "read_folder",
+    lambda folder: spied(os.path.join(folder, "model.safetensors")),
+  )
   _, params = hf.from_pretrained(tmp_path, without_decoder=True)
   assert set(params) == {"token_embedder", "encoder"}
-  # Whether lm_head is the embedding the config says; three tables are read at
-  # most, and no decoder layer.
-  layers = len(jax.tree.leaves(params))
-  assert len(read) <= 2 * layers + 2
+  assert "encoder.block.0.layer.0.SelfAttention.q.weight" in read
+  assert not [name for name in read if name.startswith("decoder.")]
 
 
 FLASH_NAMES = {

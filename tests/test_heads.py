@@ -460,8 +460,9 @@ def test_fresh_lora_changes_nothing():
   model = factory.create(CONFIG, lora=LoRAConfig())
   x, y = hf_models.tokens()
   params = model.init(jax.random.key(0), x, y)["params"]
-  plain = jax.tree_util.tree_map_with_path(lambda p, v: v, params)
-  flat = {k: v for k, v in table.flatten(plain).items() if k[-1][:5] != "lora_"}
+  flat = {
+    k: v for k, v in table.flatten(params).items() if k[-1][:5] != "lora_"
+  }
   base = factory.create(CONFIG).apply({"params": table.nest(flat)}, x, y)
   np.testing.assert_array_equal(model.apply({"params": params}, x, y), base)
 

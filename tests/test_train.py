@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 
 from fat5_jax import checkpoints, cli, metrics, weights
+from fat5_jax.convert import table
 
 TINY = """
 from __gin__ import dynamic_registration
@@ -93,7 +94,7 @@ TRAIN = ("--gin_file=tiny.gin", "--gin.MODEL_DIR=run")
 
 def final_state(folder, step=12):
   path = os.path.abspath(os.path.join(folder, f"checkpoint_{step}"))
-  _, params = weights.load_params(weights.find(path))
+  params = table.read_all(weights.open_params(weights.find(path))[1])
   import orbax.checkpoint as ocp
 
   with ocp.StandardCheckpointer() as reader:

@@ -128,6 +128,8 @@ def test_a_learning_rate_of_its_own_for_a_pattern():
       updates["head"]["kernel"], 5 * expected["head"]["kernel"], rtol=1e-6
     )
     assert not updates["body"]["kernel"].any()
+  with pytest.raises(UserError, match="no regular expression"):
+    optimizers.adamw(0.1, learning_rate_multipliers={"(": 2.0})
   with pytest.raises(UserError, match="'lora_'"):
     optimizers.adamw(0.1, learning_rate_multipliers={"lora_": 2.0}).init(params)
 

@@ -17,7 +17,9 @@ import argparse
 import ast
 import dataclasses
 import os
+import resource
 import sys
+import time
 
 _FORMATS = ("fat5", "hf", "flash_t5", "enct5", "peft")
 
@@ -66,8 +68,11 @@ def main() -> int:
 
   from fat5_jax.errors import UserError
 
+  begin = time.monotonic()
   try:
     convert(flags)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    print(f"{time.monotonic() - begin:.0f} s, peak memory {peak:.2f} GiB")
   except UserError as e:
     print(f"error: {e}", file=sys.stderr)
     return 1

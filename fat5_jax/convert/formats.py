@@ -82,7 +82,6 @@ def open_model(
   kind: str,
   path: str,
   *,
-  without_decoder: bool = False,
   overrides: Mapping[str, Any] | None = None,
   base: str | None = None,
 ) -> tuple[T5Config, Leaves]:
@@ -91,7 +90,6 @@ def open_model(
   Args:
     kind: as found.
     path: likewise.
-    without_decoder: leaves the decoder out, unread.
     overrides: fields of T5Config that a T5X or Mesh TensorFlow checkpoint does
       not tell, such as {"mlp_activations": ("silu", "linear")}.
     base: the model that a PEFT adapter belongs to; None is what it names.
@@ -102,20 +100,15 @@ def open_model(
   if overrides and kind not in ("t5x", "mesh_tf"):
     raise UserError(f"{path}: its own config.json says all of the model")
   if kind == "hf":
-    return hf.open_model(path, without_decoder)
+    return hf.open_model(path)
   if kind == "peft":
-    config, leaves = _with_adapter(path, base)
-  elif kind == "flash_t5":
-    config, leaves = flash_t5.open_model(path)
-  elif kind == "enct5":
-    config, leaves = enct5.open_model(path)
-  elif kind == "t5x":
-    config, leaves = t5x.open_model(path, overrides)
-  else:
-    config, leaves = mesh_tf.open_model(path, overrides)
-  if without_decoder:
-    leaves = {k: leaf for k, leaf in leaves.items() if k[0] != "decoder"}
-  return config, leaves
+    return _with_adapter(path, base)
+  if kind == "flash_t5":
+    return flash_t5.open_model(path)
+  if kind == "enct5":
+    return enct5.open_model(path)
+  reader = t5x if kind == "t5x" else mesh_tf
+  return reader.open_model(path, overrides)
 
 
 def base_of(found: Found) -> str | None:

@@ -130,11 +130,10 @@ def open_slots(path: str) -> tuple[int, dict[str, Leaves]]:
     raise UserError(f"{path}: no optimizer state in it")
   params = {n: our_path(n) for n in variables if not _SLOT.search(n)}
   slots: dict[str, Leaves] = {}
-  zero = Leaf((1,), "float32", lambda: np.zeros(1, np.float32))
   for theirs, ours in _SLOT_NAMES.items():
     slots[ours] = _shared_bias(
       {
-        where: variables.get(f"{name}_slot_{theirs}", zero)
+        where: variables.get(f"{name}_slot_{theirs}", t5x.UNUSED_SLOT)
         for name, where in params.items()
         if where is not None
       }

@@ -25,6 +25,8 @@ from fat5_jax.models.config import T5Config
 _PLACEHOLDER = "PLACEHOLDER://"
 _LAYER = re.compile(r"layers_\d+$")
 SLOTS = ("m", "v", "v_row", "v_col")
+# What stands in for a slot that a parameter does not use.
+UNUSED_SLOT = Leaf((1,), "float32", lambda: np.zeros(1, np.float32))
 
 
 def is_checkpoint(path: str) -> bool:
@@ -92,13 +94,14 @@ def open_slots(path: str) -> tuple[int, dict[str, Leaves]]:
       slots[where[-1]][where[1:-1]] = leaf
   if step is None or not slots["v"]:
     raise UserError(f"{path}: no Adafactor state in it")
-  if any("layers" not in "".join(k) and len(k) < 2 for k in target):
-    raise UserError(f"{path}: optimizer slots of an unknown layout")
   if not any(_LAYER.match(part) for k in target for part in k):
     raise UserError(
       f"{path}: optimizer slots of scanned layers are averages over all of them"
       " and cannot be taken apart; convert the weights alone"
     )
+  for where in slots["v"]:
+    for name in SLOTS:
+      slots[name].setdefault(where, UNUSED_SLOT)
   return int(step.read()), slots
 
 

@@ -54,11 +54,6 @@ def _check_choice(where: Any, field: str, choices: tuple[Any, ...]) -> None:
     )
 
 
-def _is_one_of(name: str, path: str) -> bool:
-  """Whether a path ends in a name, whole components only."""
-  return path == name or path.endswith(f"/{name}")
-
-
 @dataclasses.dataclass(frozen=True)
 class HeadConfig:
   """What makes a T5 something else than a language model.
@@ -215,7 +210,7 @@ class LoRAConfig:
 
   def applies_to(self, path: str) -> bool:
     """Whether the projection "encoder/layers_0/attention/query" has one."""
-    return any(_is_one_of(name, path) for name in self.targets)
+    return any(f"/{path}".endswith(f"/{name}") for name in self.targets)
 
 
 @dataclasses.dataclass(frozen=True)

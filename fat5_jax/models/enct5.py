@@ -76,9 +76,10 @@ class EncT5(heads.Head):
     self, encoder_input_tokens: jax.Array, *, enable_dropout: bool = False
   ) -> jax.Array:
     """float32 (B, num_labels) of tokens (B, L)."""
+    segment_ids = row_segments(encoder_input_tokens, self.config)
     encoded_BKM = self.encoder(
       self.token_embedder(encoder_input_tokens),
-      row_segments(encoder_input_tokens, self.config),
+      segment_ids,
       enable_dropout=enable_dropout,
     )
     prompt_PM = self.prompt_embedder()
@@ -88,7 +89,7 @@ class EncT5(heads.Head):
         (len(encoder_input_tokens), *prompt_PM.shape),
       ),
       encoded_BKM,
-      encoder_segment_ids=row_segments(encoder_input_tokens, self.config),
+      encoder_segment_ids=segment_ids,
       enable_dropout=enable_dropout,
       project=False,
     )
