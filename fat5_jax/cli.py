@@ -99,10 +99,11 @@ def _quote_plain_text(value: str) -> str:
   import ast
 
   text = value.strip()
-  if text[:1] in "@%'\"[({":
+  if text[:1] in "@%'\"":
     return value
   try:
-    ast.literal_eval(text)
+    # References may stand inside a literal: (@a(), %B).
+    ast.literal_eval(re.sub(r"[@%][\w./]+(\(\))?", "0", text))
     return value
   except (ValueError, SyntaxError):
     return repr(value)

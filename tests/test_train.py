@@ -392,7 +392,11 @@ def test_plain_text_on_the_command_line_needs_no_quotes():
   quote = cli._quote_plain_text
   assert quote("/tmp/run") == "'/tmp/run'"
   assert quote("'/tmp/run'") == "'/tmp/run'"
+  # A pattern that begins like a tuple.
+  assert quote("(head|classifier)/") == "'(head|classifier)/'"
   for literal in ("1_000", "1e-4", "None", "True", "{'a': 1}", "@f()", "%M"):
+    assert quote(literal) == literal
+  for literal in ("(1, 2)", "[@a/b.c(), %M]", "{'a': @f}", "(@f(),)", "''"):
     assert quote(literal) == literal
 
 
