@@ -3,7 +3,9 @@
 A run folder (MODEL_DIR) holds `model.json` (the T5Config and the vocabulary)
 and `checkpoint_<step>/` folders: `params`, `optimizer` and `data`, written by
 orbax. Layers are always `layers_{i}` on disk; stacking them for a scan happens
-here.
+here. Every host writes and reads the parts that its devices hold, so a
+checkpoint goes onto any mesh and any number of hosts; the files beside it are
+written by host 0.
 """
 
 from __future__ import annotations
@@ -18,10 +20,13 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 import orbax.checkpoint as ocp
 
 from fat5_jax.errors import UserError
 from fat5_jax.models.config import T5Config
+from fat5_jax.sharding import Partitioner
 
 logger = logging.getLogger("fat5_jax")
 STEP_FOLDER = re.compile(r"checkpoint_(\d+)$")
@@ -71,7 +76,7 @@ def stack_layers(tree: Any) -> Any:
     if not is_stack(node):
       return node
     rest = {k: v for k, v in node.items() if not k.startswith("layers_")}
-    layers = [node[f"layers_{i}"] for i in range(len(node) - len(rest))]
+    layers = [node[name] for name in _layer_names(node)]
     return rest | {"layers": jax.tree.map(lambda *x: jnp.stack(x), *layers)}
 
   return jax.tree.map(stack, tree, is_leaf=is_stack)
@@ -101,15 +106,87 @@ def as_on_disk(abstract: Any) -> Any:
   return jax.eval_shape(unstack_layers, abstract)
 
 
-def as_running(tree: Any, scan_layers: bool) -> Any:
-  return stack_layers(tree) if scan_layers else tree
+def as_running(tree: Any, abstract: Any) -> Any:
+  """A tree from disk in a run's layout; `abstract` tells where it lies.
+
+  Layers are stacked one parameter at a time, and what was read is freed, so the
+  devices hold one parameter twice, never all.
+  """
+
+  def join(like, *layers):
+    stacked = jax.jit(
+      lambda *x: jnp.stack(x), out_shardings=getattr(like, "sharding", None)
+    )(*layers)
+    stacked.block_until_ready()
+    for layer in layers:
+      if isinstance(layer, jax.Array):
+        layer.delete()
+    return stacked
+
+  def is_stack(node):
+    return isinstance(node, dict) and "layers_0" in node
+
+  def stack(node, like):
+    if not is_stack(node) or "layers" not in like:
+      return node
+    layers = [node.pop(k) for k in _layer_names(node)]
+    return node | {"layers": jax.tree.map(join, like["layers"], *layers)}
+
+  return jax.tree.map(stack, tree, abstract, is_leaf=is_stack)
+
+
+def _layer_names(node: dict[str, Any]) -> list[str]:
+  count = sum(name.startswith("layers_") for name in node)
+  return [f"layers_{i}" for i in range(count)]
+
+
+def _as_saved(tree: Any) -> Any:
+  """A run's tree with its layers apart, as orbax takes it.
+
+  The slices of a scanned layer go to the hosts' memory one parameter at a time:
+  the devices have no room for the state twice.
+  """
+
+  def is_stack(node):
+    return isinstance(node, dict) and "layers" in node
+
+  def split(x):
+    spec = x.sharding.spec if isinstance(x.sharding, NamedSharding) else None
+    if spec is None:
+      return list(x)
+    sharding = NamedSharding(
+      x.sharding.mesh, P(*spec[1:]), memory_kind="pinned_host"
+    )
+    count = len(x)
+    slices = jax.jit(
+      lambda x: [x[i] for i in range(count)], out_shardings=[sharding] * count
+    )(x)
+    return jax.block_until_ready(slices)
+
+  def unstack(node):
+    if not is_stack(node):
+      return node
+    rest = {k: v for k, v in node.items() if k != "layers"}
+    leaves, structure = jax.tree.flatten(node["layers"])
+    layers = zip(*map(split, leaves))
+    return rest | {
+      f"layers_{i}": jax.tree.unflatten(structure, layer)
+      for i, layer in enumerate(layers)
+    }
+
+  return jax.tree.map(unstack, tree, is_leaf=is_stack)
 
 
 # ---- The run folder ----------------------------------------------------------
 
 
 def write_atomically(path: str, text: str) -> None:
-  """Writes a file so that a reader, or a crash, sees all of it or nothing."""
+  """Writes a file so that a reader, or a crash, sees all of it or nothing.
+
+  Host 0 writes it; the others see it in the folder that they share.
+  """
+  if jax.process_index():
+    return
   folder = os.path.dirname(path)
   with tempfile.NamedTemporaryFile(
     "w", dir=folder, delete=False, encoding="utf-8"
@@ -120,7 +197,16 @@ def write_atomically(path: str, text: str) -> None:
 
 
 def prepare_model_dir(model_dir: str) -> str:
-  """Makes the folder, and sure that it can be written; its absolute path."""
+  """Makes the folder, and sure that it can be written; its absolute path.
+
+  Raises:
+    UserError: if it cannot, or is no folder of a file system.
+  """
+  if "://" in model_dir:
+    raise UserError(
+      f"MODEL_DIR {model_dir} is an address, not a folder: mount the bucket"
+      " (gcsfuse, s3fs) on every host and give the folder"
+    )
   model_dir = os.path.abspath(os.path.expanduser(model_dir))
   try:
     os.makedirs(model_dir, exist_ok=True)
@@ -215,20 +301,23 @@ class Checkpointer:
     self._manager.save(
       step,
       args=ocp.args.Composite(
-        params=ocp.args.StandardSave(unstack_layers(params)),
-        optimizer=ocp.args.StandardSave(unstack_layers(opt_state)),
+        params=ocp.args.StandardSave(_as_saved(params)),
+        optimizer=ocp.args.StandardSave(_as_saved(opt_state)),
         data=ocp.args.JsonSave(data),
       ),
     )
 
-  def restore(self, step: int, params, opt_state, scan_layers: bool):
+  def restore(self, step: int, params, opt_state, partitioner: Partitioner):
     """(params, opt_state, data) of a step, given abstract ones as they run."""
+    on_disk = as_on_disk(params)
     try:
       found = self._manager.restore(
         step,
         args=ocp.args.Composite(
-          params=ocp.args.StandardRestore(as_on_disk(params)),
-          optimizer=ocp.args.StandardRestore(as_on_disk(opt_state)),
+          params=ocp.args.StandardRestore(partitioner.place(on_disk)),
+          optimizer=ocp.args.StandardRestore(
+            partitioner.place(as_on_disk(opt_state), on_disk)
+          ),
           data=ocp.args.JsonRestore(),
         ),
       )
@@ -240,8 +329,8 @@ class Checkpointer:
         " this one as INITIAL_CHECKPOINT_PATH"
       ) from None
     return (
-      as_running(found["params"], scan_layers),
-      as_running(found["optimizer"], scan_layers),
+      as_running(found["params"], params),
+      as_running(found["optimizer"], opt_state),
       found["data"],
     )
 

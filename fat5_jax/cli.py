@@ -10,6 +10,7 @@ import logging
 import os
 import re
 import sys
+import traceback
 
 from fat5_jax.errors import UserError, nearest
 
@@ -85,6 +86,24 @@ def _parser(command: str) -> argparse.ArgumentParser:
     default="",
     metavar="DIR,DIR",
     help="more folders for gin files, comma-separated",
+  )
+  several = parser.add_argument_group(
+    "many hosts",
+    "found by themselves on Cloud TPU, SLURM and Open MPI; else give all three",
+  )
+  several.add_argument(
+    "--coordinator_address",
+    metavar="HOST:PORT",
+    help="of process 0; the port after it must be open too",
+  )
+  several.add_argument("--process_count", type=int, metavar="N")
+  several.add_argument("--process_index", type=int, metavar="I")
+  several.add_argument(
+    "--initialization_timeout",
+    type=float,
+    default=300,
+    metavar="SECONDS",
+    help="how long to wait for the other hosts (300)",
   )
   parser.add_argument(
     "--dry_run",
@@ -345,6 +364,7 @@ def _run(command: str, arguments: list[str]) -> None:
     search_paths,
     function_name,
   )
+  _meet_other_hosts(flags)
   plain_function = getattr(module, function_name)
   function = gin.get_configurable(plain_function)
   options = {"dry_run": flags.dry_run}
@@ -358,6 +378,17 @@ def _run(command: str, arguments: list[str]) -> None:
     if cause is None:
       raise
     raise UserError(cause) from None
+
+
+def _meet_other_hosts(flags: argparse.Namespace) -> None:
+  from fat5_jax import console, hosts
+
+  place = hosts.find_place(
+    flags.coordinator_address, flags.process_count, flags.process_index
+  )
+  hosts.start(place, flags.initialization_timeout)
+  if hosts.everyone.index:
+    console.only_errors()
 
 
 def _gin_call_error(error: Exception, function_name: str) -> str | None:
@@ -390,26 +421,59 @@ def main(command: str, arguments: list[str] | None = None) -> int:
   """
   try:
     _run(command, sys.argv[1:] if arguments is None else arguments)
-  except UserError as e:
-    print(f"error: {_without_gin_trail(str(e))}", file=sys.stderr)
-    return 1
   except BrokenPipeError:
     # Standard output was closed by `| head`.
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-  except ValueError as e:
-    message = _user_value_error(e)
+  except BaseException as e:
+    message = _user_message(e)
+    _leave_other_hosts(message, e)
     if message is None:
       raise
     print(f"error: {message}", file=sys.stderr)
     return 1
-  except NotImplementedError as e:
-    # pallas_kernels says what a chip or jax cannot do; others are bugs.
-    message = _without_gin_trail(str(e))
-    if not message.startswith("attention implementation"):
-      raise
-    print(f"error: {message} (macro ATTENTION)", file=sys.stderr)
-    return 1
+  _leave_other_hosts()
   return 0
+
+
+def _user_message(error: BaseException) -> str | None:
+  """What to tell a user of a mistake of his; None for a fault of ours."""
+  if isinstance(error, UserError):
+    return _without_gin_trail(str(error))
+  if isinstance(error, ValueError):
+    return _user_value_error(error)
+  # pallas_kernels says what a chip or jax cannot do; others are bugs.
+  message = _without_gin_trail(str(error))
+  if isinstance(error, NotImplementedError) and message.startswith(
+    "attention implementation"
+  ):
+    return f"{message} (macro ATTENTION)"
+  return None
+
+
+def _leave_other_hosts(
+  message: str | None = None, error: BaseException | None = None
+) -> None:
+  """Says goodbye to the other hosts, if any; with an error they stop too.
+
+  Then this process ends here and now: leaving in the usual way, jax would wait
+  for hosts that wait for this one.
+  """
+  hosts = sys.modules.get("fat5_jax.hosts")
+  if hosts is None or hosts.everyone.count == 1:
+    return
+  if error is None:
+    hosts.everyone.leave()
+    return
+  if message is None:
+    # A collective fails when a host dies; which one, the roll call says.
+    hosts.everyone.wait_for_news()
+    traceback.print_exception(error)
+  else:
+    print(f"error: host {hosts.everyone.index}: {message}", file=sys.stderr)
+  hosts.everyone.leave((message or repr(error)).splitlines()[0])
+  sys.stdout.flush()
+  sys.stderr.flush()
+  os._exit(1)
 
 
 def _without_gin_trail(message: str) -> str:

@@ -15,6 +15,11 @@ from rich.table import Table
 console = Console(stderr=True, highlight=False, soft_wrap=True)
 
 
+def only_errors() -> None:
+  """Silences this process: one of many hosts speaks for all."""
+  console.quiet = True
+
+
 def say(text: str) -> None:
   """A line for a person."""
   console.print(escape(text))
@@ -82,7 +87,7 @@ class Progress:
       f"  {tokens_per_second:,.0f} target tokens/s  padding {padding:.0%}"
       f"  {duration(left)} left"
     )
-    if self._live:
+    if self._live and not console.quiet:
       sys.stderr.write(f"\r\x1b[2K{self._text}")
       sys.stderr.flush()
     else:

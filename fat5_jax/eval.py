@@ -20,14 +20,15 @@ import tensorflow_datasets as tfds
 from fat5_jax import (
   checkpoints,
   console,
-  decoding,
+  hosts,
   metrics,
   predictions,
-  steps,
   weights,
 )
 from fat5_jax.data import features, pipeline, sources
 from fat5_jax.errors import UserError
+from fat5_jax.program import Program, abstract_params, prediction
+from fat5_jax.sharding import Partitioner
 
 
 class InferenceEvaluator:
@@ -37,8 +38,16 @@ class InferenceEvaluator:
   TensorBoard events, as T5X does.
   """
 
-  def __init__(self, model, config: pipeline.DatasetConfig, output_dir: str):
+  def __init__(
+    self,
+    model,
+    config: pipeline.DatasetConfig,
+    output_dir: str,
+    partitioner: Partitioner,
+  ):
     self._config, self._model = config, model
+    self._partitioner = partitioner
+    self._rows = partitioner.round_up(config.batch_size)
     self._folder = os.path.join(output_dir, "inference_eval")
     os.makedirs(self._folder, exist_ok=True)
     task = config.task()
@@ -55,28 +64,20 @@ class InferenceEvaluator:
         sequence_length=config.lengths(),
         seed=config.seed,
         use_cached=config.use_cached,
-        logger_cls=[seqio.JSONLogger, seqio.TensorBoardLogger],
+        # Every host predicts and scores, one writes.
+        logger_cls=[]
+        if jax.process_index()
+        else [seqio.JSONLogger, seqio.TensorBoardLogger],
         log_dir=self._folder,
         async_compute_metrics=False,
       )
     if self._evaluator.eval_tasks:
       pipeline.check_task(config, model.config)
-      self._predict = self._compiled_prediction()
-
-  def _compiled_prediction(self) -> Callable[[Any, pipeline.Batch], jax.Array]:
-    model = self._model
-    if not model.config.is_language_model:
-      return jax.jit(
-        lambda params, batch: decoding.predict_labels(model, params, batch)
-      )
-    shapes = self._evaluator.model_feature_shapes
-    max_length = shapes["decoder_target_tokens"][0]
-    generate = jax.jit(
-      lambda params, tokens: decoding.generate(
-        model, params, tokens, max_length
-      )
-    )
-    return lambda params, batch: generate(params, batch["encoder_input_tokens"])
+      max_length = None
+      if model.config.is_language_model:
+        shapes = self._evaluator.model_feature_shapes
+        max_length = shapes["decoder_target_tokens"][0]
+      self._predict = prediction(model, partitioner, max_length)
 
   @property
   def task_names(self) -> list[str]:
@@ -84,8 +85,9 @@ class InferenceEvaluator:
 
   def _predictions(self, dataset, params) -> list[tuple[int, list[int]]]:
     found = []
-    for indices, batch in _batched(dataset, self._config.batch_size):
-      rows = np.asarray(self._predict(params, batch))
+    for indices, batch in _batched(dataset, self._rows):
+      placed = self._partitioner.to_devices(batch, 0, self._rows)
+      rows = np.asarray(self._predict(params, placed))
       found += [(i, row.tolist()) for i, row in zip(indices, rows)]
     return found
 
@@ -138,16 +140,19 @@ def _batched(dataset, batch_size: int):
 
 
 def loss_metrics(
-  eval_step: Callable[..., Any],
+  program: Program,
   params: Any,
   config: pipeline.DatasetConfig,
-  vocab_size: int,
   max_batches: int | None,
 ) -> dict[str, float]:
   """Loss and token accuracy over a split, teacher-forced."""
   total: dict[str, float] = {}
-  for batch in pipeline.eval_batches(config, vocab_size, max_batches):
-    metrics.add(total, jax.device_get(eval_step(params, batch)))
+  partitioner = program.partitioner
+  rows = partitioner.round_up(config.batch_size)
+  vocab_size = program.model.config.vocab_size
+  for batch in pipeline.eval_batches(config, vocab_size, max_batches, rows):
+    placed = partitioner.to_devices(batch, 0, rows)
+    metrics.add(total, jax.device_get(program.eval_step(params, placed)))
   return metrics.scalars(total) if total else {}
 
 
@@ -157,6 +162,7 @@ def evaluate(
   checkpoint_path: str,
   output_dir: str | None = None,
   model: Any = None,
+  partitioner: Partitioner | None = None,
   config_text: Callable[[], str] | None = None,
   dry_run: bool = False,
 ) -> dict[str, dict[str, float]]:
@@ -169,6 +175,7 @@ def evaluate(
     output_dir: where results go; `eval` inside the checkpoint's run folder by
       default.
     model: overrides the checkpoint's own T5Config (same architecture).
+    partitioner: the mesh; None puts a part of each batch on every device.
     config_text: gives the operative configuration for `config.gin`.
     dry_run: stop once everything is built.
 
@@ -178,7 +185,12 @@ def evaluate(
   Raises:
     UserError: for a mistake in the checkpoint, the data or the task.
   """
-  model, params, vocabulary, source = load_model(checkpoint_path, model)
+  partitioner = partitioner or Partitioner()
+  if config_text is not None:
+    hosts.everyone.agree("the configuration", config_text())
+  model, params, vocabulary, source = load_model(
+    checkpoint_path, model, partitioner
+  )
   if dataset_cfg.vocabulary is None:
     dataset_cfg = dataclasses.replace(dataset_cfg, vocabulary=vocabulary)
   output_dir = checkpoints.prepare_model_dir(
@@ -189,7 +201,7 @@ def evaluate(
       "an embedding has nothing to score by itself: its loss and accuracy in"
       " training are its metrics, fat5_jax.infer writes its vectors"
     )
-  evaluator = InferenceEvaluator(model, dataset_cfg, output_dir)
+  evaluator = InferenceEvaluator(model, dataset_cfg, output_dir, partitioner)
   if not evaluator.task_names:
     raise UserError(
       f"task {dataset_cfg.task().name!r} has no metrics for split"
@@ -204,7 +216,7 @@ def evaluate(
       f"dry run: {source.path} and {dataset_cfg.task().name} are fine"
     )
     return {}
-  results = evaluator.evaluate(jax.device_put(params), source.step)
+  results = evaluator.evaluate(params, source.step)
   console.metrics_table(
     f"{source.path}, split {dataset_cfg.split}",
     [(t, m, v) for t, values in results.items() for m, v in values.items()],
@@ -214,8 +226,10 @@ def evaluate(
   return results
 
 
-def load_model(path: str, model: Any = None):
-  """(model, params, vocabulary or None, source) of a checkpoint.
+def load_model(
+  path: str, model: Any = None, partitioner: Partitioner | None = None
+):
+  """(model, params on the devices, vocabulary or None, source) of a checkpoint.
 
   `model` may change run-time choices; its architecture must be the
   checkpoint's.
@@ -229,12 +243,14 @@ def load_model(path: str, model: Any = None):
       scan_layers=False, remat_policy="none"
     )
     model = factory.create(config)
-  abstract = jax.eval_shape(lambda: steps.init_params(model, 0))
-  params, source, fresh = weights.initial_params(path, model.config, abstract)
-  if fresh:
-    raise UserError(
-      f"{path} is not trained for this model: it has no {', '.join(fresh[:4])}"
-    )
+  partitioner = partitioner or Partitioner()
+  partitioner.check(model.config)
+  params, source, _ = weights.initial_params(
+    path,
+    model.config,
+    partitioner.place(abstract_params(model)),
+    partitioner,
+  )
   vocabulary = None
   if source.kind != "fat5":
     if any(

@@ -19,10 +19,12 @@ import jax
 import numpy as np
 import seqio
 
-from fat5_jax import console, decoding, predictions
+from fat5_jax import console, hosts, predictions
 from fat5_jax.data import pipeline, sources
 from fat5_jax.errors import UserError
 from fat5_jax.eval import load_model
+from fat5_jax.program import prediction
+from fat5_jax.sharding import Partitioner
 
 
 def infer(
@@ -37,6 +39,7 @@ def infer(
   max_output_length: int = 256,
   model: Any = None,
   vocabulary: seqio.Vocabulary | None = None,
+  partitioner: Partitioner | None = None,
   dry_run: bool = False,
 ) -> None:
   """Writes a prediction for every line, or every example of a task.
@@ -58,12 +61,23 @@ def infer(
     max_output_length: most tokens of a prediction.
     model: overrides the checkpoint's own T5Config (same architecture).
     vocabulary: overrides the checkpoint's own.
+    partitioner: the mesh; None puts a part of each batch on every device. Among
+      several hosts all read the input, host 0 writes.
     dry_run: stop once everything is built.
 
   Raises:
     UserError: for a mistake in the checkpoint, the input or the task.
   """
-  model, params, own_vocabulary, source = load_model(checkpoint_path, model)
+  partitioner = partitioner or Partitioner()
+  if input == "-" or (input is None and dataset_cfg is None):
+    if hosts.everyone.count > 1:
+      raise UserError(
+        "standard input reaches one host only: set INPUT to a file that all"
+        f" {hosts.everyone.count} hosts see"
+      )
+  model, params, own_vocabulary, source = load_model(
+    checkpoint_path, model, partitioner
+  )
   vocabulary = vocabulary or own_vocabulary
   if vocabulary is None:
     raise UserError(f"{source.path} brings no vocabulary; set INFER_VOCABULARY")
@@ -78,6 +92,7 @@ def infer(
     lines = _generated_lines(
       model,
       params,
+      partitioner,
       _counted(rows, count),
       vocabulary,
       output_format,
@@ -89,6 +104,7 @@ def infer(
     records = _head_records(
       model,
       params,
+      partitioner,
       dataset_cfg if from_task else None,
       input or "-",
       vocabulary,
@@ -119,6 +135,7 @@ def _counted(rows: Iterable[Any], count: Iterator[int]) -> Iterator[Any]:
 def _generated_lines(
   model,
   params,
+  partitioner,
   rows,
   vocabulary,
   output_format,
@@ -127,21 +144,17 @@ def _generated_lines(
   max_output_length,
 ) -> Iterator[str]:
   """A language model's answer to every row, as lines of the output file."""
-  predict = jax.jit(
-    lambda params, tokens: decoding.generate(
-      model, params, tokens, max_output_length
-    )
-  )
-  params = jax.device_put(params)
+  predict = prediction(model, partitioner, max_output_length)
+  size = partitioner.round_up(batch_size)
   header = True
   for batch in _batches(rows, batch_size):
     tokens = [
       _encode(vocabulary, row["inputs"], max_input_length, model.config)
       for row in batch
     ]
-    found = np.asarray(
-      predict(params, _pad(tokens, batch_size, model.config.pad_token_id))
-    )
+    padded = _pad(tokens, size, model.config.pad_token_id)
+    placed = partitioner.to_devices({"encoder_input_tokens": padded}, 0, size)
+    found = np.asarray(predict(params, placed))
     for row, ids in zip(batch, found):
       row["prediction"] = vocabulary.decode(ids.tolist())
       yield _format(row, output_format, header)
@@ -149,7 +162,14 @@ def _generated_lines(
 
 
 def _head_records(
-  model, params, dataset_cfg, path, vocabulary, batch_size, max_input_length
+  model,
+  params,
+  partitioner,
+  dataset_cfg,
+  path,
+  vocabulary,
+  batch_size,
+  max_input_length,
 ) -> Iterator[predictions.Record]:
   """A head's prediction for every row of a task or an input."""
   if dataset_cfg is not None:
@@ -173,7 +193,7 @@ def _head_records(
     )
     split = predictions.ROWS
   return predictions.predict_task(
-    model, jax.device_put(params), task, split, batch_size, max_input_length
+    model, params, partitioner, task, split, batch_size, max_input_length
   )
 
 
@@ -281,8 +301,14 @@ def _format(row: dict[str, str], output_format: str, header: bool) -> str:
 @contextlib.contextmanager
 def _open_output(path: str):
   """The output file, complete or not there; or standard output."""
+  if jax.process_index():
+    path = os.devnull
   if path == "-":
     yield sys.stdout
+    return
+  if path == os.devnull:
+    with open(path, "w", encoding="utf-8") as file:
+      yield file
     return
   partial = f"{path}.partial"
   try:

@@ -9,6 +9,7 @@ import os
 from typing import Any
 
 from clu import metric_writers
+import jax
 import numpy as np
 
 from fat5_jax import checkpoints
@@ -52,7 +53,7 @@ def add(total: dict[str, float], step: Mapping[str, Any]) -> None:
 
 
 class MetricsLog:
-  """metrics.csv and TensorBoard events of a run folder.
+  """metrics.csv and TensorBoard events of a run folder, written by host 0.
 
   A resumed run first drops what a killed one wrote after its last checkpoint.
   """
@@ -85,10 +86,10 @@ class MetricsLog:
     self._rows = [row for row in self._rows if row[:3] not in again] + rows
     if again:
       self._rewrite()
-    else:
+    elif jax.process_index() == 0:
       with open(self._path, "a", encoding="utf-8", newline="") as file:
         csv.writer(file, lineterminator="\n").writerows(rows)
-    if events is not None:
+    if events is not None and jax.process_index() == 0:
       if events not in self._writers:
         self._writers[events] = metric_writers.SummaryWriter(
           os.path.join(self._model_dir, events)
@@ -110,7 +111,8 @@ class MetricsLog:
   def plot(self) -> str:
     """Draws curves.png; its path."""
     path = os.path.join(self._model_dir, "curves.png")
-    plot(self._rows, path)
+    if jax.process_index() == 0:
+      plot(self._rows, path)
     return path
 
   def close(self) -> None:

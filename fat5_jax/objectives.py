@@ -14,8 +14,8 @@ import jax.numpy as jnp
 
 from fat5_jax import losses
 from fat5_jax.errors import UserError
+from fat5_jax.models import partitioning
 from fat5_jax.models.config import T5Config
-from pallas_kernels import linear_cross_entropy
 
 Batch = Mapping[str, jax.Array]
 
@@ -107,11 +107,11 @@ def _language_model(
     project=False,
     **options,
   )
-  found = linear_cross_entropy(
-    hidden_BLM.reshape(-1, hidden_BLM.shape[-1]),
+  found = partitioning.token_cross_entropy(
+    hidden_BLM,
     model.output_kernel(params),
-    batch["decoder_target_tokens"].reshape(-1),
-    weights_BL.reshape(-1),
+    batch["decoder_target_tokens"],
+    weights_BL,
     z_loss=z_loss,
     label_smoothing=label_smoothing,
   )

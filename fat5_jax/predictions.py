@@ -7,15 +7,15 @@ import itertools
 import json
 from typing import Any
 
-import jax
 import numpy as np
 import seqio
 import tensorflow_datasets as tfds
 
-from fat5_jax import decoding
 from fat5_jax.data import conll, features, head_tasks, sources
 from fat5_jax.errors import UserError
 from fat5_jax.models.config import HeadConfig
+from fat5_jax.program import prediction
+from fat5_jax.sharding import Partitioner
 
 # Input lengths are rounded up to a multiple, so that few programs are compiled.
 LENGTH_STEP = 64
@@ -100,6 +100,7 @@ def task_of_rows(
 def predict_task(
   model,
   params: Any,
+  partitioner: Partitioner,
   task: seqio.Task,
   split: str,
   batch_size: int,
@@ -112,23 +113,22 @@ def predict_task(
   lengths = None
   if max_input_length is not None:
     lengths = features.complete_lengths({"inputs": max_input_length}, task)
-  predict = jax.jit(lambda p, b: decoding.predict_labels(model, p, b))
-  head = model.config.head
+  predict = prediction(model, partitioner, None)
+  head, rows = model.config.head, partitioner.round_up(batch_size)
 
   def windows():
     dataset = task.get_dataset(lengths, split, shuffle=False)
     examples = iter(tfds.as_numpy(dataset))
     while batch := list(itertools.islice(examples, batch_size)):
-      yield from zip(batch, np.asarray(predict(params, _arrays(batch))))
+      placed = partitioner.to_devices(_arrays(batch), 0, rows)
+      yield from zip(batch, np.asarray(predict(params, placed)))
 
   def _arrays(batch):
     keys = ["inputs"] + ["answerable"] * (head.kind == "question_answering")
     longest = max(len(example["inputs"]) for example in batch)
     length = -(-longest // LENGTH_STEP) * LENGTH_STEP
     fill = {"inputs": model.config.pad_token_id, "answerable": 0}
-    arrays = {
-      key: np.full((batch_size, length), fill[key], np.int32) for key in keys
-    }
+    arrays = {key: np.full((rows, length), fill[key], np.int32) for key in keys}
     for key, array in arrays.items():
       for row, example in zip(array, batch):
         row[: len(example[key])] = example[key]

@@ -56,6 +56,7 @@ def make_train_step(
   loss_normalizing_factor: float | str | None = None,
   num_microbatches: int | None = None,
   trains: frozenset[tuple[str, ...]] | None = None,
+  lay_out: Callable[[Any], Any] = lambda gradients: gradients,
 ) -> Callable[[TrainState, Batch], tuple[TrainState, dict[str, jax.Array]]]:
   """One update: (state, batch) -> (state, sums).
 
@@ -66,6 +67,9 @@ def make_train_step(
   `trains` holds the paths of the parameters that train (trainable.choose), None
   all. The others are constants: no gradient is computed for them, and
   `state.opt_state` knows only those that train.
+
+  `lay_out` says where gradients lie on a mesh: as the parameters do, so that
+  devices which share a batch sum each its own part of them.
 
   The sums hold `bad_leaf`: the index, in tree order, of the first parameter
   that trains whose gradient is not finite, or -1.
@@ -94,7 +98,7 @@ def make_train_step(
       )
 
     (_, sums), grads = jax.value_and_grad(loss_fn, has_aux=True)(moving)
-    return grads, sums
+    return lay_out(grads), sums
 
   def accumulate(params, batch, weights_BL, normaliser, rng):
     rows = weights_BL.shape[0]
@@ -103,7 +107,11 @@ def make_train_step(
         f"a batch of {rows} rows does not divide into {microbatches}"
         " microbatches"
       )
-    split = lambda x: x.reshape(microbatches, -1, *x.shape[1:])
+    # Every microbatch takes rows of every device: a device's rows are
+    # neighbours in the batch.
+    split = lambda x: jnp.swapaxes(
+      x.reshape(-1, microbatches, *x.shape[1:]), 0, 1
+    )
     parts = jax.tree.map(split, (dict(batch), weights_BL))
 
     def add(carry, part):
@@ -118,6 +126,7 @@ def make_train_step(
       )
     )
     zero = jax.tree.map(lambda s: jnp.zeros(s.shape, jnp.float32), shapes)
+    zero = lay_out(zero[0]), zero[1]
     return jax.lax.scan(add, zero, (jnp.arange(microbatches), *parts))[0]
 
   def train_step(state: TrainState, batch: Batch):
@@ -178,5 +187,9 @@ def make_eval_step(
 
 def leaf_name(tree: Any, index: int) -> str:
   """The path of a tree's leaf, "encoder/layers_0/..."."""
-  path = jax.tree_util.tree_leaves_with_path(tree)[index][0]
+  return path_name(jax.tree_util.tree_leaves_with_path(tree)[index][0])
+
+
+def path_name(path: Any) -> str:
+  """A leaf's path as "encoder/layers_0/..."."""
   return jax.tree_util.keystr(path, simple=True, separator="/")

@@ -15,9 +15,9 @@ from collections.abc import Callable
 import contextlib
 import itertools
 import os
+import secrets
 import shlex
 import shutil
-import signal
 import sys
 import time
 from typing import Any
@@ -27,12 +27,14 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from fat5_jax import checkpoints, console, metrics, steps, weights
+from fat5_jax import checkpoints, console, hosts, metrics, steps, weights
 from fat5_jax import trainable as trainable_lib
 from fat5_jax.convert import table
 from fat5_jax.data import features, pipeline, vocabularies
 from fat5_jax.errors import UserError
 from fat5_jax.eval import InferenceEvaluator, loss_metrics
+from fat5_jax.program import Program
+from fat5_jax.sharding import Partitioner
 
 _CLOSING_METRICS = (
   "loss_per_nonpadding_target_token",
@@ -54,6 +56,8 @@ def train(
   optimizer: optax.GradientTransformation,
   learning_rate_fn: Callable[[Any], Any],
   model_dir: str,
+  partitioner: Partitioner | None = None,
+  data_shards: int | None = None,
   total_steps: int | None = None,
   relative_steps: int | None = None,
   eval_steps: int | None = 20,
@@ -68,6 +72,7 @@ def train(
   trainable: str | None = None,
   frozen: str | None = None,
   dry_run: bool = False,
+  plan: Callable[[Program, pipeline.DatasetConfig, int], None] | None = None,
 ) -> steps.TrainState | None:
   """Trains until `total_steps`, going on from what `model_dir` holds.
 
@@ -80,7 +85,11 @@ def train(
     checkpoint_cfg: when to save, what to start from.
     optimizer: an optax transformation, its learning rate inside.
     learning_rate_fn: the same schedule, for the log.
-    model_dir: the run folder.
+    model_dir: the run folder; all hosts see it.
+    partitioner: the mesh; None puts a part of each batch on every device.
+    data_shards: streams into which the data is split, each read by the hosts
+      that need it; None is as many as hosts when the run began. The order of
+      the data depends on it, not on the hosts.
     total_steps: the step to reach; counts those of the checkpoint started from.
     relative_steps: instead, steps after that checkpoint.
     eval_steps: batches of train_eval_dataset_cfg an evaluation reads; None all.
@@ -96,9 +105,12 @@ def train(
       None for all; see trainable.choose.
     frozen: regular expression of those of them that do not.
     dry_run: print what would run, decode one batch, and stop.
+    plan: called with what would run, the data and the steps, instead of all
+      that follows (plan.py).
 
   Returns:
-    The final state; None after a dry run or a SIGTERM (which saves first).
+    The final state; None after a dry run, a plan, or a SIGTERM (which saves
+    first).
 
   Raises:
     UserError: for a mistake in the settings, the data or the checkpoint, and
@@ -112,45 +124,40 @@ def train(
   if not isinstance(random_seed, int):
     raise UserError(f"RANDOM_SEED = {random_seed!r} must be a whole number")
   config = model.config
+  partitioner = partitioner or Partitioner()
+  program = Program(
+    model,
+    partitioner,
+    optimizer,
+    seed=random_seed,
+    z_loss=z_loss,
+    label_smoothing=label_smoothing,
+    loss_normalizing_factor=loss_normalizing_factor,
+    num_microbatches=num_microbatches,
+    trainable=trainable,
+    frozen=frozen,
+  )
+  if plan is not None:
+    plan(program, train_dataset_cfg, total_steps or relative_steps)
+    return None
+  if config_text is not None:
+    hosts.everyone.agree("the configuration", config_text())
   task = train_dataset_cfg.task()
   pipeline.check_task(train_dataset_cfg, config)
-  abstract_params = jax.eval_shape(lambda: steps.init_params(model, 0))
-  trainable_lib.check_lora(abstract_params, config)
-  trains = trainable_lib.choose(abstract_params, trainable, frozen)
-  train_step = jax.jit(
-    steps.make_train_step(
-      model,
-      optimizer,
-      seed=random_seed,
-      z_loss=z_loss,
-      label_smoothing=label_smoothing,
-      loss_normalizing_factor=loss_normalizing_factor,
-      num_microbatches=num_microbatches,
-      trains=trains,
-    ),
-    donate_argnums=0,
+  partitioner.check(
+    config,
+    train_dataset_cfg.batch_size,
+    train_dataset_cfg.lengths(),
+    num_microbatches,
   )
-  eval_step = jax.jit(
-    steps.make_eval_step(
-      model,
-      z_loss=z_loss,
-      label_smoothing=label_smoothing,
-      loss_normalizing_factor=loss_normalizing_factor,
-    )
-  )
-
-  def init_state() -> steps.TrainState:
-    params = steps.init_params(model, random_seed)
-    moving, _ = trainable_lib.split(params, trains)
-    return steps.TrainState(jnp.int32(0), params, optimizer.init(moving))
-
-  abstract = jax.eval_shape(init_state)
+  abstract = program.abstract_state
   if dry_run:
-    _dry_run(train_dataset_cfg, config, abstract, trains, config_text)
+    _dry_run(train_dataset_cfg, config, abstract, program.trains, config_text)
     return None
 
   model_dir = checkpoints.prepare_model_dir(model_dir)
   checkpoints.check_same_model(model_dir, config)
+  _check_shared(model_dir)
   checkpointer = checkpoints.Checkpointer(model_dir, checkpoint_cfg.save)
 
   # Where the state comes from, first match wins:
@@ -160,18 +167,28 @@ def train(
   #   3. INITIAL_CHECKPOINT_PATH, any other: its weights, and fresh ones where
   #      the model has what it has not (a head, LoRA), step 0;
   #   4. scratch.
-  position = {"batches": 0, "dataset": train_dataset_cfg.fingerprint()}
+  rows = partitioner.rows(train_dataset_cfg.batch_size)
+  groups = partitioner.row_groups(train_dataset_cfg.batch_size)
+  position = {
+    "batches": 0,
+    "dataset": train_dataset_cfg.fingerprint(),
+    "data_shards": data_shards or groups,
+  }
   total: dict[str, float] = {}
   own_step = checkpointer.latest_step()
   initial_path = checkpoint_cfg.restore.path
   if own_step is not None:
     params, opt_state, found = checkpointer.restore(
-      own_step, abstract.params, abstract.opt_state, config.scan_layers
+      own_step, abstract.params, abstract.opt_state, partitioner
     )
     state = steps.TrainState(jnp.int32(own_step), params, opt_state)
     begin_step, total = found["begin_step"], found["sums"]
-    if found["dataset"] == position["dataset"]:
+    shards_then = found.get("data_shards", 1)
+    if found["dataset"] == position["dataset"] and (
+      data_shards in (None, shards_then)
+    ):
       position["batches"] = found["batches"]
+      position["data_shards"] = shards_then
     else:
       console.say(
         "the training data's settings changed since the checkpoint; reading it"
@@ -179,30 +196,36 @@ def train(
       )
     console.say(f"going on from step {own_step} of {model_dir}")
   elif initial_path:
-    state = jax.jit(init_state)()
     params, source, fresh = weights.initial_params(
-      initial_path, config, state.params, checkpoint_cfg.restore.reinitialize
+      initial_path,
+      config,
+      abstract.params,
+      partitioner,
+      checkpoint_cfg.restore.reinitialize,
+      program.fresh_params,
     )
-    opt_state = state.opt_state
-    begin_step = 0
+    begin_step, opt_state = 0, None
     if source.has_optimizer and not fresh:
       begin_step = source.step
-      if len(trains) == len(table.flatten(abstract.params)):
+      if len(program.trains) == len(table.flatten(abstract.params)):
         opt_state = weights.initial_optimizer(
-          source, abstract.opt_state, config.scan_layers
+          source, abstract.opt_state, abstract.params, partitioner
         )
       else:
         console.say("a part of the parameters trains: a fresh optimizer")
+    if opt_state is None:
+      opt_state = program.init_optimizer(params)
     state = steps.TrainState(jnp.int32(begin_step), params, opt_state)
     console.say(f"starting from {source.path}, step {begin_step}")
     if fresh:
       console.say(f"not in it, so initialised: {', '.join(fresh)}")
   else:
-    state = jax.jit(init_state)()
+    state = program.init_state()
     begin_step = 0
     console.say(f"starting from scratch, seed {random_seed}")
 
   step = first_step = int(state.step)
+  hosts.everyone.agree("step and data position", [step, position])
   last_step = total_steps
   if relative_steps is not None:
     last_step = begin_step + relative_steps
@@ -213,9 +236,15 @@ def train(
     )
   evaluator = None
   if infer_eval_dataset_cfg is not None:
-    evaluator = InferenceEvaluator(model, infer_eval_dataset_cfg, model_dir)
+    evaluator = InferenceEvaluator(
+      model, infer_eval_dataset_cfg, model_dir, partitioner
+    )
   batches = pipeline.train_batches(
-    train_dataset_cfg, config.vocab_size, skip=position["batches"]
+    train_dataset_cfg,
+    config.vocab_size,
+    skip=position["batches"],
+    rows=rows,
+    num_shards=position["data_shards"],
   )
   # The first batch shows bad data before anything is written.
   batches = itertools.chain([next(batches)], batches)
@@ -228,20 +257,21 @@ def train(
     vocabularies.save(vocabulary, model_dir),
     random_seed=random_seed,
   )
-  _write_model_info(model_dir, abstract, trains)
+  _write_model_info(model_dir, abstract, program.trains)
   if config_text is not None:
     checkpoints.write_atomically(
       os.path.join(model_dir, "config.gin"), config_text()
     )
   log = metrics.MetricsLog(model_dir, first_step)
-  moving, _ = trainable_lib.split(abstract.params, trains)
   console.say(
-    f"{_count(abstract.params):,} parameters, {_count(moving):,} of them"
-    f" training, on {jax.device_count()} {jax.default_backend()}"
-    f" device(s), {config.dtype}; results in {model_dir}"
+    f"{_count(abstract.params):,} parameters, {_count(program.moving):,} of"
+    f" them training, on {jax.device_count()} {jax.default_backend()}"
+    f" device(s) ({partitioner.describe()}), {config.dtype}; results in"
+    f" {model_dir}"
   )
 
   def save() -> None:
+    hosts.everyone.agree("step and data position", [step, position])
     checkpointer.save(
       step,
       state.params,
@@ -253,11 +283,7 @@ def train(
   def run_evaluation() -> None:
     if train_eval_dataset_cfg is not None:
       values = loss_metrics(
-        eval_step,
-        state.params,
-        train_eval_dataset_cfg,
-        config.vocab_size,
-        eval_steps,
+        program, state.params, train_eval_dataset_cfg, eval_steps
       )
       name = f"training_eval/{train_eval_dataset_cfg.task().name}"
       log.write(step, name, values, events=name)
@@ -296,7 +322,9 @@ def train(
       bad_leaf = sums.pop("bad_leaf")
       if bad_leaf >= 0 or not np.isfinite(sums["loss"]):
         raise UserError(
-          _divergence_message(done_step, sums, bad_leaf, moving, checkpointer)
+          _divergence_message(
+            done_step, sums, bad_leaf, program.moving, checkpointer
+          )
         )
       metrics.add(total, sums)
       seconds = max(time.monotonic() - mark - waited, 1e-9)
@@ -331,7 +359,7 @@ def train(
     progress.resume()
     waited += time.monotonic() - begin
 
-  with _StopSignal() as stop:
+  with hosts.StopSignal() as stop:
     if own_step is None:
       save()
     elif (
@@ -344,8 +372,11 @@ def train(
       with off_the_clock():
         run_evaluation()
         last_evaluated = step
-    while step < last_step and not stop.received:
-      state, sums = train_step(state, next(batches))
+    while step < last_step and not stop.at(step):
+      batch = partitioner.to_devices(
+        next(batches), rows[0], train_dataset_cfg.batch_size
+      )
+      state, sums = program.train_step(state, batch)
       step += 1
       position["batches"] += 1
       pending.append((step, sums))
@@ -379,32 +410,19 @@ def train(
   return state
 
 
-class _StopSignal:
-  """Turns SIGTERM, and a first Ctrl-C, into a request to stop after a step."""
-
-  def __init__(self):
-    self.received = False
-    self.name = ""
-    self._previous: dict[int, Any] = {}
-
-  def __enter__(self):
-    try:
-      for number in (signal.SIGTERM, signal.SIGINT):
-        self._previous[number] = signal.signal(number, self._handle)
-    except ValueError:
-      pass  # Signals belong to the main thread; elsewhere there are none.
-    return self
-
-  def _handle(self, number, frame):
-    del frame
-    if self.received and number == signal.SIGINT:
-      raise KeyboardInterrupt
-    self.received, self.name = True, signal.Signals(number).name
-    console.say(f"\n{self.name}: saving after this step ...")
-
-  def __exit__(self, *exception):
-    for number, handler in self._previous.items():
-      signal.signal(number, handler)
+def _check_shared(model_dir: str) -> None:
+  """Raises UserError, naming them, for hosts that see another folder."""
+  if hosts.everyone.count == 1:
+    return
+  path = os.path.join(model_dir, ".hosts")
+  checkpoints.write_atomically(path, secrets.token_hex(8))
+  hosts.everyone.agree("MODEL_DIR's path", model_dir)
+  try:
+    with open(path, encoding="utf-8") as file:
+      seen = file.read()
+  except OSError:
+    seen = "no file of host 0's: it is another folder"
+  hosts.everyone.agree("what lies in MODEL_DIR, which all must share", seen)
 
 
 def _command_line() -> str:

@@ -6,6 +6,7 @@ read one at a time.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 import dataclasses
 import logging
 import os
@@ -21,6 +22,7 @@ from fat5_jax import checkpoints, trainable
 from fat5_jax.convert import formats, mesh_tf, orbax_files, t5x, table
 from fat5_jax.errors import UserError
 from fat5_jax.models.config import T5Config
+from fat5_jax.sharding import Partitioner
 
 
 @dataclasses.dataclass(frozen=True)
@@ -169,33 +171,40 @@ def _check_config(found: T5Config, config: T5Config, path: str) -> bool:
 def initial_params(
   path: str,
   config: T5Config,
-  init_params: Any,
+  abstract: Any,
+  partitioner: Partitioner | None = None,
   reinitialize: str | None = None,
+  initialise: Callable[[list[str]], dict[str, jax.Array]] | None = None,
 ) -> tuple[Any, Source, list[str]]:
   """Parameters to start a run from, in its layout and as float32.
 
   A bare T5 gives its body to a head: what the head adds (its layers, EncT5's
   prompts, LoRA's matrices) keeps its fresh values, the decoder layers and the
-  projection that it leaves out are dropped.
+  projection that it leaves out are dropped. A host reads one tensor at a time
+  and keeps what its own devices hold.
 
   Args:
     path: see RestoreCheckpointConfig.
     config: of the run's model.
-    init_params: its fresh parameters; shapes alone will do where the
-      checkpoint has all of them.
+    abstract: shapes (and shardings) of its parameters.
+    partitioner: where they lie; None is one device.
     reinitialize: see RestoreCheckpointConfig.
+    initialise: gives fresh values of the named parameters, unstacked; None is
+      for a checkpoint that has all of them.
 
   Returns:
     The parameters, where they come from, and the names of the fresh ones.
 
   Raises:
-    UserError: if the checkpoint is not of the run's architecture.
+    UserError: if the checkpoint is not of the run's architecture, or lacks
+      parameters that nothing initialises.
   """
+  partitioner = partitioner or Partitioner(devices=jax.devices()[:1])
   source = find(path)
   found_config, found = open_params(source)
   adds_head = _check_config(found_config, config, path)
   name = "/".join
-  on_disk = jax.eval_shape(checkpoints.unstack_layers, init_params)
+  on_disk = checkpoints.as_on_disk(abstract)
   expected = table.flatten(on_disk)
   again = lambda name: None
   if reinitialize:
@@ -221,35 +230,54 @@ def initial_params(
     {name(where): x.shape for where, x in found.items()},
     path,
   )
+  if fresh and initialise is None:
+    raise UserError(
+      f"{path} is not trained for this model: it has no"
+      f" {', '.join(map(name, fresh[:4]))}"
+    )
   # Only now are the tensors read, one at a time.
   arrays = {
-    where: jnp.asarray(leaf.read(), expected[where].dtype)
+    where: partitioner.put(
+      name(where), np.asarray(leaf.read()).astype(expected[where].dtype)
+    )
     for where, leaf in found.items()
   }
+  names = list(map(name, fresh))
   if fresh:
-    values = table.flatten(checkpoints.unstack_layers(init_params))
-    arrays |= {where: values[where] for where in fresh}
-  params = checkpoints.as_running(table.nest(arrays), config.scan_layers)
-  return params, source, [name(where) for where in fresh]
+    values = initialise(names)
+    arrays |= {where: values[name(where)] for where in fresh}
+  params = checkpoints.as_running(table.nest(arrays), abstract)
+  return params, source, names
 
 
-def initial_optimizer(source: Source, abstract: Any, scan_layers: bool) -> Any:
+def initial_optimizer(
+  source: Source, abstract: Any, abstract_params: Any, partitioner: Partitioner
+) -> Any:
   """Optimizer state of a fat5_jax checkpoint to start a run from.
+
+  Args:
+    source: the checkpoint.
+    abstract: shapes of the state, in the run's layout.
+    abstract_params: those of the parameters that it is for.
+    partitioner: where it lies.
 
   Raises:
     UserError: if it is that of another optimizer.
   """
   path = os.path.join(source.path, "optimizer")
+  on_disk = partitioner.place(
+    checkpoints.as_on_disk(abstract), checkpoints.as_on_disk(abstract_params)
+  )
   try:
     with ocp.StandardCheckpointer() as checkpointer:
-      found = checkpointer.restore(path, checkpoints.as_on_disk(abstract))
+      found = checkpointer.restore(path, on_disk)
   except (ValueError, KeyError, TypeError) as e:
     raise UserError(
       f"{source.path} holds the state of another optimizer than the gin file"
       f" asks for ({str(e).splitlines()[0]}). Export it with"
       " tools/convert_checkpoint.py and start from the weights alone"
     ) from None
-  return checkpoints.as_running(found, scan_layers)
+  return checkpoints.as_running(found, abstract)
 
 
 def adafactor_state(source: Source, config: T5Config) -> tuple[int, Any]:

@@ -12,7 +12,6 @@ import dataclasses
 import importlib
 from typing import Any
 
-import jax
 import numpy as np
 import seqio
 import tensorflow as tf
@@ -121,24 +120,37 @@ class DatasetConfig:
     }
 
 
-def _dataset(config: DatasetConfig, num_epochs: int | None) -> tf.data.Dataset:
+def _dataset(
+  config: DatasetConfig,
+  num_epochs: int | None,
+  shard: int = 0,
+  num_shards: int = 1,
+) -> tf.data.Dataset:
   task = config.task()
-  hosts = jax.process_count()
-  if config.batch_size % hosts:
-    raise UserError(
-      f"batch_size={config.batch_size} does not divide over {hosts} hosts"
-    )
   dataset = task.get_dataset(
     sequence_length=config.lengths(),
     split=config.split,
     use_cached=config.use_cached,
     shuffle=config.shuffle,
     seed=config.seed,
-    shard_info=seqio.ShardInfo(jax.process_index(), hosts),
+    shard_info=seqio.ShardInfo(shard, num_shards),
     num_epochs=num_epochs,
   )
   convert = features.feature_converter(task, config.pack)
   return convert(dataset, config.lengths())
+
+
+def batch_shapes(config: DatasetConfig) -> dict[str, tuple[tuple, np.dtype]]:
+  """(shape, type) of every array of a training batch; no data is read."""
+  convert = features.feature_converter(config.task(), config.pack)
+  lengths = dict(convert.get_model_feature_lengths(config.lengths()))
+  found = {}
+  for key, length in lengths.items():
+    # Packing adds segment ids and positions, which are no features.
+    spec = convert.MODEL_FEATURES.get(key)
+    dtype = np.int32 if spec is None else spec.dtype.as_numpy_dtype
+    found[key] = ((config.batch_size, length), np.dtype(dtype))
+  return found
 
 
 def _check_ids(batch: Batch, vocab_size: int, config: DatasetConfig) -> None:
@@ -155,14 +167,24 @@ def _check_ids(batch: Batch, vocab_size: int, config: DatasetConfig) -> None:
 
 
 def train_batches(
-  config: DatasetConfig, vocab_size: int, skip: int = 0
+  config: DatasetConfig,
+  vocab_size: int,
+  skip: int = 0,
+  rows: tuple[int, int] | None = None,
+  num_shards: int = 1,
 ) -> Iterator[Batch]:
   """Batches without end, from the one numbered `skip` on.
+
+  The data is split into `num_shards` streams, each of which gives its part of
+  every batch. A host opens those that hold its rows, so what a batch is does
+  not depend on the number of hosts.
 
   Args:
     config: must name task_feature_lengths.
     vocab_size: rows of the model's embedding.
     skip: batches already seen.
+    rows: [first, end) of each batch that are wanted; None is all.
+    num_shards: streams; must divide the batch.
 
   Raises:
     UserError: for bad data (place and row named), or a token id beyond the
@@ -173,29 +195,48 @@ def train_batches(
       "training needs TASK_FEATURE_LENGTHS, for example"
       " {'inputs': 512, 'targets': 114}"
     )
-  with sources.reraise():
-    dataset = _dataset(config, num_epochs=None)
-    dataset = dataset.batch(
-      config.batch_size // jax.process_count(), drop_remainder=True
+  if config.batch_size % num_shards:
+    raise UserError(
+      f"BATCH_SIZE = {config.batch_size} does not divide into DATA_SHARDS ="
+      f" {num_shards}"
     )
-    dataset = dataset.skip(skip).prefetch(tf.data.AUTOTUNE)
-    for batch in tfds.as_numpy(dataset):
+  share = config.batch_size // num_shards
+  first, end = rows or (0, config.batch_size)
+  shards = range(first // share, -(-end // share))
+
+  def stream(shard):
+    dataset = _dataset(config, None, shard, num_shards)
+    dataset = dataset.batch(share, drop_remainder=True).skip(skip)
+    return tfds.as_numpy(dataset.prefetch(tf.data.AUTOTUNE))
+
+  wanted = slice(first - shards[0] * share, end - shards[0] * share)
+  with sources.reraise():
+    for parts in zip(*map(stream, shards)):
+      batch = {
+        key: np.concatenate([part[key] for part in parts])[wanted]
+        for key in parts[0]
+      }
       _check_ids(batch, vocab_size, config)
       yield batch
 
 
 def eval_batches(
-  config: DatasetConfig, vocab_size: int, max_batches: int | None
+  config: DatasetConfig,
+  vocab_size: int,
+  max_batches: int | None,
+  rows: int | None = None,
 ) -> Iterator[Batch]:
-  """One pass over a split, the last batch filled with empty rows."""
+  """One pass over a split, the same on every host.
+
+  The last batch is filled with empty rows, and all up to `rows` where given.
+  """
   with sources.reraise():
-    dataset = _dataset(config, num_epochs=1)
-    dataset = dataset.batch(config.batch_size // jax.process_count())
+    dataset = _dataset(config, num_epochs=1).batch(config.batch_size)
     if max_batches is not None:
       dataset = dataset.take(max_batches)
     for batch in tfds.as_numpy(dataset):
       _check_ids(batch, vocab_size, config)
-      yield fill_rows(batch, config.batch_size // jax.process_count())
+      yield fill_rows(batch, rows or config.batch_size)
 
 
 def fill_rows(batch: Batch, rows: int) -> Batch:

@@ -8,8 +8,9 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from fat5_jax.models import partitioning
 from fat5_jax.models.config import LoRAConfig, T5Config
-from pallas_kernels import Alibi, RelativeBuckets, flash_attention, rms_norm
+from pallas_kernels import Alibi, RelativeBuckets, rms_norm
 
 _ACTIVATIONS = {
   "relu": nn.relu,
@@ -146,9 +147,8 @@ class Embed(nn.Module):
     )
 
   def __call__(self, tokens_BL: jax.Array) -> jax.Array:
-    # An id beyond the table gives NaN instead of another token's row.
-    embedding = jnp.take(self.embedding, tokens_BL, axis=0, mode="fill")
-    return embedding.astype(self.config.dtype)
+    x_BLM = partitioning.embed(self.embedding, tokens_BL, self.config.dtype)
+    return partitioning.constrain(x_BLM, "batch", "length", "embed")
 
   def attend(self, x_BLM: jax.Array) -> jax.Array:
     """float32 logits (B, L, V) against the embedding."""
@@ -192,6 +192,7 @@ class Mlp(nn.Module):
       branch = dense(x_BLM)
       branch = _ACTIVATIONS[activation](branch)
       y_BLF = branch if y_BLF is None else y_BLF * branch
+    y_BLF = partitioning.constrain(y_BLF, "batch", "length", "mlp")
     y_BLF = Dropout(config, self.enable_dropout)(y_BLF)
     dense = Dense(config.emb_dim, config.dtype, name="wo", **low_rank)
     return dense(y_BLF)
@@ -255,7 +256,7 @@ class Attention(nn.Module):
         self.make_rng("dropout"), keep, (batch, keys, heads, 1)
       )
       v_BKHD = jnp.where(mask, v_BKHD / keep, 0).astype(v_BKHD.dtype)
-    o_BQHD = flash_attention(
+    o_BQHD = partitioning.attention(
       self._heads(self.query(x_BQM)),
       memory["key"],
       v_BKHD,

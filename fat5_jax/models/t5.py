@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fat5_jax.models import layers
+from fat5_jax.models import layers, partitioning
 from fat5_jax.models.config import T5Config
 from fat5_jax.models.positions import RelativePositionBias
 from pallas_kernels import Alibi, RelativeBuckets
@@ -50,7 +50,8 @@ class EncoderLayer(nn.Module):
     x_BLM = x_BLM + layers.Dropout(config, on)(h)
     h = layers.RMSNorm(config, name="pre_mlp_layer_norm")(x_BLM)
     h = layers.Mlp(config, on, name="mlp")(h)
-    return x_BLM + layers.Dropout(config, on)(h), cache
+    x_BLM = x_BLM + layers.Dropout(config, on)(h)
+    return partitioning.constrain(x_BLM, "batch", "length", "embed"), cache
 
 
 class DecoderLayer(nn.Module):
@@ -116,6 +117,7 @@ class DecoderLayer(nn.Module):
     h = layers.RMSNorm(config, name="pre_mlp_layer_norm")(x_BLM)
     h = layers.Mlp(config, on, name="mlp")(h)
     x_BLM = x_BLM + layers.Dropout(config, on)(h)
+    x_BLM = partitioning.constrain(x_BLM, "batch", "length", "embed")
     if not self.cache_length:
       return x_BLM, None
     return x_BLM, {"self": new_cache, "cross": _heads_first(cross)}
