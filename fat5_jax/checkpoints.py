@@ -187,7 +187,7 @@ def write_atomically(path: str, text: str) -> None:
   """
   if jax.process_index():
     return
-  folder = os.path.dirname(path)
+  folder = os.path.dirname(os.path.abspath(path))
   with tempfile.NamedTemporaryFile(
     "w", dir=folder, delete=False, encoding="utf-8"
   ) as file:

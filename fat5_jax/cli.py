@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
 import contextlib
+import functools
 import importlib
 import inspect
 import logging
@@ -20,7 +22,16 @@ _COMMANDS = {
   "train": ("fat5_jax.train", "train", None),
   "eval": ("fat5_jax.eval", "evaluate", "runs/eval.gin"),
   "infer": ("fat5_jax.infer", "infer", "runs/infer.gin"),
+  # What train would run is what is planned.
+  "plan": ("fat5_jax.train", "train", None),
 }
+# What the compiled step does not depend on; plan does without.
+_NOT_PLANNED = (
+  "MODEL_DIR",
+  "INITIAL_CHECKPOINT_PATH",
+  "VOCAB_FILE",
+  "TRAIN_STEPS",
+)
 _HELP = {
   "train": (
     "Train a model. Needs a gin file, for example:\n\n"
@@ -36,6 +47,12 @@ _HELP = {
     "Predict lines of text (from INPUT, or standard input) or a task:\n\n"
     "  python -m fat5_jax.infer --gin.MODEL_DIR=/tmp/quickstart \\\n"
     "    --gin.INPUT=lines.txt --gin.OUTPUT=predictions.jsonl"
+  ),
+  "plan": (
+    "Compile a training run for chips that are not here: memory, operations,\n"
+    "communication, time at least, and what would make it fit:\n\n"
+    "  python -m fat5_jax.plan --gin_file=recipes/pods/xxl_v5e_256.gin \\\n"
+    "    --topology=v5e:16x16"
   ),
 }
 _PACKAGE = os.path.dirname(os.path.abspath(__file__))
@@ -87,6 +104,19 @@ def _parser(command: str) -> argparse.ArgumentParser:
     metavar="DIR,DIR",
     help="more folders for gin files, comma-separated",
   )
+  if command == "plan":
+    parser.add_argument(
+      "--topology",
+      action="append",
+      default=[],
+      metavar="CHIP:SIZE",
+      help="what to compile for, repeatable: v5e:16x16, v4:4x4x4, v5p:4x4x4,"
+      " v6e:8x8, tpu7x:2x2x1, h100:8, h200:8, a100:8, cpu:4, or all",
+    )
+    parser.add_argument(
+      "--json", metavar="FILE", help="where all figures go (plan.json)"
+    )
+    return parser
   several = parser.add_argument_group(
     "many hosts",
     "found by themselves on Cloud TPU, SLURM and Open MPI; else give all three",
@@ -224,7 +254,11 @@ def _check_macros(files: _GinFiles, bindings: list[str]) -> None:
 
 
 def _parse(
-  files: list[str], bindings: list[str], search_paths: list[str], function: str
+  files: list[str],
+  bindings: list[str],
+  search_paths: list[str],
+  function: str,
+  may_be_unset: Sequence[str] = (),
 ) -> None:
   """Parses everything that `function` shall be called with."""
   import importlib.util  # gin 0.5 uses it without importing it  # noqa: F401
@@ -250,11 +284,13 @@ def _parse(
     raise UserError(f"gin: {e}") from None
   except (ValueError, TypeError, SyntaxError, RuntimeError, OSError) as e:
     raise UserError(_explain_gin_error(str(e))) from None
-  _check_required(gin, function)
+  _check_required(gin, function, may_be_unset)
 
 
-def _check_required(gin, function: str) -> None:
+def _check_required(gin, function: str, may_be_unset: Sequence[str]) -> None:
   """Raises for macros at %gin.REQUIRED that a command's function comes to use.
+
+  Those that may be unset become a text that says so.
 
   Bindings of other commands in the same files do not count.
   """
@@ -280,6 +316,9 @@ def _check_required(gin, function: str) -> None:
     if is_macro and "REQUIRED" in text:
       missing.append(name)
     todo += _REFERENCE.findall(text)
+  for name in set(missing) & set(may_be_unset):
+    missing.remove(name)
+    gin.bind_parameter(f"{name}/gin.macro.value", f"({name} is not set)")
   if missing:
     flags = " ".join(f"--gin.{name}=..." for name in sorted(missing))
     raise UserError(
@@ -346,6 +385,12 @@ def _run(command: str, arguments: list[str]) -> None:
       "no --gin_file given. To start: --gin_file=recipes/quickstart.gin"
       " --gin.MODEL_DIR=/tmp/quickstart"
     )
+  if command == "plan":
+    from fat5_jax import chips
+
+    if not flags.topology:
+      raise UserError("no --topology given. For example: --topology=v5e:16x16")
+    chips.prepare_environment([t for t in flags.topology if t != "all"])
   # Quiet by default: TensorFlow and absl speak to their own developers.
   os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
   logging.basicConfig(format="%(message)s", level=logging.WARNING)
@@ -363,11 +408,13 @@ def _run(command: str, arguments: list[str]) -> None:
     [*flags.gin_bindings, *bindings],
     search_paths,
     function_name,
+    may_be_unset=_NOT_PLANNED if command == "plan" else (),
   )
-  _meet_other_hosts(flags)
+  if command != "plan":
+    _meet_other_hosts(flags)
   plain_function = getattr(module, function_name)
   function = gin.get_configurable(plain_function)
-  options = {"dry_run": flags.dry_run}
+  options = _options(command, flags)
   if "config_text" in inspect.signature(plain_function).parameters:
     options["config_text"] = gin.config_str
   try:
@@ -378,6 +425,18 @@ def _run(command: str, arguments: list[str]) -> None:
     if cause is None:
       raise
     raise UserError(cause) from None
+
+
+def _options(command: str, flags: argparse.Namespace) -> dict[str, object]:
+  if command != "plan":
+    return {"dry_run": flags.dry_run}
+  from fat5_jax import plan
+
+  return {
+    "plan": functools.partial(
+      plan.report, topologies=flags.topology, output=flags.json
+    )
+  }
 
 
 def _meet_other_hosts(flags: argparse.Namespace) -> None:

@@ -105,6 +105,26 @@ def metrics_table(title: str, rows: Iterable[tuple[str, str, float]]) -> None:
   console.print(table)
 
 
+def pairs_table(title: str, rows: Iterable[tuple[str, str]]) -> None:
+  """A name and a text a row."""
+  plain_table(title, ("", ""), rows, show_header=False)
+
+
+def plain_table(
+  title: str,
+  header: Iterable[str],
+  rows: Iterable[Iterable[str]],
+  show_header: bool = True,
+) -> None:
+  """Texts in columns."""
+  table = Table(title=title, title_justify="left", show_header=show_header)
+  for name in header:
+    table.add_column(name, overflow="fold")
+  for row in rows:
+    table.add_row(*map(escape, row))
+  console.print(table)
+
+
 def samples_table(rows: Iterable[Mapping[str, Any]]) -> None:
   """Predictions beside targets."""
   table = Table(title="sample predictions", title_justify="left")

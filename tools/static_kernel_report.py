@@ -26,6 +26,7 @@ import sys
 import tempfile
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+from fat5_jax import chips
 
 TPUS = {
   "v4": "v4:2x2x1",
@@ -34,45 +35,10 @@ TPUS = {
   "v6e": "v6e:2x2",
   "v7x": "tpu7x:2x2x1",
 }
-GPUS = {
-  # name: (compute capability, multiprocessors, shared memory a block, memory)
-  "a100": ((8, 0), 108, 166912, 84978434048),
-  "h100": ((9, 0), 132, 232448, 84978434048),
-}
+GPUS = ("a100", "h100")
 BATCH, HEADS, HEAD_DIM = 1, 12, 64
 LENGTHS = (4096, 8192, 16384)
 LONG = 131072
-
-
-def gpu_description(name: str) -> str:
-  """The target as XLA's GPU compiler wants it (stream_executor's text form)."""
-  (major, minor), cores, shared, memory = GPUS[name]
-  return f"""
-gpu_device_info {{
-  threads_per_block_limit: 1024
-  threads_per_warp: 32
-  shared_memory_per_block: 49152
-  shared_memory_per_core: {shared + 1024}
-  threads_per_core_limit: 2048
-  core_count: {cores}
-  fpus_per_core: 128
-  block_dim_limit_x: 2147483647
-  block_dim_limit_y: 65535
-  block_dim_limit_z: 65535
-  memory_bandwidth: 3000000000000
-  l2_cache_size: 50000000
-  clock_rate_ghz: 1.7
-  device_memory_size: {memory}
-  shared_memory_per_block_optin: {shared}
-  cuda_compute_capability {{ major: {major} minor: {minor} }}
-  registers_per_core_limit: 65536
-  registers_per_block_limit: 65536
-}}
-platform_name: "CUDA"
-dnn_version_info {{ major: 9 minor: 8 }}
-runtime_version {{ major: 12 minor: 9 }}
-device_description_str: "NVIDIA {name.upper()}"
-"""
 
 
 def topology(target: str):
@@ -86,7 +52,7 @@ def topology(target: str):
     platform="cuda",
     topology_name=target,
     topology="1x1x1",
-    target_config=gpu_description(target),
+    target_config=chips.gpu_description(target),
   )
 
 

@@ -1,0 +1,194 @@
+"""Chips one can rent, and how to compile for them without having one.
+
+Figures are the makers' for one JAX device, dense bfloat16: Google's system
+architecture pages for v4, v5e, v5p, v6e, Ironwood (a v4 or Ironwood chip is two
+devices, so half of it each), NVIDIA's data sheets for A100 80GB SXM, H100 SXM,
+H200 SXM. Network is what one device sends to its neighbours in the slice or the
+NVLink domain, in one direction; `wide_network` what it sends beyond.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+import os
+import re
+from typing import Any
+
+from fat5_jax.errors import UserError, nearest
+
+_GIB = 2**30
+
+
+@dataclasses.dataclass(frozen=True)
+class Chip:
+  """One JAX device.
+
+  Attributes:
+    platform: "tpu", "cuda" or "cpu".
+    flops: a second, bfloat16.
+    memory: bytes that a program may use.
+    bandwidth: of the memory, bytes a second.
+    network: bytes a second to the other devices of its slice or host.
+    wide_network: bytes a second to those beyond.
+    example: a topology of one host.
+  """
+
+  platform: str
+  flops: float
+  memory: float
+  bandwidth: float
+  network: float
+  wide_network: float
+  example: str
+
+
+CHIPS = {
+  "v4": Chip("tpu", 137.5e12, 15.5 * _GIB, 614e9, 150e9, 6e9, "v4:2x2x1"),
+  "v5e": Chip("tpu", 197e12, 15.75 * _GIB, 819e9, 100e9, 6e9, "v5e:2x4"),
+  "v5p": Chip("tpu", 459e12, 95.74 * _GIB, 2765e9, 300e9, 6e9, "v5p:2x2x1"),
+  "v6e": Chip("tpu", 918e12, 31.25 * _GIB, 1640e9, 224e9, 6e9, "v6e:2x4"),
+  "tpu7x": Chip(
+    "tpu", 1153e12, 94.75 * _GIB, 3690e9, 300e9, 6e9, "tpu7x:2x2x1"
+  ),
+  "a100": Chip("cuda", 312e12, 79.1 * _GIB, 2039e9, 300e9, 25e9, "a100:8"),
+  "h100": Chip("cuda", 989e12, 79.1 * _GIB, 3350e9, 450e9, 50e9, "h100:8"),
+  "h200": Chip("cuda", 989e12, 140 * _GIB, 4800e9, 450e9, 50e9, "h200:8"),
+  "cpu": Chip("cpu", 1e11, 8 * _GIB, 20e9, 5e9, 1e9, "cpu:8"),
+}
+_GPUS_A_HOST = 8
+# name: (compute capability, multiprocessors, shared memory a block, memory)
+_GPUS = {
+  "a100": ((8, 0), 108, 166912, 84978434048),
+  "h100": ((9, 0), 132, 232448, 84978434048),
+  "h200": ((9, 0), 132, 232448, 150323855360),
+}
+
+
+def chip_of(topology: str) -> str:
+  """ "v5e" of "v5e:16x16".
+
+  Raises:
+    UserError: for a name that no topology has.
+  """
+  name, _, shape = topology.partition(":")
+  examples = ", ".join(chip.example for chip in CHIPS.values())
+  if name not in CHIPS:
+    raise UserError(
+      f"--topology={topology}: no chip {name!r}.{nearest(name, CHIPS)} There"
+      f" are: {examples}; and all"
+    )
+  pattern = r"\d+" if CHIPS[name].platform != "tpu" else r"\d+(x\d+){1,2}"
+  if not re.fullmatch(pattern, shape):
+    raise UserError(
+      f"--topology={topology}: write the size as in {CHIPS[name].example}"
+    )
+  return name
+
+
+def prepare_environment(topologies: list[str]) -> None:
+  """What must be set before jax starts, to compile for these topologies."""
+  os.environ["JAX_PLATFORMS"] = "cpu"
+  os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+  os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5litepod-4")
+  os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
+  # Only a compiler is loaded: another process may have it too.
+  os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
+  hosts = [t for t in topologies if chip_of(t) == "cpu"]
+  if hosts:
+    count = max(int(t.partition(":")[2]) for t in hosts)
+    flag = f"--xla_force_host_platform_device_count={count}"
+    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {flag}"
+
+
+def devices(topology: str) -> list[Any]:
+  """The devices of a topology, to compile for.
+
+  Raises:
+    UserError: if its compiler is not installed, or knows no such topology.
+  """
+  import jax
+  from jax.experimental import topologies
+
+  name, _, shape = topology.partition(":")
+  platform = CHIPS[chip_of(topology)].platform
+  if platform == "cpu":
+    return jax.devices("cpu")[: int(shape)]
+  try:
+    if platform == "tpu":
+      if importlib.util.find_spec("libtpu") is None:
+        raise UserError(
+          f"--topology={topology} needs the TPU's compiler: pip install"
+          f" 'jax[tpu]=={jax.__version__}' (no TPU is needed)"
+        )
+      found = topologies.get_topology_desc(
+        platform="tpu", topology_name=topology
+      )
+      return list(found.devices)
+    _check_cuda(topology, jax.__version__)
+    count = int(shape)
+    hosts = -(-count // _GPUS_A_HOST)
+    if count % hosts:
+      raise UserError(
+        f"--topology={topology}: beyond {_GPUS_A_HOST} GPUs, whole hosts of"
+        f" {_GPUS_A_HOST}"
+      )
+    found = topologies.get_topology_desc(
+      platform="cuda",
+      topology_name=name,
+      topology=f"1x{hosts}x{count // hosts}",
+      target_config=gpu_description(name),
+    )
+    return list(found.devices)
+  except (jax.errors.JaxRuntimeError, ValueError, RuntimeError) as e:
+    reason = str(e).splitlines()[0][:300]
+    raise UserError(
+      f"--topology={topology}: {reason}. One that exists: {CHIPS[name].example}"
+    ) from None
+
+
+def domain(chip: Chip, count: int) -> int:
+  """Of `count` devices, how many talk over the fast network."""
+  return min(count, _GPUS_A_HOST) if chip.platform == "cuda" else count
+
+
+def _check_cuda(topology: str, version: str) -> None:
+  plugins = ("jax_cuda13_plugin", "jax_cuda12_plugin")
+  if any(importlib.util.find_spec(name) for name in plugins):
+    return
+  raise UserError(
+    f"--topology={topology} needs the GPU's compiler: pip install"
+    f" 'jax[cuda13]=={version}' (no GPU is needed; its attention kernels need"
+    " jax 0.11 and Python 3.12)"
+  )
+
+
+def gpu_description(name: str) -> str:
+  """The target as XLA's GPU compiler wants it (stream_executor's text form)."""
+  (major, minor), cores, shared, memory = _GPUS[name]
+  return f"""
+gpu_device_info {{
+  threads_per_block_limit: 1024
+  threads_per_warp: 32
+  shared_memory_per_block: 49152
+  shared_memory_per_core: {shared + 1024}
+  threads_per_core_limit: 2048
+  core_count: {cores}
+  fpus_per_core: 128
+  block_dim_limit_x: 2147483647
+  block_dim_limit_y: 65535
+  block_dim_limit_z: 65535
+  memory_bandwidth: 3000000000000
+  l2_cache_size: 50000000
+  clock_rate_ghz: 1.7
+  device_memory_size: {memory}
+  shared_memory_per_block_optin: {shared}
+  cuda_compute_capability {{ major: {major} minor: {minor} }}
+  registers_per_core_limit: 65536
+  registers_per_block_limit: 65536
+}}
+platform_name: "CUDA"
+dnn_version_info {{ major: 9 minor: 8 }}
+runtime_version {{ major: 12 minor: 9 }}
+device_description_str: "NVIDIA {name.upper()}"
+"""
