@@ -116,6 +116,14 @@ def _parser(command: str) -> argparse.ArgumentParser:
     parser.add_argument(
       "--json", metavar="FILE", help="where all figures go (plan.json)"
     )
+    parser.add_argument(
+      "--no_decode", action="store_true", help="compile the training step alone"
+    )
+    parser.add_argument(
+      "--keep",
+      action="store_true",
+      help="seek no change that fits where the run does not",
+    )
     return parser
   several = parser.add_argument_group(
     "many hosts",
@@ -434,7 +442,11 @@ def _options(command: str, flags: argparse.Namespace) -> dict[str, object]:
 
   return {
     "plan": functools.partial(
-      plan.report, topologies=flags.topology, output=flags.json
+      plan.report,
+      topologies=flags.topology,
+      output=flags.json,
+      decode=not flags.no_decode,
+      seek=not flags.keep,
     )
   }
 

@@ -73,6 +73,7 @@ class Report:
   tokens: int = 0
   decode: dict[str, Any] | None = None
   change: list[str] | None = None
+  sought: bool = False
   problem: str = ""
 
   @property
@@ -87,6 +88,8 @@ def report(
   total_steps: int | None,
   topologies: Sequence[str],
   output: str | None = None,
+  decode: bool = True,
+  seek: bool = True,
 ) -> None:
   """Compiles for each topology, prints, and writes JSON.
 
@@ -97,6 +100,8 @@ def report(
     topologies: names such as v5e:16x16, h100:8, cpu:4; "all" is a host of each
       chip.
     output: JSON file; None is plan.json, here.
+    decode: whether to compile decoding too.
+    seek: whether to look for a change that fits where the run does not.
 
   Raises:
     UserError: for a topology, mesh, batch or length that cannot be.
@@ -112,10 +117,12 @@ def report(
   for topology in topologies:
     console.say(f"compiling for {topology} ...")
     try:
-      result = rehearse(program, shapes, topology, flops)
-      if not every and not result.fits:
+      result = rehearse(program, shapes, topology, flops, decode)
+      if seek and not every and not result.fits:
         result = dataclasses.replace(
-          result, change=_find_change(program, shapes, topology, flops)
+          result,
+          sought=True,
+          change=_find_change(program, shapes, topology, flops),
         )
     except UserError as e:
       if not every:
@@ -439,7 +446,7 @@ def _tell(r: Report, total_steps: int | None) -> None:
     )
   rows.append(("compiled in", f"{r.compile_seconds:,.0f} s"))
   console.pairs_table(f"{r.topology}, {r.devices} devices, {r.mesh}", rows)
-  if not r.fits:
+  if not r.fits and r.sought:
     if r.change is None:
       console.say(
         "no change of recomputation, mesh, microbatches or batch that was tried"

@@ -134,6 +134,7 @@ VARIANTS = {
   "scan": dict(scan_layers=True),
   "remat minimal": dict(remat_policy="minimal"),
   "remat full": dict(remat_policy="full"),
+  "remat but for names": dict(remat_policy=("attention", "wi")),
   "scan and remat": dict(scan_layers=True, remat_policy="full"),
   "dense attention": dict(attention_implementation="reference"),
 }

@@ -44,6 +44,8 @@ _PROJECTIONS = (
   *("query", "key", "value", "out"),
   *("wi", "wi_0", "wi_1", "wo", "logits_dense"),
 )
+# What a tuple as remat_policy may name: outputs of projections, of attention.
+SAVEABLE = ("attention", *_PROJECTIONS[:-1])
 
 
 def _check_choice(where: Any, field: str, choices: tuple[Any, ...]) -> None:
@@ -256,9 +258,10 @@ class T5Config:
   dtype: Literal["float32", "bfloat16"] = "bfloat16"
   # One scanned layer instead of a loop: compiles in constant time.
   scan_layers: bool = False
-  # What the backward pass recomputes: nothing, all but matrix products with
-  # parameters, or everything.
-  remat_policy: Literal["none", "minimal", "full"] = "none"
+  # What the backward pass recomputes: nothing; all but products with parameters
+  # and attention's output; everything; or all but what is named here, of
+  # SAVEABLE: ("attention", "wi_0", "wi_1").
+  remat_policy: Literal["none", "minimal", "full"] | tuple[str, ...] = "none"
   # Attention backend by name; None lets pallas_kernels choose.
   attention_implementation: str | None = None
   # None is the language model that T5 is.
@@ -282,7 +285,16 @@ class T5Config:
         value = described_by(**getattr(self, field))
         object.__setattr__(self, field, value)
     _check_choice(self, "dtype", DTYPES)
-    _check_choice(self, "remat_policy", REMAT_POLICIES)
+    if isinstance(self.remat_policy, str):
+      _check_choice(self, "remat_policy", REMAT_POLICIES)
+    else:
+      object.__setattr__(self, "remat_policy", tuple(self.remat_policy))
+      for name in self.remat_policy:
+        if name not in SAVEABLE:
+          raise ValueError(
+            f"remat_policy={self.remat_policy}: {name!r} is not one of"
+            f" {', '.join(SAVEABLE)}"
+          )
     _check_choice(self, "model_type", ("t5", "mt5", "umt5"))
     _check_choice(self, "position_encoding", ("t5", "alibi"))
     for activation in self.mlp_activations:

@@ -6,6 +6,7 @@ from typing import Any
 
 import flax.linen as nn
 import jax
+from jax.ad_checkpoint import checkpoint_name
 import jax.numpy as jnp
 
 from fat5_jax.models import partitioning
@@ -86,6 +87,8 @@ class Dense(nn.Module):
         flat, deterministic=not self.enable_dropout
       )
       y = y + product(product(read, a), b) * lora.scale
+    # A policy of rematerialisation may save it by its name.
+    y = checkpoint_name(y, self.name or "")
     return y.reshape(*x.shape[:-1], self.features)
 
 

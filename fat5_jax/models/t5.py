@@ -21,10 +21,18 @@ from fat5_jax.models.config import T5Config
 from fat5_jax.models.positions import RelativePositionBias
 from pallas_kernels import Alibi, RelativeBuckets
 
-_REMAT_POLICIES = {
-  "minimal": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
-  "full": None,
-}
+
+def _remat_policy(config: T5Config):
+  """What the backward pass keeps; see T5Config.remat_policy."""
+  policies = jax.checkpoint_policies
+  if config.remat_policy == "full":
+    return None
+  if config.remat_policy == "minimal":
+    return policies.save_from_both_policies(
+      policies.dots_with_no_batch_dims_saveable,
+      policies.save_only_these_names("attention"),
+    )
+  return policies.save_only_these_names(*config.remat_policy)
 
 
 class EncoderLayer(nn.Module):
@@ -153,7 +161,7 @@ def _apply_layers(
   if config.remat_policy != "none":
     layer_class = nn.remat(
       layer_class,
-      policy=_REMAT_POLICIES[config.remat_policy],
+      policy=_remat_policy(config),
       prevent_cse=not config.scan_layers,
     )
   if config.scan_layers:

@@ -19,6 +19,7 @@ import math
 from typing import NamedTuple
 
 import jax
+from jax.ad_checkpoint import checkpoint_name
 from jax.custom_batching import sequential_vmap
 import jax.numpy as jnp
 import numpy as np
@@ -268,6 +269,7 @@ def _attention_forward(kernels, plan, q, k, v, bias, segments, q_offset):
   o, lse = kernels.run_forward(
     q, k, v, cut, segments, shift, phase, plan=plan, need_lse=True
   )
+  o, lse = saveable(o, lse)
   mark = () if need_dbias else None
   return o, (q, k, v, bias, segments, q_offset, o, lse, mark)
 
@@ -305,6 +307,15 @@ def _attention_backward(kernels, plan, residuals, do):
 
 
 _attention.defvjp(_attention_forward, _attention_backward, symbolic_zeros=True)
+
+
+def saveable(o, lse):
+  """Both named "attention", for a policy of jax.checkpoint that saves them.
+
+  The backward pass then needs no second forward pass; they are as large as the
+  queries.
+  """
+  return checkpoint_name(o, "attention"), checkpoint_name(lse, "attention")
 
 
 def unsupported(q_BQHD, bias) -> str | None:

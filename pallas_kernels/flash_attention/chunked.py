@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels.flash_attention import relative_bias
-from pallas_kernels.flash_attention.blocked import pad_to
+from pallas_kernels.flash_attention.blocked import pad_to, saveable
 from pallas_kernels.flash_attention.positions import FullBias
 from pallas_kernels.manual_axes import vary_together
 
@@ -226,6 +226,7 @@ def _forward(q, k, v, bias, q_seg, kv_seg, q_offset, causal, scale, bq, bk):
     o_blocks, lse_blocks = jax.lax.map(query_block, jnp.arange(nq))
     o = jnp.moveaxis(o_blocks, 0, 2).reshape(q.shape)
     lse = jnp.moveaxis(lse_blocks, 0, 2).reshape(batch, heads, queries)
+  o, lse = saveable(o, lse)
   return o, (q, k, v, bias, q_seg, kv_seg, q_offset, o, lse)
 
 
