@@ -1,6 +1,8 @@
 """Shared by all tests: a CPU, strict shapes, and paths to optional data."""
 
+import importlib.util
 import os
+import sys
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
@@ -26,3 +28,14 @@ def shared_data() -> str:
     if path and os.path.isdir(path):
       return os.path.abspath(path)
   pytest.skip("no real data: set FAT5_JAX_DATA or check out ../shared/data")
+
+
+@pytest.fixture
+def tpu_python(monkeypatch):
+  """This Python, with libtpu, which compiles for TPUs, on its path."""
+  folder = os.path.join(ROOT, ".venv", "libtpu")
+  if os.path.isdir(folder):
+    monkeypatch.setenv("PYTHONPATH", folder)
+  elif importlib.util.find_spec("libtpu") is None:
+    pytest.skip(f"no libtpu, which compiles for TPUs, in {folder}")
+  return sys.executable

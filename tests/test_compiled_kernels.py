@@ -4,11 +4,9 @@
 compilers; the budgets are those of pallas_kernels/flash_attention/README.md.
 """
 
-import importlib.util
 import json
 import os
 import subprocess
-import sys
 
 from conftest import ROOT
 import pytest
@@ -50,17 +48,6 @@ def compiled(tmp_path, python, *arguments) -> list[dict]:
     if "skipped" in report:
       pytest.skip(f"no compiler for {report['target']}: {report['skipped']}")
   return reports
-
-
-@pytest.fixture
-def tpu_python(monkeypatch):
-  """This Python, with libtpu, which compiles for TPUs, on its path."""
-  folder = os.path.join(ROOT, ".venv", "libtpu")
-  if os.path.isdir(folder):
-    monkeypatch.setenv("PYTHONPATH", folder)
-  elif importlib.util.find_spec("libtpu") is None:
-    pytest.skip(f"no libtpu, which compiles for TPUs, in {folder}")
-  return sys.executable
 
 
 def assert_memory_is_linear(report):

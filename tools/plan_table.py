@@ -3,7 +3,7 @@
   python tools/plan_table.py --results=/tmp/plans --output=docs/plans/sizes.md
 
 Fine-tuning with Adafactor, rows of 512 + 128 tokens, 8 rows a device, bfloat16,
-layers scanned, "minimal" rematerialisation, state split over all devices (fsdp).
+layers scanned, "minimal" rematerialisation, state split over all devices.
 A size that does not fit is shown with what it would need. Cells that are there
 already are kept, so GPUs may be added by a Python that has their compiler:
 --chips a100 h100 h200.
