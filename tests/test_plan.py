@@ -62,7 +62,7 @@ TEXT = """HloModule step, is_scheduled=true
 %slice (p.0: f32[10,1024], p.1: s32[]) -> f32[1,1024] {
   %p.0 = f32[10,1024]{1,0} parameter(0)
   %p.1 = s32[] parameter(1)
-  ROOT %ds = f32[1,1024]{1,0} dynamic-slice(%p.0, %p.1), dynamic_slice_sizes={1,1024}
+  ROOT %ds = f32[1,1024]{1,0} dynamic-slice(%p.0, %p.1)
 }
 
 %body (t: (s32[], f32[10,1024])) -> (s32[], f32[10,1024]) {
@@ -70,11 +70,11 @@ TEXT = """HloModule step, is_scheduled=true
   %i = s32[] get-tuple-element(%t), index=0
   %w = f32[10,1024]{1,0} get-tuple-element(%t), index=1
   %one = f32[1,1024]{1,0} fusion(%w, %i), kind=kLoop, calls=%slice
-  %all = f32[4,1024]{1,0} all-gather(%one), channel_id=2, replica_groups=[2,4]<=[8], dimensions={0}
+  %all = f32[4,1024]{1,0} all-gather(%one), replica_groups=[2,4]<=[8]
   ROOT %next = (s32[], f32[10,1024]{1,0}) tuple(%i, %w)
 }
 
-%condition (c: (s32[], f32[10,1024])) -> pred[] {
+%until (c: (s32[], f32[10,1024])) -> pred[] {
   %c = (s32[], f32[10,1024]{1,0}) parameter(0)
   %n = s32[] constant(10)
   %j = s32[] get-tuple-element(%c), index=0
@@ -85,9 +85,9 @@ ENTRY %main (x: f32[10,1024]) -> f32[10,1024] {
   %x = f32[10,1024]{1,0} parameter(0)
   %zero = s32[] constant(0)
   %start = (s32[], f32[10,1024]{1,0}) tuple(%zero, %x)
-  %loop = (s32[], f32[10,1024]{1,0}) while(%start), condition=%condition, body=%body
+  %loop = (s32[], f32[10,1024]{1,0}) while(%start), condition=%until, body=%body
   %y = f32[10,1024]{1,0} get-tuple-element(%loop), index=1
-  ROOT %r = f32[10,1024]{1,0} all-reduce(%y), channel_id=1, replica_groups={{0,1,2,3,4,5,6,7}}, to_apply=%add
+  ROOT %r = f32[10,1024]{1,0} all-reduce(%y), replica_groups={{0,1,2,3,4,5,6,7}}
 }
 """
 

@@ -29,8 +29,9 @@ ROWS = 8
 GIN = """
 from __gin__ import dynamic_registration
 include 'runs/finetune.gin'
+include 'models/t5_1_1/{size}.gin'
 MIXTURE_OR_TASK_NAME = 'glue_mnli_v002'
-TASK_FEATURE_LENGTHS = {'inputs': 512, 'targets': 128}
+TASK_FEATURE_LENGTHS = {{'inputs': 512, 'targets': 128}}
 TRAIN_STEPS_RELATIVE = 1000
 SCAN_LAYERS = True
 REMAT_POLICY = 'minimal'
@@ -51,15 +52,14 @@ def compile_cell(folder: str, size: str, topology: str) -> None:
   if os.path.exists(path):
     return
   count = devices(topology)
-  gin = os.path.join(folder, "table.gin")
+  gin = os.path.abspath(os.path.join(folder, f"{size}.gin"))
   with open(gin, "w", encoding="utf-8") as file:
-    file.write(GIN)
+    file.write(GIN.format(size=size))
   command = [
     *(sys.executable, "-m", "fat5_jax.plan", "--no_decode"),
-    *(f"--gin_file={gin}", f"--gin_file=models/t5_1_1/{size}.gin"),
+    *(f"--gin_file={gin}", f"--gin.BATCH_SIZE={ROWS * count}"),
     f"--gin.MESH={{'fsdp': {count}}}",
-    f"--gin.BATCH_SIZE={ROWS * count}",
-    *(f"--topology={topology}", "--keep", f"--json={path}"),
+    *(f"--topology={topology}", "--keep", f"--json={os.path.abspath(path)}"),
   ]
   done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
   if done.returncode:
