@@ -24,9 +24,10 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 import orbax.checkpoint as ocp
 
+from fat5_jax.convert import orbax_files
 from fat5_jax.errors import UserError
 from fat5_jax.models.config import T5Config
-from fat5_jax.sharding import Partitioner
+from fat5_jax.sharding import Partitioner, put_parts
 
 logger = logging.getLogger("fat5_jax")
 STEP_FOLDER = re.compile(r"checkpoint_(\d+)$")
@@ -276,6 +277,30 @@ def steps(model_dir: str) -> list[int]:
   return sorted(int(match[1]) for match in matches if match)
 
 
+def restore_tree(folder: str, abstract: Any) -> Any:
+  """Arrays of an item of a checkpoint, placed as `abstract` says.
+
+  A tensor at a time, of which a host reads the parts that its devices hold:
+  orbax's own reader keeps many whole tensors in memory at once.
+
+  Raises:
+    ValueError: if the item holds other arrays.
+  """
+  leaves = orbax_files.read_item(folder)
+  paths, structure = jax.tree_util.tree_flatten_with_path(abstract)
+  arrays = []
+  for path, target in paths:
+    where = tuple(jax.tree_util.keystr((k,), simple=True) for k in path)
+    leaf = leaves.pop(where, None)
+    if leaf is None or leaf.shape != target.shape:
+      found = "nothing" if leaf is None else leaf.shape
+      raise ValueError(f"{'/'.join(where)}: {found}, not {target.shape}")
+    arrays.append(put_parts(target, leaf.read_part))
+  if leaves:
+    raise ValueError(f"{'/'.join(next(iter(leaves)))} is not wanted")
+  return jax.tree.unflatten(structure, arrays)
+
+
 class Checkpointer:
   """Saves and restores a run, asynchronously, keeping the latest few."""
 
@@ -309,18 +334,18 @@ class Checkpointer:
 
   def restore(self, step: int, params, opt_state, partitioner: Partitioner):
     """(params, opt_state, data) of a step, given abstract ones as they run."""
+    folder = os.path.join(self._manager.directory, f"checkpoint_{step}")
     on_disk = as_on_disk(params)
     try:
-      found = self._manager.restore(
-        step,
-        args=ocp.args.Composite(
-          params=ocp.args.StandardRestore(partitioner.place(on_disk)),
-          optimizer=ocp.args.StandardRestore(
-            partitioner.place(as_on_disk(opt_state), on_disk)
-          ),
-          data=ocp.args.JsonRestore(),
+      found = {
+        "params": restore_tree(
+          os.path.join(folder, "params"), partitioner.place(on_disk)
         ),
-      )
+        "optimizer": restore_tree(
+          os.path.join(folder, "optimizer"),
+          partitioner.place(as_on_disk(opt_state), on_disk),
+        ),
+      }
     except (ValueError, KeyError, TypeError) as e:
       raise UserError(
         f"{self._manager.directory}: the optimizer of step {step} is that of"
@@ -328,10 +353,13 @@ class Checkpointer:
         f" {str(e).splitlines()[0][:200]}. Use another --gin.MODEL_DIR=..., and"
         " this one as INITIAL_CHECKPOINT_PATH"
       ) from None
+    data = self._manager.restore(
+      step, args=ocp.args.Composite(data=ocp.args.JsonRestore())
+    )
     return (
       as_running(found["params"], params),
       as_running(found["optimizer"], opt_state),
-      found["data"],
+      data["data"],
     )
 
   def wait(self) -> None:

@@ -356,11 +356,6 @@ class Partitioner:
 
     return {key: put(np.asarray(x)) for key, x in batch.items()}
 
-  def put(self, name: str, x: np.ndarray) -> jax.Array:
-    """A parameter that the host holds whole, on the devices."""
-    sharding = self.parameter_sharding(name, x.shape)
-    return jax.make_array_from_callback(x.shape, sharding, x.__getitem__)
-
   def round_up(self, rows: int) -> int:
     """The next number of rows that divides over the devices."""
     ways = self.ways("batch")
@@ -414,8 +409,38 @@ class Partitioner:
         )
 
 
+def put_parts(
+  target: jax.ShapeDtypeStruct, read: Callable[[Any], np.ndarray]
+) -> jax.Array:
+  """An array of which a host reads the parts that its own devices hold.
+
+  Args:
+    target: shape, type and sharding.
+    read: gives the part that an index picks; asked once for a part, however
+      many devices hold it, and once for all where they hold all of it.
+  """
+  shape, sharding = target.shape, target.sharding
+  indices = sharding.addressable_devices_indices_map(shape).values()
+  held = len(set(map(str, indices))) * math.prod(sharding.shard_shape(shape))
+  cast = lambda x: np.asarray(x).astype(target.dtype, copy=False)
+  parts: dict[str, np.ndarray] = {}
+  if held == math.prod(shape):
+    # A file's chunk is read whole for any part of it.
+    get = cast(read(...)).__getitem__
+  else:
+    get = lambda index: cast(read(index))
+
+  def part(index):
+    key = str(index)
+    if key not in parts:
+      parts[key] = get(index)
+    return parts[key]
+
+  return jax.make_array_from_callback(shape, sharding, part)
+
+
 def _path(path) -> tuple[str, ...]:
-  return tuple(str(getattr(key, "key", key)) for key in path)
+  return tuple(jax.tree_util.keystr((key,), simple=True) for key in path)
 
 
 def _slice_of(device) -> int:

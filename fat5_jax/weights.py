@@ -22,7 +22,7 @@ from fat5_jax import checkpoints, trainable
 from fat5_jax.convert import formats, mesh_tf, orbax_files, t5x, table
 from fat5_jax.errors import UserError
 from fat5_jax.models.config import T5Config
-from fat5_jax.sharding import Partitioner
+from fat5_jax.sharding import Partitioner, put_parts
 
 
 @dataclasses.dataclass(frozen=True)
@@ -236,10 +236,9 @@ def initial_params(
       f" {', '.join(map(name, fresh[:4]))}"
     )
   # Only now are the tensors read, one at a time.
+  targets = table.flatten(partitioner.place(on_disk))
   arrays = {
-    where: partitioner.put(
-      name(where), np.asarray(leaf.read()).astype(expected[where].dtype)
-    )
+    where: put_parts(targets[where], leaf.read_part or leaf.read().__getitem__)
     for where, leaf in found.items()
   }
   names = list(map(name, fresh))
@@ -269,8 +268,7 @@ def initial_optimizer(
     checkpoints.as_on_disk(abstract), checkpoints.as_on_disk(abstract_params)
   )
   try:
-    with ocp.StandardCheckpointer() as checkpointer:
-      found = checkpointer.restore(path, on_disk)
+    found = checkpoints.restore_tree(path, on_disk)
   except (ValueError, KeyError, TypeError) as e:
     raise UserError(
       f"{source.path} holds the state of another optimizer than the gin file"

@@ -59,9 +59,9 @@ def array(driver: str, store: dict, where: str) -> Leaf:
   def opened():
     return ts.open(spec, open=True, read=True).result()
 
-  def read() -> np.ndarray:
+  def read(part=...) -> np.ndarray:
     try:
-      return np.asarray(opened().read().result())
+      return np.asarray(opened()[part].read().result())
     except (ValueError, OSError, KeyError) as e:
       raise UserError(f"{where}: damaged: {_first_line(e)}") from None
 
@@ -69,7 +69,7 @@ def array(driver: str, store: dict, where: str) -> Leaf:
     found = opened()
   except (ValueError, OSError, KeyError) as e:
     raise UserError(f"{where}: cannot be opened: {_first_line(e)}") from None
-  return Leaf(tuple(found.shape), found.dtype.name, read)
+  return Leaf(tuple(found.shape), found.dtype.name, read, read)
 
 
 def _first_line(error: Exception) -> str:

@@ -21,11 +21,15 @@ _LISTED = 20
 
 @dataclasses.dataclass(frozen=True)
 class Leaf:
-  """A tensor that is read when it is wanted; `dtype` by its numpy name."""
+  """A tensor that is read when it is wanted; `dtype` by its numpy name.
+
+  `read_part` reads what an index (as of numpy) picks, where the format can.
+  """
 
   shape: tuple[int, ...]
   dtype: str
   read: Callable[[], np.ndarray]
+  read_part: Callable[[Any], np.ndarray] | None = None
 
   @property
   def nbytes(self) -> int:
