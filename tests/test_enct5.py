@@ -177,18 +177,24 @@ def test_weights_from_a_t5_are_upstreams_choice(tmp_path):
   """The first decoder layers, cross-attention and the final norm come along;
   prompt and classifier are fresh; the other layers and lm_head are left."""
   import hf_models
+  import optax
 
   from fat5_jax import steps, weights
   from fat5_jax.models.config import HeadConfig
+  from fat5_jax.program import Program
+  from fat5_jax.sharding import Partitioner
 
   hf_models.make("t5_1_1", tmp_path / "hf")
   source = weights.find(str(tmp_path / "hf"))
   config, leaves = weights.open_params(source)
   t5 = table.read_all(leaves)
   model = factory.create(config, HeadConfig("enct5", decoder_layers=2))
-  fresh_params = steps.init_params(model, 0)
+  program = Program(model, Partitioner(), optax.sgd(0.1), seed=0)
   params, _, fresh = weights.initial_params(
-    source.path, model.config, fresh_params
+    source.path,
+    model.config,
+    program.abstract_state.params,
+    initialise=program.fresh_params,
   )
   assert sorted(fresh) == [
     "classifier/bias",
@@ -209,5 +215,5 @@ def test_weights_from_a_t5_are_upstreams_choice(tmp_path):
     )
   prompt = params["prompt_embedder"]["embedding"]
   np.testing.assert_array_equal(
-    prompt, fresh_params["prompt_embedder"]["embedding"]
+    prompt, steps.init_params(model, 0)["prompt_embedder"]["embedding"]
   )

@@ -2,6 +2,7 @@
 
 import json
 import os
+import types
 
 from conftest import ROOT
 import hf_models
@@ -13,7 +14,14 @@ from fat5_jax import cli, weights
 from fat5_jax.convert import hf, table
 import gin
 
-RECIPES = sorted(os.listdir(os.path.join(ROOT, "gin", "recipes")))
+# Recipe -> the devices that it is for, and where its plan is.
+PODS = {
+  "xxl_v5e.gin": (256, ["xxl_v5e"]),
+  "xxl_v5p.gin": (64, ["xxl_v5p"]),
+  "mt5_xl_v6e.gin": (64, ["mt5_xl_v6e"]),
+  "base_32k.gin": (8, ["base_32k_v5e", "base_32k_h100"]),
+}
+RECIPES = sorted({*os.listdir(os.path.join(ROOT, "gin", "recipes"))} - {*PODS})
 SMALL = (
   "--gin.BATCH_SIZE=4",
   "--gin.DTYPE=float32",
@@ -140,6 +148,28 @@ def test_a_recipe_builds(recipe, user, monkeypatch, capfd, shared_vocabulary):
   assert (frozen > 0) == (recipe in ("lora.gin", "lm_head.gin"))
 
 
+@pytest.mark.parametrize("recipe", PODS)
+def test_a_recipe_for_a_pod_divides_over_it_and_its_plan_fits(recipe):
+  from fat5_jax.sharding import Partitioner
+
+  count, plans = PODS[recipe]
+  cli._parse([f"recipes/{recipe}"], [], [], "train", cli._NOT_PLANNED)
+  partitioner = gin.get_configurable("sharding.Partitioner")(
+    devices=[types.SimpleNamespace(process_index=0)] * count
+  )
+  with gin.config_scope("train"):
+    data = gin.get_configurable("pipeline.DatasetConfig")()
+  config = gin.get_configurable("config.T5Config")()
+  gin.clear_config()
+  assert isinstance(partitioner, Partitioner)
+  partitioner.check(config, data.batch_size, data.task_feature_lengths)
+  for name in plans:
+    path = os.path.join(ROOT, "docs", "plans", f"{name}.json")
+    with open(path, encoding="utf-8") as file:
+      (found,) = json.load(file)
+    assert found["fits"] and found["decode"]["fits"]
+
+
 @pytest.fixture(scope="module")
 def shared_vocabulary(user):
   """A SentencePiece model of the tests' own."""
@@ -228,11 +258,15 @@ def test_classify(user, monkeypatch, capfd):
   assert all(line.split("\t")[1] in "01" for line in lines[1:])
 
   # A classifier of its own kind goes on from it, its head anew where asked.
+  shapes = table.read_all(
+    weights.open_params(weights.find(str(user / "cls")))[1]
+  )
   again = weights.initial_params(
     str(user / "cls"),
     config,
-    table.read_all(weights.open_params(weights.find(str(user / "cls")))[1]),
-    r"^classifier/",
+    shapes,
+    reinitialize=r"^classifier/",
+    initialise=lambda names: dict.fromkeys(names, 0),
   )
   assert again[2] == ["classifier/bias", "classifier/kernel"]
 
