@@ -13,8 +13,8 @@ LIBTPU := $(VENV)/libtpu
 help:
 	@echo "make quickstart  install into .venv, train a small T5, show results"
 	@echo "make test        install into .venv, run the tests"
-	@echo "make test-slow   whole runs: killed, stopped, started from one another"
-	@echo "make test-chips  compile the kernels for TPUs and GPUs that are not here"
+	@echo "make test-slow   whole runs: killed, stopped, on four hosts, every mesh"
+	@echo "make test-chips  compile for TPUs and GPUs that are not here"
 	@echo "make lint        ruff check and format check"
 
 $(STAMP): setup.py pyproject.toml

@@ -27,7 +27,7 @@ class Chip:
   Attributes:
     platform: "tpu", "cuda" or "cpu".
     flops: a second, bfloat16.
-    memory: bytes that a program may use.
+    memory: bytes that a program may use; see `capacity`.
     bandwidth: of the memory, bytes a second.
     network: bytes a second to the other devices of its slice or host.
     wide_network: bytes a second to those beyond.
@@ -145,6 +145,15 @@ def devices(topology: str) -> list[Any]:
     raise UserError(
       f"--topology={topology}: {reason}. One that exists: {CHIPS[name].example}"
     ) from None
+
+
+def capacity(topology: str) -> float:
+  """Bytes that a device of a topology has; fake ones share this machine's."""
+  name, _, shape = topology.partition(":")
+  if CHIPS[name].platform != "cpu":
+    return CHIPS[name].memory
+  machine = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+  return machine / int(shape)
 
 
 def domain(chip: Chip, count: int) -> int:

@@ -23,12 +23,16 @@ import threading
 import time
 from typing import Any
 
+import fat5_jax
 from fat5_jax.errors import UserError
 
 # A host whose network is silent for 10 + 4 * 5 seconds is gone.
 _KEEPALIVE = {"TCP_KEEPIDLE": 10, "TCP_KEEPINTVL": 5, "TCP_KEEPCNT": 4}
 _RETRY_SECONDS = 0.2
 _NEWS_SECONDS = 3.0
+# A host that is this late is lost in another part of the program; one that is
+# gone is told at once.
+_AGREE_SECONDS = 1800.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -307,10 +311,10 @@ class RollCall:
 
   def _await(self, what: str) -> tuple[int, Mapping[str, Any]]:
     try:
-      peer, message = self._inbox.get(timeout=self._timeout)
+      peer, message = self._inbox.get(timeout=_AGREE_SECONDS)
     except queue.Empty:
       raise UserError(
-        f"hosts did not agree on {what} within {self._timeout:g} s: one of"
+        f"hosts did not agree on {what} within {_AGREE_SECONDS:g} s: one of"
         " them is elsewhere in the program, or very slow"
       ) from None
     if message["what"] != what:
@@ -382,6 +386,9 @@ def start(place: Place | None, timeout: float) -> None:
     # All have come, so this is quick; the roll call names who dies first.
     initialization_timeout=60,
     heartbeat_timeout_seconds=100,
+  )
+  everyone.agree(
+    "versions", [f"{m.__name__} {m.__version__}" for m in (jax, fat5_jax)]
   )
 
 

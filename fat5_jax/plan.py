@@ -206,7 +206,8 @@ def rehearse(
   state = program.abstract_state
   batch = abstract_batch(partitioner, shapes)
   begin = time.monotonic()
-  memory, text, fits = _compile(program.train_step, (state, batch), chip)
+  capacity = chips.capacity(topology)
+  memory, text, fits = _compile(program.train_step, (state, batch), capacity)
   seconds = time.monotonic() - begin
   memory = dataclasses.replace(
     memory,
@@ -221,7 +222,7 @@ def rehearse(
     devices,
     partitioner.describe(),
     fits,
-    chip.memory,
+    capacity,
     memory,
     seconds,
     traffic.collectives,
@@ -238,7 +239,8 @@ def rehearse(
   )
   if decode and fits and config.is_language_model:
     result = dataclasses.replace(
-      result, decode=_rehearse_decoding(program, batch, lengths, chip)
+      result,
+      decode=_rehearse_decoding(program, batch, lengths, chip, capacity),
     )
   return result
 
@@ -252,14 +254,16 @@ def _sizes(shapes) -> tuple[int, dict[str, int]]:
   return rows, lengths
 
 
-def _rehearse_decoding(program, batch, lengths, chip) -> dict[str, Any]:
+def _rehearse_decoding(
+  program, batch, lengths, chip, capacity
+) -> dict[str, Any]:
   predict = prediction(
     program.model, program.partitioner, lengths.get("targets")
   )
   begin = time.monotonic()
   tokens = {"encoder_input_tokens": batch["encoder_input_tokens"]}
   arguments = (program.abstract_state.params, tokens)
-  memory, text, fits = _compile(predict, arguments, chip)
+  memory, text, fits = _compile(predict, arguments, capacity)
   return {
     "fits": fits,
     "needed": memory.needed,
@@ -276,7 +280,7 @@ _TOO_LARGE = re.compile(
 _UNITS = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
 
-def _compile(function, arguments, chip) -> tuple[Memory, str, bool]:
+def _compile(function, arguments, capacity) -> tuple[Memory, str, bool]:
   """(memory, compiled text, whether it fits) of a function on its mesh."""
   try:
     compiled = function.lower(*arguments).compile()
@@ -298,7 +302,7 @@ def _compile(function, arguments, chip) -> tuple[Memory, str, bool]:
   program_size = stats.generated_code_size_in_bytes
   needed = stats.argument_size_in_bytes + temporary + program_size
   memory = Memory(temporary=temporary, program=program_size, needed=needed)
-  return memory, compiled.as_text(), needed <= chip.memory
+  return memory, compiled.as_text(), needed <= capacity
 
 
 def _local_bytes(tree: Any) -> float:

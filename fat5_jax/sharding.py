@@ -465,8 +465,8 @@ def _complete(
     asked = " x ".join(f"{a} {n}" for a, n in sizes.items() if n not in (1, -1))
     divisors = [n for n in range(1, count + 1) if count % n == 0]
     raise UserError(
-      f"{name}: {asked or 'data 1'} makes {known}, and there are {count}"
-      f" {what}: sizes must multiply to"
+      f"{name}: {asked or 'data 1'} makes {known}, and the number of {what} is"
+      f" {count}: sizes must multiply to"
       f" {'one of ' + ', '.join(map(str, divisors)) if open_axes else count}"
     )
   return [count // known if sizes[a] == -1 else sizes[a] for a in MESH_AXES]

@@ -275,7 +275,9 @@ def test_bad_meshes_and_sizes_are_one_clear_error():
     partitioner.check(config, rows, {"inputs": length})
     return partitioner.device_mesh
 
-  with pytest.raises(UserError, match="MESH: fsdp 3 makes 3, and there are 8"):
+  with pytest.raises(
+    UserError, match="MESH: fsdp 3 makes 3, and the number of devices is 8"
+  ):
     check({"fsdp": 3})
   with pytest.raises(UserError, match="'fdsp'. Did you mean 'fsdp'"):
     check({"fdsp": 8})

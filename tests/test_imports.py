@@ -99,11 +99,12 @@ def test_the_step_and_the_converter_run_without_seqio_tensorflow_and_gin():
     "  sys.modules[name] = None\n"
     "import fat5_jax.steps, fat5_jax.decoding, fat5_jax.models.t5\n"
     "import fat5_jax.optimizers, fat5_jax.convert.hf, fat5_jax.checkpoints\n"
+    "import fat5_jax.program, fat5_jax.hosts, fat5_jax.chips, fat5_jax.cost\n"
   )
   subprocess.run([sys.executable, "-c", program], check=True, cwd=ROOT)
 
 
-@pytest.mark.parametrize("command", ["train", "eval", "infer"])
+@pytest.mark.parametrize("command", ["train", "eval", "infer", "plan"])
 def test_help_needs_no_heavy_import(command):
   program = (
     "import runpy, sys\n"
