@@ -401,7 +401,9 @@ class Partitioner:
         )
     ways = self.ways("length")
     for name, length in (lengths or {}).items():
-      if ways > 1 and length % ways and length > 1:
+      # A head's targets are labels, which are not split.
+      is_text = name == "inputs" or config.is_language_model
+      if is_text and length % ways:
         raise UserError(
           f"TASK_FEATURE_LENGTHS[{name!r}] = {length} does not divide over the"
           f" {ways} devices of mesh axis {' x '.join(self.axes_of('length'))}."
