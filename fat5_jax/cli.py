@@ -50,7 +50,7 @@ _HELP = {
   ),
   "plan": (
     "Compile a training run for chips that are not here: memory, operations,\n"
-    "communication, time at least, and what would make it fit:\n\n"
+    "communication, time by roofline, and what would make it fit:\n\n"
     "  python -m fat5_jax.plan --gin_file=recipes/pods/xxl_v5e_256.gin \\\n"
     "    --topology=v5e:16x16"
   ),

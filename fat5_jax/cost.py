@@ -215,7 +215,10 @@ def _trips(loop: Instruction, condition: list[Instruction]) -> int:
 def _moved(i: Instruction, shapes, computations) -> float:
   """Bytes that an instruction reads and writes."""
   reads = [_bytes(shapes.get(operand, "")) for operand in i.operands]
+  # What starts a copy or a collective gives (source or result, ...) back.
   writes = _bytes(i.shape)
+  if i.opcode.endswith("-start"):
+    writes = max(0, writes - sum(reads))
   if i.opcode == "dynamic-slice":
     return 2 * writes
   if i.opcode == "dynamic-update-slice":

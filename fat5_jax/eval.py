@@ -238,6 +238,7 @@ def load_model(
   from fat5_jax.models import factory
 
   source = weights.find(path)
+  hosts.everyone.agree("the checkpoint to read", source.path)
   if model is None:
     config = weights.read_config(source).replace(
       scan_layers=False, remat_policy="none"

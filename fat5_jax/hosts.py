@@ -185,9 +185,21 @@ class RollCall:
   # ---- Coming together ----
 
   def _receive_all(self, deadline: float) -> None:
-    with socket.create_server(
-      ("", self._address[1]), backlog=self.count, reuse_port=False
-    ) as server:
+    port = self._address[1]
+    try:
+      if socket.has_dualstack_ipv6():
+        server = socket.create_server(
+          ("::", port), family=socket.AF_INET6, dualstack_ipv6=True
+        )
+      else:
+        server = socket.create_server(("", port))
+    except OSError as e:
+      raise UserError(
+        f"host 0 ({self.name}) cannot listen on port {port}, the one after the"
+        f" coordinator's: {e.strerror}. Choose another --coordinator_address"
+      ) from None
+    with server:
+      server.listen(self.count)
       while len(self._peers) < self.count - 1:
         server.settimeout(max(0.01, deadline - time.monotonic()))
         try:

@@ -2,8 +2,7 @@
 
 The training step of the gin file, and its decoding step, are compiled by the
 chip's own compiler for the whole topology; no chip is needed. What it says of
-memory is what the chip would need; times are rooflines, which no real step
-beats.
+memory is what the chip would need; times are estimates by roofline.
 """
 
 if __name__ == "__main__":
@@ -78,7 +77,7 @@ class Report:
 
   @property
   def seconds(self) -> float:
-    """A step at least: what takes longest, if the rest hides behind it."""
+    """A step by roofline: what takes longest, the rest hidden behind it."""
     return max(self.seconds_compute, self.seconds_memory, self.seconds_network)
 
 
@@ -135,7 +134,7 @@ def report(
     _table(found)
   output = output or "plan.json"
   values = [
-    dataclasses.asdict(r) | {"seconds_at_least": r.seconds} for r in found
+    dataclasses.asdict(r) | {"seconds_by_roofline": r.seconds} for r in found
   ]
   checkpoints.write_atomically(output, json.dumps(values, indent=2) + "\n")
   console.say(f"all figures: {output}")
@@ -429,17 +428,17 @@ def _tell(r: Report, total_steps: int | None) -> None:
     tokens = r.tokens / r.seconds
     rows += [
       (
-        "step at least",
+        "step by roofline",
         f"{r.seconds * 1e3:,.1f} ms (compute {r.seconds_compute * 1e3:,.1f},"
         f" memory {r.seconds_memory * 1e3:,.1f}, network"
         f" {r.seconds_network * 1e3:,.1f})",
       ),
-      ("tokens/s at most", f"{tokens:,.0f} (padding counted)"),
+      ("tokens/s by roofline", f"{tokens:,.0f} (padding counted)"),
     ]
     if total_steps:
       rows.append(
         (
-          f"{total_steps:,} steps at least",
+          f"{total_steps:,} steps by roofline",
           f"{r.seconds * total_steps / 3600:,.2f} h",
         )
       )
@@ -467,7 +466,7 @@ def _table(found: Sequence[Report]) -> None:
     "topology",
     "memory a chip",
     "",
-    "step at least",
+    "step by roofline",
     "tokens/s at most",
   )
   rows = []

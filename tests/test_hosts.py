@@ -63,6 +63,14 @@ def test_without_host_0_the_others_say_where_they_looked():
   assert "host 0 does not answer at 127.0.0.1" in str(error)
 
 
+def test_a_port_that_is_taken_is_named():
+  address = free_address()
+  port = int(address.split(":")[1]) + 1
+  with socket.create_server(("", port)):
+    with pytest.raises(UserError, match=f"cannot listen on port {port}"):
+      hosts.RollCall(hosts.Place(address, 2, 0), 1.0)
+
+
 def test_two_processes_of_one_number_are_told_apart():
   found = meet([0, 1, 1], 3, timeout=5.0)
   assert "says that it is number 1 of 3" in str(found[0])

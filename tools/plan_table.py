@@ -75,7 +75,7 @@ def cell(folder: str, size: str, topology: str) -> str:
   needed = found["memory"]["needed"] / 2**30
   if not found["fits"]:
     return f"**no**, {needed:,.1f}"
-  return f"yes, {needed:,.1f}; {found['seconds_at_least'] * 1e3:,.0f} ms"
+  return f"yes, {needed:,.1f}; {found['seconds_by_roofline'] * 1e3:,.0f} ms"
 
 
 def main() -> None:
