@@ -212,14 +212,17 @@ class RollCall:
           index, name = hello["index"], hello["name"]
         except (OSError, ValueError, KeyError, TypeError):
           continue  # Somebody else's knock at the port.
-        known, self._peers[index] = self._names.get(index), line
+        known = self._names.get(index)
         if hello["count"] != self.count or known is not None:
-          self._refuse(
+          message = (
             f"a process on {name} says that it is number {index} of"
             f" {hello['count']}; host 0 ({self.name}) is one of {self.count},"
             f" number {index} is {known or 'not there yet'}. Give every process"
             " the same --process_count and its own --process_index"
           )
+          line.send({"error": message})
+          self._refuse(message)
+        self._peers[index] = line
         self._names[index] = name
     for line in self._peers.values():
       line.send({"names": self._names})
