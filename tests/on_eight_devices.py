@@ -194,6 +194,7 @@ def test_heads_on_a_mesh(head):
   assert_same_step(CONFIG.with_head(head), MESHES[mesh], ADAMW)
 
 
+@pytest.mark.slow
 def test_an_embedding_contrasts_with_the_rows_of_all_devices():
   """In-batch negatives are the whole batch's, on any mesh."""
   config = CONFIG.with_head(HeadConfig("embedding"))
@@ -207,6 +208,7 @@ def test_lora_on_a_mesh():
   assert_same_step(config, MESHES["2x2x2"], ADAMW)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mesh", [{"fsdp": 4, "model": 2}, {"sequence": 8}])
 def test_greedy_decoding_on_a_mesh_gives_the_same_tokens(mesh):
   model = factory.create(CONFIG)
