@@ -31,7 +31,7 @@ def plan(folder, *flags, gin=SMALL):
     env=os.environ | {"PYTHONPATH": path, "COLUMNS": "120"},
     capture_output=True,
     text=True,
-    timeout=500,
+    timeout=1500,
   )
 
 
