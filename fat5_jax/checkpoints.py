@@ -10,6 +10,7 @@ written by host 0.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 import dataclasses
 import json
 import logging
@@ -67,39 +68,47 @@ class CheckpointConfig:
 # ---- Layers: a loop's layout and a scan's ------------------------------------
 
 
+def _is_loop(node: Any) -> bool:
+  return isinstance(node, dict) and "layers_0" in node
+
+
+def _is_scan(node: Any) -> bool:
+  return isinstance(node, dict) and "layers" in node
+
+
+def _layer_names(node: dict[str, Any]) -> list[str]:
+  count = sum(name.startswith("layers_") for name in node)
+  return [f"layers_{i}" for i in range(count)]
+
+
 def stack_layers(tree: Any) -> Any:
   """`layers_0`, `layers_1`, ... as one `layers` with a leading layer axis."""
 
-  def is_stack(node):
-    return isinstance(node, dict) and "layers_0" in node
-
   def stack(node):
-    if not is_stack(node):
+    if not _is_loop(node):
       return node
     rest = {k: v for k, v in node.items() if not k.startswith("layers_")}
     layers = [node[name] for name in _layer_names(node)]
     return rest | {"layers": jax.tree.map(lambda *x: jnp.stack(x), *layers)}
 
-  return jax.tree.map(stack, tree, is_leaf=is_stack)
+  return jax.tree.map(stack, tree, is_leaf=_is_loop)
 
 
-def unstack_layers(tree: Any) -> Any:
-  """The inverse of `stack_layers`."""
-
-  def is_stack(node):
-    return isinstance(node, dict) and "layers" in node
+def unstack_layers(tree: Any, split: Callable[[Any], Sequence] = list) -> Any:
+  """The inverse of `stack_layers`; `split` takes a stacked array apart."""
 
   def unstack(node):
-    if not is_stack(node):
+    if not _is_scan(node):
       return node
     rest = {k: v for k, v in node.items() if k != "layers"}
-    count = len(jax.tree.leaves(node["layers"])[0])
+    leaves, structure = jax.tree.flatten(node["layers"])
+    layers = zip(*map(split, leaves))
     return rest | {
-      f"layers_{i}": jax.tree.map(lambda x, i=i: x[i], node["layers"])
-      for i in range(count)
+      f"layers_{i}": jax.tree.unflatten(structure, layer)
+      for i, layer in enumerate(layers)
     }
 
-  return jax.tree.map(unstack, tree, is_leaf=is_stack)
+  return jax.tree.map(unstack, tree, is_leaf=_is_scan)
 
 
 def as_on_disk(abstract: Any) -> Any:
@@ -124,58 +133,29 @@ def as_running(tree: Any, abstract: Any) -> Any:
         layer.delete()
     return stacked
 
-  def is_stack(node):
-    return isinstance(node, dict) and "layers_0" in node
-
   def stack(node, like):
-    if not is_stack(node) or "layers" not in like:
+    if not _is_loop(node) or not _is_scan(like):
       return node
     layers = [node.pop(k) for k in _layer_names(node)]
     return node | {"layers": jax.tree.map(join, like["layers"], *layers)}
 
-  return jax.tree.map(stack, tree, abstract, is_leaf=is_stack)
+  return jax.tree.map(stack, tree, abstract, is_leaf=_is_loop)
 
 
-def _layer_names(node: dict[str, Any]) -> list[str]:
-  count = sum(name.startswith("layers_") for name in node)
-  return [f"layers_{i}" for i in range(count)]
+def _to_hosts(stacked: jax.Array) -> Sequence[jax.Array]:
+  """The slices of a scanned layer's parameter, in the hosts' memory.
 
-
-def _as_saved(tree: Any) -> Any:
-  """A run's tree with its layers apart, as orbax takes it.
-
-  The slices of a scanned layer go to the hosts' memory one parameter at a time:
-  the devices have no room for the state twice.
+  A save takes one parameter after the other there: the devices have no room
+  for the state twice.
   """
-
-  def is_stack(node):
-    return isinstance(node, dict) and "layers" in node
-
-  def split(x):
-    spec = x.sharding.spec if isinstance(x.sharding, NamedSharding) else None
-    if spec is None:
-      return list(x)
-    sharding = NamedSharding(
-      x.sharding.mesh, P(*spec[1:]), memory_kind="pinned_host"
-    )
-    count = len(x)
-    slices = jax.jit(
-      lambda x: [x[i] for i in range(count)], out_shardings=[sharding] * count
-    )(x)
-    return jax.block_until_ready(slices)
-
-  def unstack(node):
-    if not is_stack(node):
-      return node
-    rest = {k: v for k, v in node.items() if k != "layers"}
-    leaves, structure = jax.tree.flatten(node["layers"])
-    layers = zip(*map(split, leaves))
-    return rest | {
-      f"layers_{i}": jax.tree.unflatten(structure, layer)
-      for i, layer in enumerate(layers)
-    }
-
-  return jax.tree.map(unstack, tree, is_leaf=is_stack)
+  sharding = stacked.sharding
+  if not isinstance(sharding, NamedSharding):
+    return list(stacked)
+  there = NamedSharding(
+    sharding.mesh, P(*sharding.spec[1:]), memory_kind="pinned_host"
+  )
+  split = jax.jit(list, out_shardings=[there] * len(stacked))
+  return jax.block_until_ready(split(stacked))
 
 
 # ---- The run folder ----------------------------------------------------------
@@ -326,8 +306,8 @@ class Checkpointer:
     self._manager.save(
       step,
       args=ocp.args.Composite(
-        params=ocp.args.StandardSave(_as_saved(params)),
-        optimizer=ocp.args.StandardSave(_as_saved(opt_state)),
+        params=ocp.args.StandardSave(unstack_layers(params, _to_hosts)),
+        optimizer=ocp.args.StandardSave(unstack_layers(opt_state, _to_hosts)),
         data=ocp.args.JsonSave(data),
       ),
     )

@@ -26,12 +26,7 @@ _COMMANDS = {
   "plan": ("fat5_jax.train", "train", None),
 }
 # What the compiled step does not depend on; plan does without.
-_NOT_PLANNED = (
-  "MODEL_DIR",
-  "INITIAL_CHECKPOINT_PATH",
-  "VOCAB_FILE",
-  "TRAIN_STEPS",
-)
+_NOT_PLANNED = ("MODEL_DIR", "INITIAL_CHECKPOINT_PATH", "VOCAB_FILE")
 _HELP = {
   "train": (
     "Train a model. Needs a gin file, for example:\n\n"
@@ -51,7 +46,7 @@ _HELP = {
   "plan": (
     "Compile a training run for chips that are not here: memory, operations,\n"
     "communication, time by roofline, and what would make it fit:\n\n"
-    "  python -m fat5_jax.plan --gin_file=recipes/pods/xxl_v5e_256.gin \\\n"
+    "  python -m fat5_jax.plan --gin_file=recipes/xxl_v5e.gin \\\n"
     "    --topology=v5e:16x16"
   ),
 }

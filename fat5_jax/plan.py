@@ -15,6 +15,7 @@ from collections.abc import Iterator, Sequence
 import dataclasses
 import json
 import math
+import os
 import re
 import time
 from typing import Any
@@ -105,6 +106,10 @@ def report(
   Raises:
     UserError: for a topology, mesh, batch or length that cannot be.
   """
+  output = output or "plan.json"
+  folder = os.path.dirname(os.path.abspath(output))
+  if not os.access(folder, os.W_OK):
+    raise UserError(f"--json={output}: {folder} cannot be written")
   every = "all" in topologies
   if every:
     topologies = [
@@ -132,7 +137,6 @@ def report(
       _tell(result, total_steps)
   if every:
     _table(found)
-  output = output or "plan.json"
   values = [
     dataclasses.asdict(r) | {"seconds_by_roofline": r.seconds} for r in found
   ]
@@ -467,7 +471,7 @@ def _table(found: Sequence[Report]) -> None:
     "memory a chip",
     "",
     "step by roofline",
-    "tokens/s at most",
+    "tokens/s",
   )
   rows = []
   for r in found:
