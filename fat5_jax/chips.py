@@ -1,7 +1,7 @@
 """Chips one can rent, and how to compile for them without having one.
 
 Figures are the makers' for one JAX device, dense bfloat16: Google's system
-architecture pages for v4, v5e, v5p, v6e, Ironwood (a v4 or Ironwood chip is two
+architecture pages for v4, v5e, v5p, v6e, Ironwood (an Ironwood chip is two
 devices, so half of it each), NVIDIA's data sheets for A100 80GB SXM, H100 SXM,
 H200 SXM. Network is what one device sends to its neighbours in the slice or the
 NVLink domain, in one direction; `wide_network` what it sends beyond.
@@ -44,7 +44,7 @@ class Chip:
 
 
 CHIPS = {
-  "v4": Chip("tpu", 137.5e12, 15.5 * _GIB, 614e9, 150e9, 6e9, "v4:2x2x1"),
+  "v4": Chip("tpu", 275e12, 30.75 * _GIB, 1228e9, 300e9, 6e9, "v4:2x2x1"),
   "v5e": Chip("tpu", 197e12, 15.75 * _GIB, 819e9, 100e9, 6e9, "v5e:2x4"),
   "v5p": Chip("tpu", 459e12, 95.74 * _GIB, 2765e9, 300e9, 6e9, "v5p:2x2x1"),
   "v6e": Chip("tpu", 918e12, 31.25 * _GIB, 1640e9, 224e9, 6e9, "v6e:2x4"),
@@ -121,8 +121,11 @@ def devices(topology: str) -> list[Any]:
           f"--topology={topology} needs the TPU's compiler: pip install"
           f" 'jax[tpu]=={jax.__version__}' (no TPU is needed)"
         )
+      # A v4's two cores are one device, as jax has them there; the compiler
+      # alone would take them for two.
+      options = {"chip_config_name": "megacore"} if name == "v4" else {}
       found = topologies.get_topology_desc(
-        platform="tpu", topology_name=topology
+        platform="tpu", topology_name=topology, **options
       )
       return list(found.devices)
     _check_cuda(topology, jax.__version__)

@@ -41,7 +41,7 @@ class Memory:
     optimizer: its state.
     temporary: activations, gathered parameters, gradients, scratch.
     program: the code.
-    needed: of the whole step.
+    needed: of the whole step; 0 where the compiler refused it untold.
   """
 
   parameters: float = 0.0
@@ -276,11 +276,24 @@ def _rehearse_decoding(
   }
 
 
-_TOO_LARGE = re.compile(
-  r"[Uu]sed ([\d.]+)([KMGT]) of ([\d.]+)([KMGT]) hbm|"
-  r"allocat\w+ ([\d.]+)([KMGT])i?B"
-)
+# The TPU's compiler tells either of temporaries alone or of everything.
+_TEMPORARIES = re.compile(r"HLO temporaries \(([\d.]+)([KMGT])")
+_EVERYTHING = re.compile(r"[Uu]sed ([\d.]+)([KMGT]) of")
 _UNITS = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
+
+
+def _refused(message: str, arguments: float) -> Memory:
+  """What a program that the compiler finds too large would need.
+
+  Args:
+    message: of the compiler.
+    arguments: bytes of the program's arguments on a device.
+  """
+  for pattern, rest in ((_TEMPORARIES, 0), (_EVERYTHING, arguments)):
+    if match := pattern.search(message):
+      temporary = float(match[1]) * _UNITS[match[2]] - rest
+      return Memory(temporary=temporary, needed=arguments + temporary)
+  return Memory()
 
 
 def _compile(function, arguments, capacity) -> tuple[Memory, str, bool]:
@@ -288,14 +301,9 @@ def _compile(function, arguments, capacity) -> tuple[Memory, str, bool]:
   try:
     compiled = function.lower(*arguments).compile()
   except jax.errors.JaxRuntimeError as e:
-    # The TPU's compiler refuses what does not fit, and says by how much.
-    match = _TOO_LARGE.search(str(e))
-    if "RESOURCE_EXHAUSTED" not in str(e) or match is None:
+    if "RESOURCE_EXHAUSTED" not in str(e):
       raise
-    number, unit = match[1] or match[5], match[2] or match[6]
-    needed = float(number) * _UNITS[unit]
-    arguments_size = sum(map(_local_bytes, arguments))
-    return Memory(temporary=needed - arguments_size, needed=needed), "", False
+    return _refused(str(e), _local_bytes(arguments)), "", False
   stats = compiled.memory_analysis()
   temporary = (
     stats.temp_size_in_bytes
@@ -406,15 +414,18 @@ def _size(count: float) -> str:
   return f"{count / 2**10:,.1f} KiB"
 
 
+def _needed(r: Report) -> str:
+  if not r.memory.needed:
+    return f"more than {_size(r.capacity)}"
+  return f"{_size(r.memory.needed)} of {_size(r.capacity)}"
+
+
 def _tell(r: Report, total_steps: int | None) -> None:
   """What a person wants to know of one topology."""
   memory = r.memory
   verdict = "fits" if r.fits else "DOES NOT FIT"
   rows = [
-    (
-      "memory a chip",
-      f"{_size(memory.needed)} of {_size(r.capacity)}: {verdict}",
-    ),
+    ("memory a chip", f"{_needed(r)}: {verdict}"),
     ("  parameters", _size(memory.parameters)),
     ("  optimizer", _size(memory.optimizer)),
     ("  activations and scratch", _size(memory.temporary)),
@@ -482,7 +493,7 @@ def _table(found: Sequence[Report]) -> None:
     rows.append(
       (
         r.topology,
-        f"{_size(r.memory.needed)} of {_size(r.capacity)}",
+        _needed(r),
         "fits" if r.fits else "does not fit",
         f"{r.seconds * 1e3:,.1f} ms" if timed else "",
         f"{r.tokens / r.seconds:,.0f}" if timed else "",

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import pytest
 
 from fat5_jax import chips, cost
+from fat5_jax import plan as planning
 from fat5_jax.errors import UserError
 
 SMALL = textwrap.dedent("""
@@ -149,6 +150,27 @@ def test_a_compiler_that_is_missing_is_named_with_its_install_line(monkeypatch):
     line = rf"pip install '{extra}=={jax.__version__}'".replace("[", r"\[")
     with pytest.raises(UserError, match=line):
       chips.devices(topology)
+
+
+@pytest.mark.parametrize(
+  "message,needed",
+  [
+    (
+      "RESOURCE_EXHAUSTED: Ran out of memory on HBM, the total memory required"
+      " for HLO temporaries (25.06G) exceeds available HBM (15.75G).",
+      35.06,
+    ),
+    (
+      "RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm. Used 25.06G"
+      " of 15.75G hbm. Exceeded hbm capacity by 9.31G.",
+      25.06,
+    ),
+    ("RESOURCE_EXHAUSTED: no more", 0),
+  ],
+)
+def test_both_ways_in_which_a_compiler_tells_what_is_missing(message, needed):
+  memory = planning._refused(message, arguments=10 * 2**30)
+  assert memory.needed == pytest.approx(needed * 2**30)
 
 
 @pytest.mark.slow

@@ -39,12 +39,12 @@ REMAT_POLICY = 'minimal'
 
 
 def devices(topology: str) -> int:
-  """Devices of an example topology; v4 and Ironwood chips are two each."""
+  """Devices of an example topology; an Ironwood chip is two."""
   name, _, shape = topology.partition(":")
   count = 1
   for size in shape.split("x"):
     count *= int(size)
-  return count * (2 if name in ("v4", "tpu7x") else 1)
+  return count * (2 if name == "tpu7x" else 1)
 
 
 def compile_cell(folder: str, size: str, topology: str) -> None:
