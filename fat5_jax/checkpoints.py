@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 import dataclasses
+import functools
 import json
 import logging
 import os
@@ -116,30 +117,37 @@ def as_on_disk(abstract: Any) -> Any:
   return jax.eval_shape(unstack_layers, abstract)
 
 
-def as_running(tree: Any, abstract: Any) -> Any:
-  """A tree from disk in a run's layout; `abstract` tells where it lies.
+def as_running(reads: Any, abstract: Any) -> Any:
+  """A state in a run's layout, from functions that read it from disk.
 
-  Layers are stacked one parameter at a time, and what was read is freed, so the
-  devices hold one parameter twice, never all.
+  Layers are read and stacked one parameter at a time, and what was read is
+  freed, so the devices hold one parameter twice, never all.
+
+  Args:
+    reads: functions without arguments, of arrays on the devices, unstacked.
+    abstract: the state's shapes, and where they lie.
   """
 
   def join(like, *layers):
+    arrays = [read() for read in layers]
     stacked = jax.jit(
       lambda *x: jnp.stack(x), out_shardings=getattr(like, "sharding", None)
-    )(*layers)
+    )(*arrays)
     stacked.block_until_ready()
-    for layer in layers:
-      if isinstance(layer, jax.Array):
-        layer.delete()
+    for array in arrays:
+      if isinstance(array, jax.Array):
+        array.delete()
     return stacked
 
   def stack(node, like):
     if not _is_loop(node) or not _is_scan(like):
-      return node
-    layers = [node.pop(k) for k in _layer_names(node)]
-    return node | {"layers": jax.tree.map(join, like["layers"], *layers)}
+      return jax.tree.map(lambda read: read(), node)
+    rest = {k: v for k, v in node.items() if not k.startswith("layers_")}
+    layers = [node[name] for name in _layer_names(node)]
+    stacked = jax.tree.map(join, like["layers"], *layers)
+    return jax.tree.map(lambda read: read(), rest) | {"layers": stacked}
 
-  return jax.tree.map(stack, tree, abstract, is_leaf=_is_loop)
+  return jax.tree.map(stack, reads, abstract, is_leaf=_is_loop)
 
 
 def _to_hosts(stacked: jax.Array) -> Sequence[jax.Array]:
@@ -257,28 +265,29 @@ def steps(model_dir: str) -> list[int]:
   return sorted(int(match[1]) for match in matches if match)
 
 
-def restore_tree(folder: str, abstract: Any) -> Any:
-  """Arrays of an item of a checkpoint, placed as `abstract` says.
+def open_item(folder: str, abstract: Any) -> Any:
+  """Functions that read the arrays of an item of a checkpoint; see as_running.
 
-  A tensor at a time, of which a host reads the parts that its devices hold:
-  orbax's own reader keeps many whole tensors in memory at once.
+  Each reads one array, of it the parts that this host's devices hold, and
+  places it as `abstract` says: orbax's own reader keeps many whole tensors in
+  memory at once.
 
   Raises:
     ValueError: if the item holds other arrays.
   """
   leaves = orbax_files.read_item(folder)
   paths, structure = jax.tree_util.tree_flatten_with_path(abstract)
-  arrays = []
+  reads = []
   for path, target in paths:
     where = tuple(jax.tree_util.keystr((k,), simple=True) for k in path)
     leaf = leaves.pop(where, None)
     if leaf is None or leaf.shape != target.shape:
       found = "nothing" if leaf is None else leaf.shape
       raise ValueError(f"{'/'.join(where)}: {found}, not {target.shape}")
-    arrays.append(put_parts(target, leaf.read_part))
+    reads.append(functools.partial(put_parts, target, leaf.read_part))
   if leaves:
     raise ValueError(f"{'/'.join(next(iter(leaves)))} is not wanted")
-  return jax.tree.unflatten(structure, arrays)
+  return jax.tree.unflatten(structure, reads)
 
 
 class Checkpointer:
@@ -318,10 +327,10 @@ class Checkpointer:
     on_disk = as_on_disk(params)
     try:
       found = {
-        "params": restore_tree(
+        "params": open_item(
           os.path.join(folder, "params"), partitioner.place(on_disk)
         ),
-        "optimizer": restore_tree(
+        "optimizer": open_item(
           os.path.join(folder, "optimizer"),
           partitioner.place(as_on_disk(opt_state), on_disk),
         ),

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 import dataclasses
+import functools
 import logging
 import os
 import tempfile
@@ -235,18 +236,24 @@ def initial_params(
       f"{path} is not trained for this model: it has no"
       f" {', '.join(map(name, fresh[:4]))}"
     )
-  # Only now are the tensors read, one at a time.
   targets = table.flatten(partitioner.place(on_disk))
-  arrays = {
-    where: put_parts(targets[where], leaf.read_part or leaf.read().__getitem__)
+  reads = {
+    where: functools.partial(_put, targets[where], leaf)
     for where, leaf in found.items()
   }
   names = list(map(name, fresh))
   if fresh:
     values = initialise(names)
-    arrays |= {where: values[name(where)] for where in fresh}
-  params = checkpoints.as_running(table.nest(arrays), abstract)
+    reads |= {
+      where: functools.partial(values.get, name(where)) for where in fresh
+    }
+  # Only now are the tensors read, one at a time.
+  params = checkpoints.as_running(table.nest(reads), abstract)
   return params, source, names
+
+
+def _put(target: jax.ShapeDtypeStruct, leaf: table.Leaf) -> jax.Array:
+  return put_parts(target, leaf.read_part or leaf.read().__getitem__)
 
 
 def initial_optimizer(
@@ -268,7 +275,7 @@ def initial_optimizer(
     checkpoints.as_on_disk(abstract), checkpoints.as_on_disk(abstract_params)
   )
   try:
-    found = checkpoints.restore_tree(path, on_disk)
+    found = checkpoints.open_item(path, on_disk)
   except (ValueError, KeyError, TypeError) as e:
     raise UserError(
       f"{source.path} holds the state of another optimizer than the gin file"

@@ -1,6 +1,6 @@
 """The memory of restoring a large checkpoint onto eight fake devices.
 
-  python tools/bench_restore.py [--layers 4] [--from run|fat5|hf]
+  python tools/bench_restore.py [--layers N] [--from run|fat5|hf]
 
 Makes a checkpoint of T5 1.1 XXL's shapes (4096 wide, 64 heads) with fewer
 layers, restores it in another process on a mesh of eight devices, layers
@@ -89,7 +89,7 @@ def restore(folder: str, layers: int, kind: str) -> None:
   from fat5_jax import checkpoints, weights
   from tools.bench_plan import memory
 
-  made = program(layers, {"fsdp": 2, "model": 2})
+  made = program(layers, {"fsdp": 4, "model": 2})
   abstract = made.abstract_state
   before = memory("VmRSS")
   if kind == "run":
@@ -125,7 +125,7 @@ def main() -> None:
   parser = argparse.ArgumentParser(
     description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
   )
-  parser.add_argument("--layers", type=int, default=2)
+  parser.add_argument("--layers", type=int, default=4)
   parser.add_argument("--from", dest="kind", choices=KINDS)
   parser.add_argument("--child", nargs=2, help=argparse.SUPPRESS)
   arguments = parser.parse_args()
