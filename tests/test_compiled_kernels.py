@@ -88,6 +88,52 @@ def test_compiles_for_gpu_without_spills(chip, tmp_path):
     assert near <= H100_BUDGET[0] and far <= H100_BUDGET[1]
 
 
+ON_TWO = """
+import sys
+import jax, jax.numpy as jnp
+from jax.sharding import NamedSharding, PartitionSpec as P
+from fat5_jax import chips
+from pallas_kernels import RelativeBuckets, flash_attention
+
+chips.prepare_environment([])
+mesh = jax.sharding.Mesh(chips.devices(f"{sys.argv[1]}:2"), ("data",))
+rows, shared = P("data"), P()
+
+def attend(q, k, v, table, ids):
+  return flash_attention(
+    q, k, v, position=RelativeBuckets(table, bidirectional=True),
+    q_segment_ids=ids, kv_segment_ids=ids, implementation=sys.argv[2],
+  )
+
+def array(spec, dtype, *shape):
+  return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, spec))
+
+split = jax.shard_map(
+  attend, mesh=mesh, in_specs=(rows, rows, rows, shared, rows), out_specs=rows
+)
+loss = lambda *x: jnp.sum(split(*x).astype(jnp.float32))
+jax.jit(jax.grad(loss, argnums=(0, 1, 2, 3))).lower(
+  *[array(rows, jnp.bfloat16, 4, 256, 2, 64)] * 3,
+  array(shared, jnp.float32, 2, 32),
+  array(rows, jnp.int32, 4, 256),
+).compile()
+"""
+
+
+@pytest.mark.parametrize(
+  "chip,implementation",
+  [("h100", "mosaic_gpu"), ("h100", "triton"), ("a100", "triton")],
+)
+def test_compiles_split_over_two_gpus(chip, implementation):
+  result = subprocess.run(
+    [gpu_python(), "-c", ON_TWO, chip, implementation],
+    env=os.environ | {"PYTHONPATH": ROOT},
+    capture_output=True,
+    text=True,
+  )
+  assert result.returncode == 0, result.stderr
+
+
 @pytest.mark.parametrize("worker", range(2))
 def test_mosaic_gpu_meets_the_suite_in_its_interpreter(worker):
   """Half of the suite each: the interpreter runs one thread at a time."""

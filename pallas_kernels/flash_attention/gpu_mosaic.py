@@ -33,6 +33,7 @@ from pallas_kernels.flash_attention.gpu_common import (
   pairs_of_tile,
   query_spans,
 )
+from pallas_kernels.manual_axes import vary_together
 
 if tuple(map(int, jax.__version__.split(".")[:2])) < (0, 11):
   raise ImportError(
@@ -130,13 +131,9 @@ def _call(name, kernel, grid, inputs, outputs, scratch):
   """
   scratch = {n: x for n, x in scratch.items() if x is not None}
   names = [*inputs, *outputs, *scratch]
-  axes = jax.typeof(inputs["q"]).manual_axis_type
   results = plgpu.kernel(
     lambda *refs: kernel(dict(zip(names, refs))),
-    out_type=[
-      jax.ShapeDtypeStruct(x.shape, x.dtype, manual_axis_type=axes)
-      for x in outputs.values()
-    ],
+    out_type=list(outputs.values()),
     scratch_types=list(scratch.values()),
     grid=tuple(grid.values()),
     grid_names=tuple(grid),
@@ -145,7 +142,8 @@ def _call(name, kernel, grid, inputs, outputs, scratch):
     kernel_name=name,
     compiler_params=plgpu.CompilerParams(approx_math=True),
   )(*inputs.values())
-  return dict(zip(outputs, results))
+  # plgpu.kernel forgets over which mesh axes its operands vary.
+  return dict(zip(outputs, vary_together(results, like=inputs["q"])))
 
 
 def _shared(dtype):
