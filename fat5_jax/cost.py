@@ -193,9 +193,11 @@ def _walk(computations, name: str, times: float, found: Traffic, memory: bool):
       ]
       for branch in branches:
         _walk(computations, branch, times / len(branches), found, memory)
-    elif i.opcode in ("call", "async-start"):
+    elif i.opcode in ("call", "async-start", "call-start"):
+      # What starts by itself moves its operands and results, as is seen here.
+      inside = memory and i.opcode == "call"
       for called in _called(i, "to_apply") or _called(i, "calls"):
-        _walk(computations, called, times, found, memory)
+        _walk(computations, called, times, found, inside)
     elif i.opcode == "fusion":
       for called in _called(i, "calls"):
         _walk(computations, called, times, found, False)
@@ -219,8 +221,12 @@ def _moved(i: Instruction, shapes, computations) -> float:
   writes = _bytes(i.shape)
   if i.opcode.endswith("-start"):
     writes = max(0, writes - sum(reads))
-  if i.opcode == "dynamic-slice":
+  if i.opcode in ("slice", "dynamic-slice"):
     return 2 * writes
+  if i.opcode == "slice-start":
+    # The whole array, the slice (often on the chip), a flag of four bytes.
+    source = sum(_bytes(shapes.get(o, ""), True) for o in i.operands)
+    return writes + _bytes(i.shape, True) - source
   if i.opcode == "dynamic-update-slice":
     return 2 * reads[1]
   if i.opcode == "fusion":
@@ -230,14 +236,14 @@ def _moved(i: Instruction, shapes, computations) -> float:
     parameters = [j for j in inside if j.opcode == "parameter"]
     for j in parameters:
       index = j.number
-      users = [u for u in inside if j.name in u.operands]
+      names, users = _uses(inside, j.name)
       # A slice of the stacked layers is read, not all of them.
       if (
         0 <= index < len(reads)
         and users
         and all(
           u.opcode in ("dynamic-slice", "dynamic-update-slice")
-          and u.operands[0] == j.name
+          and u.operands[0] in names
           for u in users
         )
       ):
@@ -249,6 +255,25 @@ def _moved(i: Instruction, shapes, computations) -> float:
         whole, part = _bytes(j.shape), inner_shapes.get(j.operands[1], "")
         writes -= max(0, min(writes, whole) - _bytes(part, True))
   return sum(reads) + writes
+
+
+def _uses(
+  inside: list[Instruction], name: str
+) -> tuple[set[str], list[Instruction]]:
+  """(names under which a value goes, who uses it).
+
+  A bitcast, or a fusion whose result is its operand in another layout, is
+  another name of the same bytes.
+  """
+  names, users = {name}, []
+  for i in inside:
+    if names.isdisjoint(i.operands):
+      continue
+    if i.opcode == "bitcast" or "output_to_operand_aliasing" in i.attributes:
+      names.add(i.name)
+    else:
+      users.append(i)
+  return names, users
 
 
 def _add_collective(found, kind, i: Instruction, shapes, times) -> None:

@@ -106,6 +106,50 @@ def test_traffic_of_a_loop_counts_as_often_as_it_runs():
   assert found.memory == loop + 2 * whole
 
 
+AHEAD = """HloModule step, is_scheduled=true
+
+%sparse (p: f32[1,1024]) -> f32[4,1024] {
+  %p = f32[1,1024]{1,0} parameter(0)
+  ROOT %all = f32[4,1024]{1,0} all-gather(%p),\
+ replica_groups=mesh['x'=4,'y'=2] {'x'}
+}
+
+%view (v: f32[10,1024]) -> f32[10,1024] {
+  %v = f32[10,1024]{1,0:T(8)} parameter(0)
+  ROOT %same = f32[10,1024]{1,0:T(4)} copy(%v)
+}
+
+%slice (s: f32[10,1024], n: s32[]) -> f32[1,1024] {
+  %s = f32[10,1024]{1,0:T(8)} parameter(0)
+  %n = s32[] parameter(1)
+  %seen = f32[10,1024]{1,0:T(4)} fusion(%s), kind=kLoop,\
+ output_to_operand_aliasing={{}: (0, {})}, calls=%view
+  ROOT %ds = f32[1,1024]{1,0} dynamic-slice(%seen, %n)
+}
+
+ENTRY %main (x: f32[10,1024], i: s32[]) -> f32[4,1024] {
+  %x = f32[10,1024]{1,0:T(8)} parameter(0)
+  %i = s32[] parameter(1)
+  %one = f32[1,1024]{1,0} fusion(%x, %i), kind=kLoop, calls=%slice
+  %start = ((f32[10,1024]{1,0:T(8)}), f32[2,1024]{1,0:S(1)}, s32[]{:S(2)}) \
+slice-start(%x), slice={[0:2], [0:1024]}
+  %done = f32[2,1024]{1,0:S(1)} slice-done(%start)
+  %go = ((f32[1,1024]{1,0}), f32[4,1024]{1,0}) \
+call-start(%one), to_apply=%sparse
+  ROOT %r = f32[4,1024]{1,0} call-done(%go)
+}
+"""
+
+
+def test_traffic_that_is_started_ahead_counts_what_it_moves():
+  """A slice fetched onto the chip, a collective on the TPU's sparse cores."""
+  found, row = cost.traffic(AHEAD), 4 * 1024
+  assert found.collectives == {"all-gather": (1, 4 * row)}
+  assert found.seconds == {4: 4 * row * 3 / 4}
+  fetched, gathered = 2 * row + 4, row + 4 * row
+  assert found.memory == (2 * row + 4) + fetched + gathered
+
+
 # ---- The command -------------------------------------------------------------
 
 

@@ -25,16 +25,30 @@ SIZES = {"small": "77M", "base": "248M", "large": "783M"} | {
   "xl": "2.85B",
   "xxl": "11.1B",
 }
-ROWS = 8
+SHAPE = {"rows": 8, "inputs": 512, "targets": 128}
 GIN = """
 from __gin__ import dynamic_registration
 include 'runs/finetune.gin'
 include 'models/t5_1_1/{size}.gin'
 MIXTURE_OR_TASK_NAME = 'glue_mnli_v002'
-TASK_FEATURE_LENGTHS = {{'inputs': 512, 'targets': 128}}
+TASK_FEATURE_LENGTHS = {{'inputs': {inputs}, 'targets': {targets}}}
 TRAIN_STEPS_RELATIVE = 1000
 SCAN_LAYERS = True
 REMAT_POLICY = 'minimal'
+"""
+
+
+PAGE = """# Which T5 1.1 fits on one host
+
+Fine-tuning with Adafactor, rows of {inputs} + {targets} tokens, {rows} rows a
+device, bfloat16, layers scanned, `REMAT_POLICY = 'minimal'`, state split over
+all devices (`MESH = {{'fsdp': ...}}`). In a cell: whether it fits, GiB a device
+needed, and a step's time by roofline.
+
+{table}
+
+Made by `tools/plan_table.py`: every cell is compiled by the chip's compiler.
+With other lengths, batches or meshes: `python -m fat5_jax.plan`.
 """
 
 
@@ -54,10 +68,10 @@ def compile_cell(folder: str, size: str, topology: str) -> None:
   count = devices(topology)
   gin = os.path.abspath(os.path.join(folder, f"{size}.gin"))
   with open(gin, "w", encoding="utf-8") as file:
-    file.write(GIN.format(size=size))
+    file.write(GIN.format(size=size, **SHAPE))
   command = [
     *(sys.executable, "-m", "fat5_jax.plan", "--no_decode"),
-    *(f"--gin_file={gin}", f"--gin.BATCH_SIZE={ROWS * count}"),
+    *(f"--gin_file={gin}", f"--gin.BATCH_SIZE={SHAPE['rows'] * count}"),
     f"--gin.MESH={{'fsdp': {count}}}",
     *(f"--topology={topology}", "--keep", f"--json={os.path.abspath(path)}"),
   ]
@@ -102,10 +116,10 @@ def main() -> None:
     row = [chip.example, f"{chip.memory / 2**30:.1f}"]
     row += [cell(arguments.results, size, chip.example) for size in SIZES]
     lines.append("| " + " | ".join(row) + " |")
-  text = "\n".join(lines)
-  print(text)
+  table = "\n".join(lines)
+  print(table)
   with open(arguments.output, "w", encoding="utf-8") as file:
-    file.write(f"<!-- made by tools/plan_table.py -->\n{text}\n")
+    file.write(PAGE.format(table=table, **SHAPE))
 
 
 if __name__ == "__main__":
