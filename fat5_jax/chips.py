@@ -114,40 +114,61 @@ def devices(topology: str) -> list[Any]:
   platform = CHIPS[chip_of(topology)].platform
   if platform == "cpu":
     return jax.devices("cpu")[: int(shape)]
+  if platform == "tpu":
+    description = _describe_tpu(topology)
+  else:
+    description = _describe_gpus(topology)
   try:
-    if platform == "tpu":
-      if importlib.util.find_spec("libtpu") is None:
-        raise UserError(
-          f"--topology={topology} needs the TPU's compiler: pip install"
-          f" 'jax[tpu]=={jax.__version__}' (no TPU is needed)"
-        )
-      # A v4's two cores are one device, as jax has them there; the compiler
-      # alone would take them for two.
-      options = {"chip_config_name": "megacore"} if name == "v4" else {}
-      found = topologies.get_topology_desc(
-        platform="tpu", topology_name=topology, **options
-      )
-      return list(found.devices)
-    _check_cuda(topology, jax.__version__)
-    count = int(shape)
-    hosts = -(-count // _GPUS_A_HOST)
-    if count % hosts:
-      raise UserError(
-        f"--topology={topology}: beyond {_GPUS_A_HOST} GPUs, whole hosts of"
-        f" {_GPUS_A_HOST}"
-      )
-    found = topologies.get_topology_desc(
-      platform="cuda",
-      topology_name=name,
-      topology=f"1x{hosts}x{count // hosts}",
-      target_config=gpu_description(name),
+    return list(
+      topologies.get_topology_desc(platform=platform, **description).devices
     )
-    return list(found.devices)
   except (jax.errors.JaxRuntimeError, ValueError, RuntimeError) as e:
     reason = str(e).splitlines()[0][:300]
     raise UserError(
       f"--topology={topology}: {reason}. One that exists: {CHIPS[name].example}"
     ) from None
+
+
+def _describe_tpu(topology: str) -> dict[str, Any]:
+  """What get_topology_desc wants to know of a TPU slice."""
+  import jax
+
+  if importlib.util.find_spec("libtpu") is None:
+    raise UserError(
+      f"--topology={topology} needs the TPU's compiler: pip install"
+      f" 'jax[tpu]=={jax.__version__}' (no TPU is needed)"
+    )
+  # A v4's two cores are one device, as jax has them there; the compiler alone
+  # would take them for two.
+  is_v4 = chip_of(topology) == "v4"
+  options = {"chip_config_name": "megacore"} if is_v4 else {}
+  return {"topology_name": topology, **options}
+
+
+def _describe_gpus(topology: str) -> dict[str, Any]:
+  """The same of GPUs."""
+  import jax
+
+  plugins = ("jax_cuda13_plugin", "jax_cuda12_plugin")
+  if not any(importlib.util.find_spec(name) for name in plugins):
+    raise UserError(
+      f"--topology={topology} needs the GPU's compiler: pip install"
+      f" 'jax[cuda13]=={jax.__version__}' (no GPU is needed; its attention"
+      " kernels need jax 0.11 and Python 3.12)"
+    )
+  name, _, shape = topology.partition(":")
+  count = int(shape)
+  hosts = -(-count // _GPUS_A_HOST)
+  if count % hosts:
+    raise UserError(
+      f"--topology={topology}: beyond {_GPUS_A_HOST} GPUs, whole hosts of"
+      f" {_GPUS_A_HOST}"
+    )
+  return {
+    "topology_name": name,
+    "topology": f"1x{hosts}x{count // hosts}",
+    "target_config": gpu_description(name),
+  }
 
 
 def capacity(topology: str) -> float:
@@ -162,17 +183,6 @@ def capacity(topology: str) -> float:
 def domain(chip: Chip, count: int) -> int:
   """Of `count` devices, how many talk over the fast network."""
   return min(count, _GPUS_A_HOST) if chip.platform == "cuda" else count
-
-
-def _check_cuda(topology: str, version: str) -> None:
-  plugins = ("jax_cuda13_plugin", "jax_cuda12_plugin")
-  if any(importlib.util.find_spec(name) for name in plugins):
-    return
-  raise UserError(
-    f"--topology={topology} needs the GPU's compiler: pip install"
-    f" 'jax[cuda13]=={version}' (no GPU is needed; its attention kernels need"
-    " jax 0.11 and Python 3.12)"
-  )
 
 
 def gpu_description(name: str) -> str:

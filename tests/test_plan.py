@@ -192,8 +192,9 @@ def test_a_compiler_that_is_missing_is_named_with_its_install_line(monkeypatch):
   monkeypatch.setattr(chips.importlib.util, "find_spec", lambda name: None)
   for topology, extra in (("v5e:2x2", "jax[tpu]"), ("h100:8", "jax[cuda13]")):
     line = rf"pip install '{extra}=={jax.__version__}'".replace("[", r"\[")
-    with pytest.raises(UserError, match=line):
+    with pytest.raises(UserError, match=line) as error:
       chips.devices(topology)
+    assert str(error.value).count(topology) == 1
 
 
 @pytest.mark.parametrize(
