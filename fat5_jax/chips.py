@@ -138,11 +138,17 @@ def _describe_tpu(topology: str) -> dict[str, Any]:
       f"--topology={topology} needs the TPU's compiler: pip install"
       f" 'jax[tpu]=={jax.__version__}' (no TPU is needed)"
     )
-  # A v4's two cores are one device, as jax has them there; the compiler alone
-  # would take them for two.
-  is_v4 = chip_of(topology) == "v4"
-  options = {"chip_config_name": "megacore"} if is_v4 else {}
-  return {"topology_name": topology, **options}
+  name, _, shape = topology.partition(":")
+  described: dict[str, Any] = {"topology_name": topology}
+  if name == "v4":
+    # Its two cores are one device, as jax has them there; the compiler alone
+    # would take them for two.
+    described["chip_config_name"] = "megacore"
+  x, y = map(int, shape.split("x")[:2])
+  if 1 in (x, y):
+    # Less than the 2 x 2 chips that a host has by default.
+    described["chips_per_host_bounds"] = [x, y, 1]
+  return described
 
 
 def _describe_gpus(topology: str) -> dict[str, Any]:

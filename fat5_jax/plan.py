@@ -414,6 +414,10 @@ def _size(count: float) -> str:
   return f"{count / 2**10:,.1f} KiB"
 
 
+def _number(x: float) -> str:
+  return f"{x:,.1f}" if x >= 10 else f"{x:.2g}"
+
+
 def _needed(r: Report) -> str:
   if not r.memory.needed:
     return f"more than {_size(r.capacity)}"
@@ -433,7 +437,10 @@ def _tell(r: Report, total_steps: int | None) -> None:
   ]
   if r.collectives or r.memory_traffic:
     rows += [
-      ("operations a step", f"{r.step_flops / 1e12:,.1f} TFLOP on all chips"),
+      (
+        "operations a step",
+        f"{_number(r.step_flops / 1e12)} TFLOP on all chips",
+      ),
       ("memory traffic a step", f"{_size(r.memory_traffic)} a chip"),
     ]
     rows += [
@@ -441,12 +448,12 @@ def _tell(r: Report, total_steps: int | None) -> None:
       for kind, (count, size) in sorted(r.collectives.items())
     ]
     tokens = r.tokens / r.seconds
+    in_ms = lambda seconds: _number(seconds * 1e3)
     rows += [
       (
         "step by roofline",
-        f"{r.seconds * 1e3:,.1f} ms (compute {r.seconds_compute * 1e3:,.1f},"
-        f" memory {r.seconds_memory * 1e3:,.1f}, network"
-        f" {r.seconds_network * 1e3:,.1f})",
+        f"{in_ms(r.seconds)} ms (compute {in_ms(r.seconds_compute)}, memory"
+        f" {in_ms(r.seconds_memory)}, network {in_ms(r.seconds_network)})",
       ),
       ("tokens/s by roofline", f"{tokens:,.0f} (padding counted)"),
     ]
@@ -454,7 +461,7 @@ def _tell(r: Report, total_steps: int | None) -> None:
       rows.append(
         (
           f"{total_steps:,} steps by roofline",
-          f"{r.seconds * total_steps / 3600:,.2f} h",
+          f"{_number(r.seconds * total_steps / 3600)} h",
         )
       )
   if r.decode:
@@ -463,7 +470,8 @@ def _tell(r: Report, total_steps: int | None) -> None:
       ("decoding a batch", f"{_size(r.decode['needed'])} a chip: {fits}")
     )
   rows.append(("compiled in", f"{r.compile_seconds:,.0f} s"))
-  console.pairs_table(f"{r.topology}, {r.devices} devices, {r.mesh}", rows)
+  devices = f"{r.devices} devices, " if r.devices > 1 else ""
+  console.pairs_table(f"{r.topology}, {devices}{r.mesh}", rows)
   if not r.fits and r.sought:
     if r.change is None:
       console.say(
@@ -495,7 +503,7 @@ def _table(found: Sequence[Report]) -> None:
         r.topology,
         _needed(r),
         "fits" if r.fits else "does not fit",
-        f"{r.seconds * 1e3:,.1f} ms" if timed else "",
+        f"{_number(r.seconds * 1e3)} ms" if timed else "",
         f"{r.tokens / r.seconds:,.0f}" if timed else "",
       )
     )
