@@ -43,12 +43,14 @@ PAGE = """# Which T5 1.1 fits on one host
 Fine-tuning with Adafactor, rows of {inputs} + {targets} tokens, {rows} rows a
 device, bfloat16, layers scanned, `REMAT_POLICY = 'minimal'`, state split over
 all devices (`MESH = {{'fsdp': ...}}`). In a cell: whether it fits, GiB a device
-needed, and a step's time by roofline.
+needed, and a step's time by roofline. What does not fit so may fit otherwise:
+`plan` looks for a way.
 
 {table}
 
-Made by `tools/plan_table.py`: every cell is compiled by the chip's compiler.
-With other lengths, batches or meshes: `python -m fat5_jax.plan`.
+Made by `tools/plan_table.py`: every cell is compiled by the chip's compiler
+(jax 0.10.2, GPUs 0.11.2). Other lengths, batches, meshes: `python -m
+fat5_jax.plan`.
 """
 
 
