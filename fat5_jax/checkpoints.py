@@ -77,9 +77,10 @@ def _is_scan(node: Any) -> bool:
   return isinstance(node, dict) and "layers" in node
 
 
-def _layer_names(node: dict[str, Any]) -> list[str]:
-  count = sum(name.startswith("layers_") for name in node)
-  return [f"layers_{i}" for i in range(count)]
+def _apart(node: dict[str, Any]) -> tuple[list[Any], dict[str, Any]]:
+  """(the layers of a loop in their order, what lies beside them)."""
+  rest = {k: v for k, v in node.items() if not k.startswith("layers_")}
+  return [node[f"layers_{i}"] for i in range(len(node) - len(rest))], rest
 
 
 def stack_layers(tree: Any) -> Any:
@@ -88,8 +89,7 @@ def stack_layers(tree: Any) -> Any:
   def stack(node):
     if not _is_loop(node):
       return node
-    rest = {k: v for k, v in node.items() if not k.startswith("layers_")}
-    layers = [node[name] for name in _layer_names(node)]
+    layers, rest = _apart(node)
     return rest | {"layers": jax.tree.map(lambda *x: jnp.stack(x), *layers)}
 
   return jax.tree.map(stack, tree, is_leaf=_is_loop)
@@ -130,20 +130,18 @@ def as_running(reads: Any, abstract: Any) -> Any:
 
   def join(like, *layers):
     arrays = [read() for read in layers]
-    stacked = jax.jit(
-      lambda *x: jnp.stack(x), out_shardings=getattr(like, "sharding", None)
-    )(*arrays)
+    stacked = jax.jit(lambda *x: jnp.stack(x), out_shardings=like.sharding)(
+      *arrays
+    )
     stacked.block_until_ready()
     for array in arrays:
-      if isinstance(array, jax.Array):
-        array.delete()
+      array.delete()
     return stacked
 
   def stack(node, like):
     if not _is_loop(node) or not _is_scan(like):
       return jax.tree.map(lambda read: read(), node)
-    rest = {k: v for k, v in node.items() if not k.startswith("layers_")}
-    layers = [node[name] for name in _layer_names(node)]
+    layers, rest = _apart(node)
     stacked = jax.tree.map(join, like["layers"], *layers)
     return jax.tree.map(lambda read: read(), rest) | {"layers": stacked}
 

@@ -234,7 +234,8 @@ def test_the_memory_that_plan_foretells_is_what_a_run_takes(tmp_path):
 
 @pytest.mark.chips
 @pytest.mark.parametrize(
-  "topology", ["v5e:1x1", "v4:2x2x1", "v5p:2x2x1", "v6e:2x2", "tpu7x:2x2x1"]
+  "topology",
+  ["v5e:1x1", "v5e:2x2", "v4:2x2x1", "v5p:2x2x1", "v6e:2x2", "tpu7x:2x2x1"],
 )
 def test_plan_compiles_for_every_tpu(tmp_path, tpu_python, topology):
   flags = (f"--topology={topology}", "--no_decode", "--json=p.json")
