@@ -231,6 +231,12 @@ def check_same_model(model_dir: str, config: T5Config) -> None:
     for key in now
     if before[key] != now[key]
   ]
+  labels = [
+    c.head.label_names if c.head is not None else ()
+    for c in (T5Config(**found["model"]), config)
+  ]
+  if labels[0] != labels[1]:
+    lines.append(f"  - labels = {labels[0]!r}\n  + labels = {labels[1]!r}")
   if lines:
     raise UserError(
       f"MODEL_DIR {model_dir} holds a different model (- there, + asked"

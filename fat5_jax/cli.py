@@ -1,9 +1,8 @@
-"""Flags, gin files and errors for people; the only module that imports gin."""
+"""Flags, and errors for people; gin files are read by gin_files.py."""
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
 import contextlib
 import functools
 import importlib
@@ -14,7 +13,7 @@ import re
 import sys
 import traceback
 
-from fat5_jax.errors import UserError, nearest
+from fat5_jax.errors import UserError
 
 _COMMANDS = {
   # Command: module, function, the run file that fills what the user's files
@@ -26,7 +25,7 @@ _COMMANDS = {
   "plan": ("fat5_jax.train", "train", None),
 }
 # What the compiled step does not depend on; plan does without.
-_NOT_PLANNED = ("MODEL_DIR", "INITIAL_CHECKPOINT_PATH", "VOCAB_FILE")
+NOT_PLANNED = ("MODEL_DIR", "INITIAL_CHECKPOINT_PATH", "VOCAB_FILE")
 _HELP = {
   "train": (
     "Train a model. Needs a gin file, for example:\n\n"
@@ -50,20 +49,6 @@ _HELP = {
     "    --topology=v5e:16x16"
   ),
 }
-_PACKAGE = os.path.dirname(os.path.abspath(__file__))
-# In a checkout the gin folder lies beside the package, in a wheel inside it.
-GIN_ROOTS = [
-  folder
-  for folder in (
-    os.path.join(os.path.dirname(_PACKAGE), "gin"),
-    os.path.join(_PACKAGE, "gin"),
-  )
-  if os.path.isdir(os.path.join(folder, "runs"))
-]
-_INCLUDE = re.compile(r"^[ \t]*include[ \t]+['\"]([^'\"]+)['\"]", re.MULTILINE)
-_MACRO_SET = re.compile(r"^[ \t]*([A-Z][A-Z0-9_]*)\s*=", re.MULTILINE)
-_REFERENCE = re.compile(r"@[\w./]+|%[A-Z][A-Z0-9_]*")
-_MACRO_USED = re.compile(r"%([A-Z][A-Z0-9_]*)")
 
 
 def _parser(command: str) -> argparse.ArgumentParser:
@@ -175,195 +160,6 @@ def _split_gin_flags(arguments: list[str]) -> tuple[list[str], list[str]]:
   return rest, bindings
 
 
-class _GinFiles:
-  """The gin files of a run: found, their includes followed, their macros."""
-
-  def __init__(self, search_paths: list[str]):
-    self.search_paths = search_paths
-    self.texts: dict[str, str] = {}
-
-  def find(self, name: str, asked_by: str = "") -> str:
-    for folder in ["", *self.search_paths]:
-      path = os.path.join(folder, name)
-      if os.path.isfile(path):
-        return os.path.abspath(path)
-    known = [
-      os.path.relpath(os.path.join(folder, file), root)
-      for root in GIN_ROOTS
-      for folder, _, files in os.walk(root)
-      for file in files
-    ]
-    raise UserError(
-      f"{asked_by}gin file {name!r} not found.{nearest(name, known)} Looked"
-      f" in: {', '.join(self.search_paths)}"
-    )
-
-  def add(self, name: str, asked_by: str = "") -> str:
-    path = self.find(name, asked_by)
-    if path in self.texts:
-      return path
-    with open(path, encoding="utf-8") as file:
-      self.texts[path] = file.read()
-    folder = os.path.dirname(path)
-    if folder not in self.search_paths:
-      self.search_paths.append(folder)
-    for match in _INCLUDE.finditer(self.texts[path]):
-      line = self.texts[path].count("\n", 0, match.start()) + 1
-      self.add(match[1], f"{path}, line {line}: ")
-    return path
-
-
-def _without_comments(text: str) -> str:
-  return re.sub(r"#.*", "", text)
-
-
-def _check_macros(files: _GinFiles, bindings: list[str]) -> None:
-  """Raises for a macro that nothing uses and no shipped file knows.
-
-  gin itself accepts any: a misspelt --gin.TRAIN_STEP=10 would do nothing. A
-  file may set macros of another command; the command line may not.
-  """
-  texts = {path: _without_comments(t) for path, t in files.texts.items()}
-  known: set[str] = set()
-  users: dict[str, str] = {}
-  for root in GIN_ROOTS:
-    for folder, _, names in os.walk(root):
-      for name in names:
-        path = os.path.join(folder, name)
-        with open(path, encoding="utf-8") as file:
-          text = _without_comments(file.read())
-        used = _MACRO_USED.findall(text)
-        known |= {*_MACRO_SET.findall(text), *used}
-        users |= dict.fromkeys(used, os.path.relpath(path, root))
-  used_here = {
-    name
-    for text in [*texts.values(), *bindings]
-    for name in _MACRO_USED.findall(text)
-  }
-  known |= used_here
-  for where, text in [
-    *((f"{path}: ", text) for path, text in texts.items()),
-    *(("", binding) for binding in bindings),
-  ]:
-    for name in _MACRO_SET.findall(text):
-      if name not in known:
-        raise UserError(
-          f"{where}unknown gin name {name!r}: no file uses it."
-          f"{nearest(name, known)}"
-        )
-      if not where and name not in used_here:
-        hint = f"; {users[name]} does" if name in users else ""
-        raise UserError(f"no gin file of this run uses {name}{hint}")
-
-
-def _parse(
-  files: list[str],
-  bindings: list[str],
-  search_paths: list[str],
-  function: str,
-  may_be_unset: Sequence[str] = (),
-) -> None:
-  """Parses everything that `function` shall be called with."""
-  import importlib.util  # gin 0.5 uses it without importing it  # noqa: F401
-
-  import gin
-
-  # gin logs an error for every folder in which a file is not.
-  logging.getLogger().addFilter(
-    lambda record: "Path not found" not in record.getMessage()
-  )
-  found = _GinFiles([*GIN_ROOTS, os.path.abspath(os.curdir), *search_paths])
-  paths = [found.add(name) for name in files]
-  _check_macros(found, bindings)
-  for folder in found.search_paths:
-    gin.add_config_file_search_path(folder)
-  try:
-    gin.parse_config_files_and_bindings(
-      paths, bindings, skip_unknown=False, finalize_config=False
-    )
-  except UserError:
-    raise
-  except (ImportError, AttributeError) as e:
-    raise UserError(f"gin: {e}") from None
-  except (ValueError, TypeError, SyntaxError, RuntimeError, OSError) as e:
-    raise UserError(_explain_gin_error(str(e))) from None
-  _check_required(gin, function, may_be_unset)
-
-
-def _check_required(gin, function: str, may_be_unset: Sequence[str]) -> None:
-  """Raises for macros at %gin.REQUIRED that a command's function comes to use.
-
-  Those that may be unset become a text that says so.
-
-  Bindings of other commands in the same files do not count.
-  """
-  config = gin.config._CONFIG  # gin has no public view of its bindings.
-  todo, seen, missing = [f"@{function}"], set(), []
-  while todo:
-    reference = todo.pop()
-    if reference in seen:
-      continue
-    seen.add(reference)
-    *scopes, name = reference[1:].split("/")
-    # A scoped reference takes unscoped bindings too, where it has none itself.
-    bindings: dict[str, object] = {}
-    is_macro = reference[0] == "%"
-    for (scope, selector), values in config.items():
-      if is_macro:
-        found = selector == "gin.macro" and scope == name
-      else:
-        found = scope in ("", *scopes) and f".{selector}".endswith(f".{name}")
-      if found:
-        bindings = bindings | values if scope else values | bindings
-    text = repr(list(bindings.values()))
-    if is_macro and "REQUIRED" in text:
-      missing.append(name)
-    todo += _REFERENCE.findall(text)
-  for name in set(missing) & set(may_be_unset):
-    missing.remove(name)
-    gin.bind_parameter(f"{name}/gin.macro.value", f"({name} is not set)")
-  if missing:
-    flags = " ".join(f"--gin.{name}=..." for name in sorted(missing))
-    raise UserError(
-      f"{', '.join(sorted(missing))} must be set: in a gin file, or with"
-      f" {flags}"
-    )
-
-
-def _explain_gin_error(message: str) -> str:
-  """gin's message with the nearest known name added."""
-  match = re.search(
-    r"Configurable '([\w.]+)' doesn't have a parameter named '(\w+)'", message
-  )
-  if match:
-    return message.strip() + _nearest_parameter(*match.groups())
-  match = re.search(r"[Nn]o configurable matching '([\w./]+)'", message)
-  if match:
-    return message.strip() + nearest(match[1], _configurables())
-  return message.strip()
-
-
-def _configurables() -> list[str]:
-  import gin
-
-  names = []
-  for name, _ in gin.config._REGISTRY.items():
-    parts = name.split(".")
-    names += [".".join(parts[-n:]) for n in (1, 2)]
-  return names
-
-
-def _nearest_parameter(configurable: str, parameter: str) -> str:
-  import gin
-
-  try:
-    function = gin.config._REGISTRY.get_match(configurable).wrapped
-    names = list(inspect.signature(function).parameters)
-  except (KeyError, AttributeError, ValueError, TypeError):
-    return ""
-  return nearest(parameter, names) + f" It has: {', '.join(names)}"
-
-
 @contextlib.contextmanager
 def _quiet_stderr():
   """Drops what native code writes while TensorFlow loads (no flag does)."""
@@ -399,19 +195,20 @@ def _run(command: str, arguments: list[str]) -> None:
   logging.basicConfig(format="%(message)s", level=logging.WARNING)
   logging.getLogger("fat5_jax").setLevel(logging.INFO)
   logging.getLogger("absl").setLevel(logging.ERROR)
-  import gin
-
   with _quiet_stderr():
     import tensorflow  # noqa: F401
 
+  from fat5_jax import gin_files
+  import gin
+
   module = importlib.import_module(module_name)
   search_paths = [p for p in flags.gin_search_paths.split(",") if p]
-  _parse(
+  gin_files.parse(
     files,
     [*flags.gin_bindings, *bindings],
     search_paths,
     function_name,
-    may_be_unset=_NOT_PLANNED if command == "plan" else (),
+    may_be_unset=NOT_PLANNED if command == "plan" else (),
   )
   if command != "plan":
     _meet_other_hosts(flags)
@@ -424,7 +221,7 @@ def _run(command: str, arguments: list[str]) -> None:
     function(**options)
   except (RuntimeError, TypeError, ValueError) as e:
     # Only gin's own complaints are the user's; others keep their traceback.
-    cause = _gin_call_error(e, function_name)
+    cause = gin_files.explain_call(e, function_name)
     if cause is None:
       raise
     raise UserError(cause) from None
@@ -455,29 +252,6 @@ def _meet_other_hosts(flags: argparse.Namespace) -> None:
   hosts.start(place, flags.initialization_timeout)
   if hosts.everyone.index:
     console.only_errors()
-
-
-def _gin_call_error(error: Exception, function_name: str) -> str | None:
-  """A short text for an error that gin raised while building arguments."""
-  text = str(error)
-  match = re.search(
-    r"Required bindings for `([\w.]+)` not provided in config: (\[.*?\])", text
-  )
-  if match:
-    return (
-      f"the gin files leave {match[1]} without {match[2]}: include a run file"
-      " (runs/finetune.gin, runs/pretrain.gin) and a model file"
-    )
-  match = re.search(
-    rf"{function_name}\(\) missing \d+ required keyword-only arguments?: (.*)",
-    text,
-  )
-  if match:
-    return (
-      f"the gin files leave {function_name} without {match[1].splitlines()[0]}:"
-      " include a run file (runs/finetune.gin, runs/pretrain.gin)"
-    )
-  return None
 
 
 def main(command: str, arguments: list[str] | None = None) -> int:

@@ -23,9 +23,11 @@ from fat5_jax import (
   hosts,
   metrics,
   predictions,
+  row_batches,
   weights,
 )
-from fat5_jax.data import features, pipeline, sources
+from fat5_jax.data import features, pipeline, records, seqio_source, tasks
+from fat5_jax.data import metrics as metrics_lib
 from fat5_jax.errors import UserError
 from fat5_jax.program import Program, abstract_params, prediction
 from fat5_jax.sharding import Partitioner
@@ -47,16 +49,14 @@ class InferenceEvaluator:
   ):
     self._config, self._model = config, model
     self._partitioner = partitioner
-    self._rows = partitioner.round_up(config.batch_size)
     self._folder = os.path.join(output_dir, "inference_eval")
     os.makedirs(self._folder, exist_ok=True)
     task = config.task()
-    if task.name not in [
-      *seqio.TaskRegistry.names(),
-      *seqio.MixtureRegistry.names(),
-    ]:
-      raise UserError(f"task {task.name!r} is not registered with SeqIO")
-    with sources.reraise():
+    # SeqIO's evaluator takes a name.
+    tasks.register(task)
+    for part in seqio.get_subtasks(task):
+      metrics_lib.check(part.metric_fns, part.name)
+    with seqio_source.reraise():
       self._evaluator = seqio.Evaluator(
         task.name,
         features.feature_converter(task, pack=False),
@@ -84,18 +84,37 @@ class InferenceEvaluator:
     return [task.name for task in self._evaluator.eval_tasks]
 
   def _predictions(self, dataset, params) -> list[tuple[int, list[int]]]:
+    """(number, prediction) of every row; long rows in smaller batches."""
     found = []
-    for indices, batch in _batched(dataset, self._rows):
-      placed = self._partitioner.to_devices(batch, 0, self._rows)
-      rows = np.asarray(self._predict(params, placed))
-      found += [(i, row.tolist()) for i, row in zip(indices, rows)]
+    examples = tfds.as_numpy(dataset)
+    tokens = "encoder_input_tokens"
+    # SeqIO has padded them all to the longest of the split.
+    size = lambda row: int(np.flatnonzero(row[1][tokens]).max(initial=0)) + 1
+    for group in row_batches.group(examples, size, self._config.batch_size):
+      rows, length = row_batches.shape(
+        list(map(size, group)), self._config.batch_size
+      )
+      rows = self._partitioner.round_up(rows)
+      width = len(group[0][1][tokens])
+      batch = {
+        key: np.stack([row[key] for _, row in group])
+        for key in (tokens, "answerable")
+        if key in group[0][1]
+      }
+      batch = {
+        key: x[:, : min(length, width)]
+        for key, x in pipeline.fill_rows(batch, rows).items()
+      }
+      placed = self._partitioner.to_devices(batch, 0, rows)
+      values = np.asarray(self._predict(params, placed))
+      found += [(int(i), x.tolist()) for (i, _), x in zip(group, values)]
     return found
 
   def evaluate(self, params, step: int) -> dict[str, dict[str, float]]:
     """Metrics by task name."""
     if not self._evaluator.eval_tasks:
       return {}
-    with sources.reraise():
+    with seqio_source.reraise():
       results, _ = self._evaluator.evaluate(
         compute_metrics=True,
         step=step,
@@ -131,12 +150,6 @@ class InferenceEvaluator:
 
 def _number(value: Any) -> float:
   return float(np.asarray(getattr(value, "value", value)))
-
-
-def _batched(dataset, batch_size: int):
-  """(indices, batch of full size) of an enumerated dataset."""
-  for indices, batch in tfds.as_numpy(dataset.batch(batch_size)):
-    yield [int(i) for i in indices], pipeline.fill_rows(batch, batch_size)
 
 
 def loss_metrics(
@@ -191,8 +204,7 @@ def evaluate(
   model, params, vocabulary, source = load_model(
     checkpoint_path, model, partitioner
   )
-  if dataset_cfg.vocabulary is None:
-    dataset_cfg = dataclasses.replace(dataset_cfg, vocabulary=vocabulary)
+  dataset_cfg = with_own_task(dataset_cfg, source, vocabulary)
   output_dir = checkpoints.prepare_model_dir(
     output_dir or os.path.join(source.run_dir, "eval")
   )
@@ -224,6 +236,42 @@ def evaluate(
   console.samples_table(evaluator.samples(source.step, 5))
   console.say(f"predictions and metrics: {output_dir}/inference_eval")
   return results
+
+
+def with_own_task(
+  dataset_cfg: pipeline.DatasetConfig,
+  source: weights.Source,
+  vocabulary: seqio.Vocabulary | None,
+) -> pipeline.DatasetConfig:
+  """The data with what it leaves open from the checkpoint's run folder.
+
+  Raises:
+    UserError: if neither names a task, or it cannot be built from the folder.
+  """
+  vocabulary = dataset_cfg.vocabulary or vocabulary
+  dataset_cfg = dataclasses.replace(dataset_cfg, vocabulary=vocabulary)
+  if dataset_cfg.mixture_or_task_name is not None:
+    return dataset_cfg
+  record = own_task(source)
+  if record is None:
+    raise UserError(
+      f"{source.run_dir} tells no task: set MIXTURE_OR_TASK_NAME, or give the"
+      " gin file of the training with --gin_file=..."
+    )
+  task = records.build(record, vocabulary, dataset_cfg.data_dir, with_data=True)
+  lengths = dataset_cfg.task_feature_lengths
+  if lengths is None and record["kind"] in features.WINDOWED:
+    lengths = record["lengths"]
+  return dataclasses.replace(
+    dataset_cfg, mixture_or_task_name=task, task_feature_lengths=lengths
+  )
+
+
+def own_task(source: weights.Source) -> dict[str, Any] | None:
+  """The record of the task that a run was trained on (data/records.py)."""
+  if source.kind != "fat5":
+    return None
+  return (checkpoints.read_model_json(source.run_dir) or {}).get("task")
 
 
 def load_model(

@@ -8,7 +8,6 @@ if __name__ == "__main__":
 
 from collections.abc import Iterable, Iterator
 import contextlib
-import dataclasses
 import itertools
 import json
 import os
@@ -19,10 +18,10 @@ import jax
 import numpy as np
 import seqio
 
-from fat5_jax import console, hosts, predictions
-from fat5_jax.data import pipeline, sources
+from fat5_jax import console, hosts, predictions, row_batches
+from fat5_jax.data import features, pipeline, records, seqio_source, sources
 from fat5_jax.errors import UserError
-from fat5_jax.eval import load_model
+from fat5_jax.eval import load_model, own_task, with_own_task
 from fat5_jax.program import prediction
 from fat5_jax.sharding import Partitioner
 
@@ -37,6 +36,7 @@ def infer(
   batch_size: int = 32,
   max_input_length: int | None = None,
   max_output_length: int = 256,
+  use_template: bool = True,
   model: Any = None,
   vocabulary: seqio.Vocabulary | None = None,
   partitioner: Partitioner | None = None,
@@ -46,11 +46,14 @@ def infer(
 
   Args:
     checkpoint_path: run folder, one checkpoint, or HF folder.
-    input: a text file with one input a line, a .tsv, .csv or .jsonl file with
-      a column `inputs` (a classifier takes a column `second` for pairs,
-      question answering columns `question` and `context`), or "-" for lines on
-      standard input; None predicts the task of `dataset_cfg`, or reads standard
-      input where there is none. A tagger's words are apart by spaces.
+    input: a text file with one input a line, a .tsv, .csv or .jsonl file, or
+      "-" for lines on standard input; None predicts the task of `dataset_cfg`,
+      or reads standard input where there is none. Rows have the columns of the
+      task that the run folder tells, and are asked about in its words; a line
+      is its one column (a tagger's words are apart by spaces). Without such a
+      task they have a column `inputs` (and `second` for pairs, or `question`
+      and `context`). A column `inputs` where the task has none of that name is
+      taken as it is.
     output: a file, or "-" for standard output.
     output_format: "jsonl" or "tsv"; by default what the ending of `output`
       says, else JSONL. Keys are inputs, prediction, and targets for a task.
@@ -59,6 +62,8 @@ def infer(
     batch_size: rows a batch.
     max_input_length: longer inputs are cut to this many tokens; None cuts none.
     max_output_length: most tokens of a prediction.
+    use_template: whether the task's template is filled; False takes a language
+      model's lines, and column `inputs`, as they are.
     model: overrides the checkpoint's own T5Config (same architecture).
     vocabulary: overrides the checkpoint's own.
     partitioner: the mesh; None puts a part of each batch on every device. Among
@@ -84,11 +89,19 @@ def infer(
   head = model.config.head
   output_format = _choose_format(output, output_format, head)
   from_task = input is None and dataset_cfg is not None
-  if from_task and dataset_cfg.vocabulary is None:
-    dataset_cfg = dataclasses.replace(dataset_cfg, vocabulary=vocabulary)
-  count = itertools.count()
+  own = None
+  if from_task:
+    dataset_cfg = with_own_task(dataset_cfg, source, vocabulary)
+  elif use_template:
+    own, window = _own_task(source, vocabulary, input or "-")
+    max_input_length = max_input_length or window
+  count, told = itertools.count(), predictions.Told()
   if model.config.is_language_model:
-    rows = _task_rows(dataset_cfg) if from_task else _input_rows(input or "-")
+    rows = (
+      _task_rows(dataset_cfg)
+      if from_task
+      else _texts(_input_rows(input or "-", own, told), own)
+    )
     lines = _generated_lines(
       model,
       params,
@@ -99,9 +112,10 @@ def infer(
       batch_size,
       max_input_length,
       max_output_length,
+      told,
     )
   else:
-    records = _head_records(
+    found = _head_records(
       model,
       params,
       partitioner,
@@ -110,8 +124,10 @@ def infer(
       vocabulary,
       batch_size,
       max_input_length,
+      own,
+      told,
     )
-    lines = predictions.write(_counted(records, count), output_format, head)
+    lines = predictions.write(_counted(found, count), output_format, head)
   if dry_run:
     console.say(f"dry run: {source.path} and its vocabulary are fine")
     return
@@ -121,8 +137,69 @@ def infer(
     for line in lines:
       file.write(line)
       file.flush()
+  for line in told.describe(max_input_length):
+    console.say(line)
   if output != "-":
     console.say(f"{next(count)} predictions in {output}")
+
+
+def _own_task(source, vocabulary, path: str) -> tuple[Any, int | None]:
+  """(the task that a run folder tells, the length of its windows).
+
+  None where it tells none, and for rows that hold whole inputs.
+  """
+  record = own_task(source)
+  if record is None:
+    return None, None
+  if "factory" not in record:
+    console.say(
+      f"task {record['name']} of the run folder is registered by code, so"
+      " inputs are taken as they are"
+    )
+    return None, None
+  task = records.build(record, vocabulary)
+  columns = task.source.columns
+  if _is_text(path):
+    if len(columns) != 1:
+      raise UserError(
+        f"task {record['name']} asks about {' and '.join(columns)}, and a line"
+        " of text is one of them: set INPUT to a .jsonl, .tsv or .csv file with"
+        f" columns {' and '.join(columns)}"
+        + " (--gin.USE_TEMPLATE=False takes lines that are whole inputs)"
+        * (record["kind"] == "text_to_text")
+      )
+  else:
+    _, first = next(iter(sources.read_file(path)), ("", {}))
+    if "inputs" in first and not set(columns) & set(first):
+      console.say(
+        f"{path} has a column inputs, not {' and '.join(columns)}: its texts"
+        " are taken as whole inputs, the task's template is not filled"
+      )
+      return None, None
+  lengths = record["lengths"] if record["kind"] in features.WINDOWED else {}
+  return task, lengths.get("inputs")
+
+
+def _is_text(path: str) -> bool:
+  return path == "-" or os.path.splitext(path)[1] in ("", ".txt")
+
+
+def _texts(
+  rows: Iterable[sources.LocatedRow], own: seqio.Task | None
+) -> Iterator[dict[str, str]]:
+  """What a model is asked about each row: `inputs`, and `second` of a pair."""
+  for where, row in rows:
+    try:
+      if own is not None:
+        yield {"inputs": own.source.question(row)["inputs"]}
+        continue
+      for key in ("inputs", "second") if "second" in row else ("inputs",):
+        text = sources.column(row, key)
+        if not isinstance(text, str) or not text.strip():
+          raise UserError(f"column {key!r} is {text!r}, not a text")
+    except UserError as e:
+      raise UserError(f"{where}: {e}") from None
+    yield {key: row[key] for key in ("inputs", "second") if key in row}
 
 
 def _counted(rows: Iterable[Any], count: Iterator[int]) -> Iterator[Any]:
@@ -142,20 +219,25 @@ def _generated_lines(
   batch_size,
   max_input_length,
   max_output_length,
+  told,
 ) -> Iterator[str]:
   """A language model's answer to every row, as lines of the output file."""
   predict = prediction(model, partitioner, max_output_length)
-  size = partitioner.round_up(batch_size)
   header = True
-  for batch in _batches(rows, batch_size):
-    tokens = [
-      _encode(vocabulary, row["inputs"], max_input_length, model.config)
-      for row in batch
-    ]
-    padded = _pad(tokens, size, model.config.pad_token_id)
+  encode = lambda text: _encode(
+    vocabulary, text, max_input_length, model.config, told
+  )
+  encoded = ((row, encode(row["inputs"])) for row in rows)
+  for batch in row_batches.group(encoded, lambda x: len(x[1]), batch_size):
+    tokens = [ids for _, ids in batch]
+    size, length = row_batches.shape(list(map(len, tokens)), batch_size)
+    size = partitioner.round_up(size)
+    padded = np.full((size, length), model.config.pad_token_id, np.int32)
+    for target, ids in zip(padded, tokens):
+      target[: len(ids)] = ids
     placed = partitioner.to_devices({"encoder_input_tokens": padded}, 0, size)
     found = np.asarray(predict(params, placed))
-    for row, ids in zip(batch, found):
+    for (row, _), ids in zip(batch, found):
       row["prediction"] = vocabulary.decode(ids.tolist())
       yield _format(row, output_format, header)
       header = False
@@ -170,6 +252,8 @@ def _head_records(
   vocabulary,
   batch_size,
   max_input_length,
+  own,
+  told,
 ) -> Iterator[predictions.Record]:
   """A head's prediction for every row of a task or an input."""
   if dataset_cfg is not None:
@@ -179,21 +263,29 @@ def _head_records(
     max_input_length = max_input_length or lengths.get("inputs")
   else:
     head = model.config.head
-    pairs = False
-    if os.path.splitext(path)[1] not in ("", ".txt"):
-      _, first = next(sources.read_file(path), ("", {}))
-      pairs = "second" in first
+    rows = lambda: _input_rows(path, own, told)
+    split = seqio_source.ROWS
+    if own is not None and features.label_feature(own) is not None:
+      task = records.ask(own, rows)
     elif head.kind == "question_answering":
-      raise UserError(
-        "question answering needs INPUT = a .jsonl, .tsv or .csv file with"
-        " columns question and context"
+      if _is_text(path):
+        raise UserError(
+          "question answering needs INPUT = a .jsonl, .tsv or .csv file with"
+          " columns question and context"
+        )
+      task = predictions.task_of_rows(
+        head, lambda: (row for _, row in rows()), vocabulary
       )
-    task = predictions.task_of_rows(
-      head, lambda: _input_rows(path, head.kind), vocabulary, pairs
-    )
-    split = predictions.ROWS
+    else:
+      pairs = False
+      if own is None and not _is_text(path):
+        _, first = next(iter(sources.read_file(path)), ("", {}))
+        pairs = "second" in first
+      task = predictions.task_of_rows(
+        head, lambda: _texts(rows(), own), vocabulary, pairs
+      )
   return predictions.predict_task(
-    model, params, partitioner, task, split, batch_size, max_input_length
+    model, params, partitioner, task, split, batch_size, max_input_length, told
   )
 
 
@@ -209,43 +301,32 @@ def _choose_format(output: str, output_format: str | None, head) -> str:
   return output_format
 
 
-def _input_rows(path: str, kind: str = "") -> Iterator[dict[str, str]]:
+def _input_rows(
+  path: str, own: seqio.Task | None, told: predictions.Told
+) -> Iterator[sources.LocatedRow]:
+  """The rows of an input; a line of text is the column that is asked about."""
+  if not _is_text(path):
+    yield from sources.read_file(path)
+    return
   if path == "-":
-    located = (
-      (f"standard input, row {n}", {"text": line.rstrip("\r\n")})
-      for n, line in enumerate(sys.stdin, 1)
-    )
-  elif os.path.splitext(path)[1] in ("", ".txt"):
-    if not os.path.exists(path):
-      raise UserError(f"{path}: no such input file")
-    located = (
-      (f"{path}, row {n}", {"text": line})
-      for n, line in sources.read_lines(path, open)
-    )
+    lines = enumerate((line.rstrip("\r\n") for line in sys.stdin), 1)
+  elif not os.path.exists(path):
+    raise UserError(f"{path}: no such input file")
   else:
-    located = sources.read_file(path)
-
-  def rows():
-    for where, row in located:
-      if kind == "question_answering":
-        yield row
-        continue
-      try:
-        text = row["text"] if "text" in row else sources.column(row, "inputs")
-      except UserError as e:
-        raise UserError(f"{where}: {e}") from None
-      if not text.strip():
-        raise UserError(f"{where}: empty")
-      second = {"second": row["second"]} if kind and "second" in row else {}
-      yield {"inputs": text} | second
-
-  return rows()
+    lines = sources.read_lines(path, open)
+  column = "inputs" if own is None else own.source.columns[0]
+  where = "standard input" if path == "-" else path
+  for number, line in lines:
+    if line.strip():
+      yield f"{where}, row {number}", {column: line}
+    else:
+      told.blank += 1
 
 
 def _task_rows(config: pipeline.DatasetConfig) -> Iterator[dict[str, str]]:
   task = config.task()
   for part in seqio.get_subtasks(task):
-    if isinstance(part.source, sources.SeqioSource):
+    if isinstance(part.source, seqio_source.SeqioSource):
       for example in part.source.examples(config.split):
         yield {k: example[k] for k in ("inputs", "targets")}
       continue
@@ -262,16 +343,18 @@ def _task_rows(config: pipeline.DatasetConfig) -> Iterator[dict[str, str]]:
       }
 
 
-def _batches(rows: Iterable[dict], size: int) -> Iterator[list[dict]]:
-  rows = iter(rows)
-  while batch := list(itertools.islice(rows, size)):
-    yield batch
-
-
-def _encode(vocabulary, text: str, max_length: int | None, config) -> list[int]:
+def _encode(
+  vocabulary,
+  text: str,
+  max_length: int | None,
+  config,
+  told: predictions.Told,
+) -> list[int]:
   ids = vocabulary.encode(text)
-  if max_length is not None:
+  told.add_tokens(ids, vocabulary.unk_id)
+  if max_length is not None and len(ids) >= max_length:
     ids = ids[: max_length - 1]
+    told.cut += 1
   ids = [*ids, config.eos_token_id]
   if max(ids) >= config.vocab_size:
     raise UserError(
@@ -279,15 +362,6 @@ def _encode(vocabulary, text: str, max_length: int | None, config) -> list[int]:
       f" (vocab_size = {config.vocab_size}); is the vocabulary the model's?"
     )
   return ids
-
-
-def _pad(tokens: list[list[int]], rows: int, pad_id: int) -> np.ndarray:
-  longest = max(map(len, tokens))
-  length = -(-longest // predictions.LENGTH_STEP) * predictions.LENGTH_STEP
-  padded = np.full((rows, length), pad_id, np.int32)
-  for row, ids in zip(padded, tokens):
-    row[: len(ids)] = ids
-  return padded
 
 
 def _format(row: dict[str, str], output_format: str, header: bool) -> str:

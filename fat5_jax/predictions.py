@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
+import dataclasses
 import itertools
 import json
 from typing import Any
@@ -11,18 +12,51 @@ import numpy as np
 import seqio
 import tensorflow_datasets as tfds
 
-from fat5_jax.data import conll, features, head_tasks, sources
+from fat5_jax import row_batches
+from fat5_jax.data import (
+  conll,
+  features,
+  head_tasks,
+  seqio_source,
+  sources,
+)
+from fat5_jax.data.seqio_source import ROWS
 from fat5_jax.errors import UserError
 from fat5_jax.models.config import HeadConfig
 from fat5_jax.program import prediction
 from fat5_jax.sharding import Partitioner
 
-# Input lengths are rounded up to a multiple, so that few programs are compiled.
-LENGTH_STEP = 64
-
 Record = dict[str, Any]
-# The split of rows that are no task's.
-ROWS = "predict"
+
+
+@dataclasses.dataclass
+class Told:
+  """What a person should know of the rows that were predicted."""
+
+  blank: int = 0
+  cut: int = 0
+  tokens: int = 0
+  unknown: int = 0
+
+  def add_tokens(self, ids: Sequence[int], unknown_id: int | None) -> None:
+    self.tokens += len(ids)
+    self.unknown += sum(int(i) == unknown_id for i in ids)
+
+  def describe(self, max_input_length: int | None) -> list[str]:
+    """A line for each that is not 0."""
+    found = []
+    if self.blank:
+      found.append(f"{self.blank:,} blank lines left out")
+    if self.cut:
+      found.append(
+        f"{self.cut:,} inputs cut to MAX_INPUT_LENGTH = {max_input_length}"
+      )
+    if self.unknown:
+      found.append(
+        f"{self.unknown:,} of {self.tokens:,} tokens are unknown to the"
+        " vocabulary"
+      )
+    return found
 
 
 def describe(value: Any, head: HeadConfig) -> str:
@@ -105,33 +139,39 @@ def predict_task(
   split: str,
   batch_size: int,
   max_input_length: int | None,
+  told: Told | None = None,
 ) -> Iterator[Record]:
   """A record for every row of a task, in order.
 
-  A sentence or context that came in several windows is one record again.
+  A sentence or context that came in several windows is one record again. `told`
+  counts what a person should know.
   """
   lengths = None
   if max_input_length is not None:
     lengths = features.complete_lengths({"inputs": max_input_length}, task)
   predict = prediction(model, partitioner, None)
-  head, rows = model.config.head, partitioner.round_up(batch_size)
+  head = model.config.head
+  unknown = task.output_features["inputs"].vocabulary.unk_id
 
   def windows():
-    dataset = task.get_dataset(lengths, split, shuffle=False)
-    examples = iter(tfds.as_numpy(dataset))
-    while batch := list(itertools.islice(examples, batch_size)):
-      placed = partitioner.to_devices(_arrays(batch), 0, rows)
+    examples = tfds.as_numpy(task.get_dataset(lengths, split, shuffle=False))
+    size = lambda example: len(example["inputs"])
+    for batch in row_batches.group(examples, size, batch_size):
+      rows, length = row_batches.shape(list(map(size, batch)), batch_size)
+      rows = partitioner.round_up(rows)
+      placed = partitioner.to_devices(_arrays(batch, rows, length), 0, rows)
       yield from zip(batch, np.asarray(predict(params, placed)))
 
-  def _arrays(batch):
+  def _arrays(batch, rows, length):
     keys = ["inputs"] + ["answerable"] * (head.kind == "question_answering")
-    longest = max(len(example["inputs"]) for example in batch)
-    length = -(-longest // LENGTH_STEP) * LENGTH_STEP
     fill = {"inputs": model.config.pad_token_id, "answerable": 0}
     arrays = {key: np.full((rows, length), fill[key], np.int32) for key in keys}
     for key, array in arrays.items():
       for row, example in zip(array, batch):
         row[: len(example[key])] = example[key]
+    if told is not None:
+      for example in batch:
+        told.add_tokens(example["inputs"], unknown)
     largest = int(arrays["inputs"].max())
     if largest >= model.config.vocab_size:
       raise UserError(
@@ -142,13 +182,16 @@ def predict_task(
     names = {"inputs": "encoder_input_tokens"}
     return {names.get(key, key): array for key, array in arrays.items()}
 
-  with sources.reraise():
+  with seqio_source.reraise():
     if head.kind == "embedding":
       for example, values in windows():
         text = example["inputs_pretokenized"].decode("utf-8")
         yield {"inputs": text, "embedding": values.tolist()}
     else:
       yield from _records(windows(), task, head, split != ROWS)
+  if told is not None:
+    cuts = features.cuts_of(task, lengths).values()
+    told.cut += sum(cut.by_feature["inputs"] for cut in cuts)
 
 
 def _records(

@@ -13,8 +13,11 @@ if __name__ == "__main__":
 import collections
 from collections.abc import Callable
 import contextlib
+import dataclasses
 import itertools
+import json
 import os
+import re
 import secrets
 import shlex
 import shutil
@@ -30,7 +33,7 @@ import optax
 from fat5_jax import checkpoints, console, hosts, metrics, steps, weights
 from fat5_jax import trainable as trainable_lib
 from fat5_jax.convert import table
-from fat5_jax.data import features, pipeline, vocabularies
+from fat5_jax.data import features, pipeline, records, vocabularies
 from fat5_jax.errors import UserError
 from fat5_jax.eval import InferenceEvaluator, loss_metrics
 from fat5_jax.program import Program
@@ -123,6 +126,21 @@ def train(
     )
   if not isinstance(random_seed, int):
     raise UserError(f"RANDOM_SEED = {random_seed!r} must be a whole number")
+  # `seed = None` and `split = None` are T5X's and ours: the run's seed, and no
+  # evaluation.
+  seeded = lambda cfg: (
+    cfg
+    if cfg is None or cfg.seed is not None
+    else dataclasses.replace(cfg, seed=random_seed)
+  )
+  train_dataset_cfg, train_eval_dataset_cfg, infer_eval_dataset_cfg = (
+    seeded(cfg) if cfg is None or cfg.split is not None else None
+    for cfg in (
+      train_dataset_cfg,
+      train_eval_dataset_cfg,
+      infer_eval_dataset_cfg,
+    )
+  )
   config = model.config
   partitioner = partitioner or Partitioner()
   program = Program(
@@ -143,7 +161,14 @@ def train(
   if config_text is not None:
     hosts.everyone.agree("the configuration", config_text())
   task = train_dataset_cfg.task()
-  pipeline.check_task(train_dataset_cfg, config)
+  for dataset_cfg in (
+    train_dataset_cfg,
+    train_eval_dataset_cfg,
+    infer_eval_dataset_cfg,
+  ):
+    if dataset_cfg is not None:
+      pipeline.check_task(dataset_cfg, config)
+  pipeline.check_rows(train_dataset_cfg)
   partitioner.check(
     config,
     train_dataset_cfg.batch_size,
@@ -157,6 +182,8 @@ def train(
 
   model_dir = checkpoints.prepare_model_dir(model_dir)
   checkpoints.check_same_model(model_dir, config)
+  record = train_dataset_cfg.record()
+  _check_same_task(model_dir, record)
   _check_shared(model_dir)
   checkpointer = checkpoints.Checkpointer(model_dir, checkpoint_cfg.save)
 
@@ -195,6 +222,7 @@ def train(
         " from its beginning"
       )
     console.say(f"going on from step {own_step} of {model_dir}")
+    _tell_changes(model_dir, config_text)
   elif initial_path:
     params, source, fresh = weights.initial_params(
       initial_path,
@@ -256,6 +284,8 @@ def train(
     config,
     vocabularies.save(vocabulary, model_dir),
     random_seed=random_seed,
+    task=record,
+    base=_base_of(model_dir, initial_path, own_step),
   )
   _write_model_info(model_dir, abstract, program.trains)
   if config_text is not None:
@@ -302,6 +332,10 @@ def train(
           f"step {step}  inference_eval/{name}  "
           + "  ".join(f"{k} {v:.4g}" for k, v in values.items())
         )
+    cuts = features.cuts_of(task, train_dataset_cfg.lengths())
+    for name, cut in cuts.items():
+      if cut.describe():
+        console.say(f"{name}: cut to TASK_FEATURE_LENGTHS: {cut.describe()}")
     log.plot()
 
   stats_period = stats_period or min(100, eval_period or 100)
@@ -408,6 +442,58 @@ def train(
   _closing_words(log, evaluator, model_dir, step)
   log.close()
   return state
+
+
+def _check_same_task(model_dir: str, record: dict[str, Any]) -> None:
+  """Raises UserError if the folder holds a run on other data.
+
+  What its labels mean, its metrics and its curves are those of one task.
+  """
+  before = (checkpoints.read_model_json(model_dir) or {}).get("task")
+  if before is None:
+    return
+  lines = records.difference(before, json.loads(json.dumps(record)))
+  if lines:
+    raise UserError(
+      f"MODEL_DIR {model_dir} holds a run on other data (- there, + asked"
+      " for):\n"
+      + "\n".join(lines)
+      + "\nUse another --gin.MODEL_DIR=..., and this one as"
+      " INITIAL_CHECKPOINT_PATH to go on from its weights"
+    )
+
+
+def _base_of(
+  model_dir: str, initial_path: str | None, own_step: int | None
+) -> str | None:
+  """The checkpoint that a run started from, as recorded then."""
+  if own_step is not None:
+    return (checkpoints.read_model_json(model_dir) or {}).get("base")
+  return initial_path and os.path.abspath(os.path.expanduser(initial_path))
+
+
+# Lines of a configuration: MACRO = value, or scope/module.name.parameter.
+_SETTING = re.compile(r"^([\w./]+) = (.*)$", re.MULTILINE)
+
+
+def _tell_changes(
+  model_dir: str, config_text: Callable[[], str] | None
+) -> None:
+  """Says in a line what differs from the settings that the run had."""
+  path = os.path.join(model_dir, "config.gin")
+  if config_text is None or not os.path.exists(path):
+    return
+  with open(path, encoding="utf-8") as file:
+    before = dict(_SETTING.findall(file.read()))
+  now = dict(_SETTING.findall(config_text()))
+  changed = [
+    f"{key} {before.get(key, 'unset')} -> {now.get(key, 'unset')}"
+    for key in sorted({*before, *now})
+    if before.get(key) != now.get(key) and key != "MODEL_DIR"
+  ]
+  if changed:
+    more = f" and {len(changed) - 8} more" if len(changed) > 8 else ""
+    console.say(f"changed since: {', '.join(changed[:8])}{more}")
 
 
 def _check_shared(model_dir: str) -> None:
@@ -542,6 +628,6 @@ def _dry_run(dataset_cfg, config, abstract, trains, config_text) -> None:
       if segments is not None:
         ids = segments[row]
         parts = [tokens[ids == i] for i in range(1, ids.max(initial=0) + 1)]
-      texts = [pipeline.decode(task_features[feature], part) for part in parts]
+      texts = [pipeline.show(task_features[feature], part) for part in parts]
       console.say(f"  row {row} {feature}: " + " | ".join(texts[:4]))
   console.say("dry run: nothing was trained or written")

@@ -5,7 +5,7 @@ import os
 from conftest import ROOT
 import pytest
 
-from fat5_jax import cli
+from fat5_jax import gin_files
 from fat5_jax.convert import hf
 import gin
 
@@ -49,7 +49,7 @@ def clean_gin():
 
 
 def model_config(file):
-  cli._parse([file], ["VOCAB_FILE = 'none'"], [], "none")
+  gin_files.parse([file], ["VOCAB_FILE = 'none'"], [], "none")
   return gin.get_configurable("config.T5Config")()
 
 
@@ -105,4 +105,4 @@ VOCABULARY = None
     files.insert(0, "runs/infer.gin")
   if file.startswith("heads/") or "tiny_cpu" in file:
     files[:0] = ["runs/finetune.gin", "models/from_checkpoint.gin"]
-  cli._parse(files, [], [], "train")
+  gin_files.parse(files, [], [], "train")

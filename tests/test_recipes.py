@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import seqio
 
-from fat5_jax import cli, weights
+from fat5_jax import cli, gin_files, weights
 from fat5_jax.convert import hf, table
 import gin
 
@@ -153,7 +153,7 @@ def test_a_recipe_for_a_pod_divides_over_it_and_its_plan_fits(recipe):
   from fat5_jax.sharding import Partitioner
 
   count, plans = PODS[recipe]
-  cli._parse([f"recipes/{recipe}"], [], [], "train", cli._NOT_PLANNED)
+  gin_files.parse([f"recipes/{recipe}"], [], [], "train", cli.NOT_PLANNED)
   partitioner = gin.get_configurable("sharding.Partitioner")(
     devices=[types.SimpleNamespace(process_index=0)] * count
   )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 import os
+from typing import Any
 
 from fat5_jax.data import sources
 from fat5_jax.errors import UserError
@@ -28,7 +29,7 @@ def read(
   Raises:
     UserError: naming file and row, for a line with too few columns.
   """
-  _, opener = sources._suffix(path)
+  _, opener = sources.split_suffix(path)
   if not os.path.exists(path):
     raise UserError(f"{path}: no such data file")
   words: list[str] = []
@@ -95,6 +96,12 @@ class Conll:
   def rows(self, split: str) -> Iterator[sources.LocatedRow]:
     for path in self.splits[split]:
       yield from read(path, *self._columns)
+
+  def record(self) -> dict[str, Any]:
+    word_column, tag_column = self._columns
+    return sources.files_record(
+      self, self.splits, word_column=word_column, tag_column=tag_column
+    )
 
   def describe(self, split: str) -> str:
     return ", ".join(self.splits[split])

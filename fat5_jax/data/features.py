@@ -6,10 +6,12 @@ head and which feature converter go with it.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import collections
+from collections.abc import Mapping, Sequence
 import dataclasses
 from typing import Any
 
+import numpy as np
 import seqio
 import tensorflow as tf
 
@@ -17,6 +19,85 @@ from fat5_jax.errors import UserError
 
 # Labels that count for nothing; Hugging Face's number.
 IGNORED = -100
+# Kinds of labels whose long texts come in several rows, none of them cut.
+WINDOWED = ("token_classification", "question_answering")
+
+
+class Cuts:
+  """Rows of a task that lost their end to TASK_FEATURE_LENGTHS, by feature.
+
+  Counted as rows are read, epoch after epoch, a little ahead of their use.
+  """
+
+  def __init__(self):
+    self.rows = 0
+    self.by_feature: dict[str, int] = collections.Counter()
+    self.longest: dict[str, int] = collections.Counter()
+
+  def count(self, names: Sequence[str], lengths, limits) -> None:
+    self.rows += 1
+    for name, length, limit in zip(names, lengths, limits):
+      if length > limit:
+        self.by_feature[name] += 1
+        self.longest[name] = max(self.longest[name], int(length))
+
+  def describe(self) -> str:
+    """For a person; "" if nothing was cut."""
+    parts = [
+      f"{count:,} of {name} (longest {self.longest[name]:,} tokens)"
+      for name, count in sorted(self.by_feature.items())
+    ]
+    if not parts:
+      return ""
+    return f"{', '.join(parts)}, of {self.rows:,} rows read"
+
+
+# By task and length; see count_cut.
+_cuts: dict[tuple[str, int | None, int | None], Cuts] = {}
+
+
+def _counter(name: str, lengths: Mapping[str, int] | None) -> Cuts:
+  lengths = lengths or {}
+  key = (name, lengths.get("inputs"), lengths.get("targets"))
+  return _cuts.setdefault(key, Cuts())
+
+
+def cuts_of(
+  task: seqio.Task | seqio.Mixture, lengths: Mapping[str, int] | None
+) -> dict[str, Cuts]:
+  """The rows that were cut to these lengths, by task."""
+  return {
+    part.name: _counter(step.keywords["name"], lengths)
+    for part in seqio.get_subtasks(task)
+    for step in part.preprocessors
+    if "name" in getattr(step, "keywords", ())
+  }
+
+
+def count_cut(
+  dataset: tf.data.Dataset, sequence_length=None, *, name: str
+) -> tf.data.Dataset:
+  """Counts the rows of tokens that are about to lose their end."""
+  limits = sequence_length or {}
+  keys = [key for key in ("inputs", "targets") if limits.get(key) is not None]
+  if not keys:
+    return dataset
+  found = _counter(name, sequence_length)
+  # append_eos needs a place too.
+  room = [limits[key] - 1 for key in keys]
+
+  def note(*lengths):
+    found.count(keys, lengths, room)
+    return np.int32(0)
+
+  def look(row):
+    lengths = [tf.size(row[key]) for key in keys]
+    done = tf.numpy_function(note, lengths, tf.int32)
+    with tf.control_dependencies([done]):
+      return row | {key: tf.identity(row[key]) for key in keys}
+
+  # One after the other: the counter is Python's.
+  return dataset.map(look)
 
 
 def check_given(vocabulary: seqio.Vocabulary | None, task: str) -> None:
@@ -169,19 +250,31 @@ def _length(sequence_length: Mapping[str, int] | None) -> int | None:
 
 
 def join_pair(
-  dataset: tf.data.Dataset, output_features, sequence_length=None
+  dataset: tf.data.Dataset, output_features, sequence_length=None, *, name: str
 ) -> tf.data.Dataset:
   """`inputs` from `first` and `second`, as `A </s>` or `A </s> B </s>`.
 
-  What is too long loses the end of its longer text, never its `</s>`.
+  What is too long loses the end of its longer text, never its `</s>`; how many
+  rows did is counted under the task's `name`.
   """
   eos = tf.constant([output_features["inputs"].vocabulary.eos_id], tf.int32)
   limit = _length(sequence_length)
+
+  counted = _counter(name, sequence_length)
+
+  def note(length):
+    counted.count(["inputs"], [length], [limit])
+    return np.int32(0)
 
   def join(row):
     first, second = row["first"], row["second"]
     pair = tf.size(second) > 0
     if limit is not None:
+      whole = tf.size(first) + tf.size(second) + tf.where(pair, 2, 1)
+      with tf.control_dependencies(
+        [tf.numpy_function(note, [whole], tf.int32)]
+      ):
+        first = tf.identity(first)
       room = tf.maximum(limit - tf.where(pair, 2, 1), 0)
       half = (room + 1) // 2
       keep = tf.maximum(half, room - tf.size(second))
@@ -195,7 +288,8 @@ def join_pair(
     rest = {k: v for k, v in row.items() if k not in ("first", "second")}
     return rest | {"inputs": joined}
 
-  return dataset.map(join, num_parallel_calls=tf.data.AUTOTUNE)
+  # One after the other: the counter is Python's.
+  return dataset.map(join)
 
 
 def split_tagged(

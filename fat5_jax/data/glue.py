@@ -121,7 +121,7 @@ def find(name: str) -> Glue:
 
 
 def source(
-  name: str, data_dir: str | None
+  name: str, data_dir: str | None, given: Any = None
 ) -> tuple[Any, Callable[[sources.RowFn], sources.RowFn]]:
   """(source, what makes a row function read its columns).
 
@@ -130,18 +130,36 @@ def source(
   Args:
     name: of the task.
     data_dir: folder with the official layout; None reads HF.
+    given: a source that takes the place of both.
 
   Raises:
     UserError: if no file is there.
   """
   task = find(name)
+  names = {**task.features, "label": task.label_column}
+
+  def rename(row_fn):
+    def value(row, ours, theirs):
+      if theirs in row:
+        return row[theirs]
+      if ours == "label" and "index" in row:
+        return -1
+      # HF's, TFDS's, and what a person asks about may have our names.
+      return sources.column(row, ours if ours in row else theirs)
+
+    return lambda row: row_fn(
+      {ours: value(row, ours, theirs) for ours, theirs in names.items()}
+    )
+
   suffix = task.validation.removeprefix("dev")
+  if given is not None:
+    return given, rename
   if data_dir is None:
     splits = {"train": "train"} | {
       split: f"{split}{suffix}" for split in ("validation", "test")
     }
     hf = sources.HuggingFace("nyu-mll/glue", task.config or name, splits)
-    return hf, lambda row_fn: row_fn
+    return hf, rename
   folder = os.path.join(data_dir, task.folder)
   files = {
     "train": "train.tsv",
@@ -159,21 +177,6 @@ def source(
     )
   # The test sets have headers even where train and dev have none.
   columns = {split: task.columns for split in ("train", "validation")}
-  names = {**task.features, "label": task.label_column}
-
-  def rename(row_fn):
-    def renamed(row):
-      return row_fn(
-        {
-          ours: -1
-          if ours == "label" and theirs not in row and "index" in row
-          else sources.column(row, theirs)
-          for ours, theirs in names.items()
-        }
-      )
-
-    return renamed
-
   return sources.Files(found, columns), rename
 
 

@@ -14,7 +14,13 @@ from typing import Any
 import seqio
 import tensorflow as tf
 
-from fat5_jax.data import features, preprocessors, sources
+from fat5_jax.data import (
+  features,
+  preprocessors,
+  records,
+  seqio_source,
+  sources,
+)
 from fat5_jax.data import glue as glue_lib
 from fat5_jax.data import metrics as metrics_lib
 from fat5_jax.data import squad as squad_lib
@@ -36,13 +42,20 @@ def _register(
   postprocess: Callable[..., Any],
   metrics: Sequence[str | Callable[..., Any]],
   skip_bad_rows: bool,
+  columns: Sequence[str],
+  unanswered: Callable[[sources.Row], sources.Row],
 ) -> seqio.Task:
-  """Registers a head's task, in place of an earlier one of that name."""
+  """Registers a head's task, in place of an earlier one of that name.
+
+  `columns` and `unanswered`: see SeqioSource.
+  """
   features.check_given(vocabulary, name)
   seqio.TaskRegistry.remove(name)
   return seqio.TaskRegistry.add(
     name,
-    source=sources.SeqioSource(source, row_fn, signature, skip_bad_rows),
+    source=seqio_source.SeqioSource(
+      source, row_fn, signature, skip_bad_rows, columns, unanswered
+    ),
     preprocessors=[preprocessor],
     output_features=features.head_features(vocabulary, label),
     postprocess_fn=postprocess,
@@ -53,10 +66,11 @@ def _register(
 # ---- Sequences ---------------------------------------------------------------
 
 
+@records.recorded
 def classification(
   source,
   inputs: str | Sequence[str],
-  label: str,
+  label: str | Sequence[str],
   vocabulary: seqio.Vocabulary,
   label_names: Sequence[str] = (),
   problem_type: str = "single_label_classification",
@@ -74,10 +88,12 @@ def classification(
     inputs: template with `{column}` fields, or two for a pair, which becomes
       `A </s> B </s>`.
     label: column of the label: a name, or its number; for multi-label names
-      separated by `separator`, or a list; for regression a number, or a list.
-      -1 (no label) and -100 count for nothing.
+      separated by `separator`, a list, or a column of 0 and 1 for each label;
+      for regression a number, or a list. -1 (no label) and -100 count for
+      nothing.
     vocabulary: SeqIO vocabulary.
-    label_names: in the order of the outputs; needed but for regression.
+    label_names: in the order of the outputs; () takes the data set's own names
+      (HF's ClassLabel), else those found in the training split, sorted.
     problem_type: as in HeadConfig.
     name: under which it is registered.
     metrics: names of data.metrics; None is what suits the problem.
@@ -92,15 +108,41 @@ def classification(
   templates = (inputs,) if isinstance(inputs, str) else tuple(inputs)
   if not 1 <= len(templates) <= 2:
     raise UserError(f"task {name!r}: inputs is one template, or a pair")
-  size = num_labels or 1
+  asked = [field for t in templates for field in preprocessors.fields(t)]
+  label_columns = () if isinstance(label, str) else tuple(label)
+  if label_columns and problem_type == "single_label_classification":
+    raise UserError(
+      f"task {name!r}: a column a label is for multi-label (or regression)"
+    )
+  size = num_labels or len(label_columns) or 1
   if problem_type != "regression":
+    label_names = label_names or label_columns
     if not label_names:
-      raise UserError(f"task {name!r} needs label_names")
+      label_names = _found_labels(source, label, problem_type, separator, name)
     size = len(label_names)
   read_label = preprocessors.label_reader(
     tuple(label_names), problem_type, size, separator
   )
   fill = [preprocessors.fill(template) for template in templates]
+
+  def value_of(row):
+    if not label_columns:
+      return sources.column(row, label)
+    values = [sources.column(row, column) for column in label_columns]
+    if problem_type == "regression":
+      return values
+    return [i for i, on in enumerate(values) if _is_on(on, label_columns[i])]
+
+  def unanswered(row):
+    blank: Any = -1
+    if problem_type == "multi_label_classification":
+      blank = []
+    elif problem_type == "regression":
+      blank = [0] * size if size > 1 else 0
+    if label_columns:
+      return row | dict.fromkeys(label_columns, 0)
+    # A task of GLUE knows its label under two names.
+    return row | {label: blank}
 
   def format_row(row):
     texts = [f(row) for f in fill]
@@ -109,7 +151,7 @@ def classification(
       "inputs_pretokenized": " </s> ".join(texts),
       "first": ids[0],
       "second": ids[1] if len(ids) > 1 else [],
-      "targets": read_label(sources.column(row, label)),
+      "targets": read_label(value_of(row)),
     }
 
   dtype = tf.int32 if problem_type.startswith("single") else tf.float32
@@ -130,11 +172,65 @@ def classification(
       "size": size,
       "names": tuple(label_names),
     },
-    features.join_pair,
+    functools.partial(features.join_pair, name=name),
     functools.partial(_sequence_value, problem_type),
     _SEQUENCE_METRICS[problem_type] if metrics is None else metrics,
     skip_bad_rows,
+    asked,
+    unanswered,
   )
+
+
+def _is_on(value: Any, column: str) -> bool:
+  text = str(value).strip().lower()
+  if text in ("1", "1.0", "true"):
+    return True
+  if text in ("0", "0.0", "false", ""):
+    return False
+  raise UserError(f"column {column!r}: {value!r} is neither 0 nor 1")
+
+
+# More labels than this are numbers or text, not classes.
+_MOST_LABELS = 1000
+
+
+def _found_labels(
+  source, label: str, problem_type: str, separator: str, name: str
+) -> tuple[str, ...]:
+  """The labels that the data names, or those of its training split, sorted."""
+  if hasattr(source, "label_names"):
+    names = source.label_names(label)
+    if names:
+      return names
+  if "train" not in source.splits:
+    raise UserError(f"task {name!r} needs label_names: it has no split 'train'")
+  many = problem_type == "multi_label_classification"
+  found: set[str] = set()
+  for where, row in source.rows("train"):
+    value = sources.column(row, label)
+    values = [value]
+    if many:
+      values = value.split(separator) if isinstance(value, str) else value
+    try:
+      found.update(str(part).strip() for part in values)
+    except TypeError:
+      raise UserError(f"{where}: label {value!r} is no list") from None
+    if len(found) > _MOST_LABELS:
+      raise UserError(
+        f"task {name!r}: over {_MOST_LABELS} different values in column"
+        f" {label!r}: give label_names, or problem_type = 'regression'"
+      )
+  found -= {"", "-1", "-100", "None"}
+  if not found:
+    raise UserError(
+      f"task {name!r}: no labels in column {label!r} of"
+      f" {source.describe('train')}"
+    )
+  numbers = all(text.isdigit() for text in found)
+  if numbers:
+    # Class numbers, of which some may not occur.
+    return tuple(map(str, range(max(map(int, found)) + 1)))
+  return tuple(sorted(found))
 
 
 _SEQUENCE_METRICS = {
@@ -154,10 +250,12 @@ def _sequence_value(problem_type, values, is_target=False, **unused):
   return int(values[0])
 
 
+@records.recorded
 def glue(
   name: str,
   vocabulary: seqio.Vocabulary,
   data_dir: str | None = None,
+  source: Any = None,
 ) -> seqio.Task:
   """A GLUE task as classes (STS-B: numbers), `glue_sst2_classes`.
 
@@ -167,9 +265,10 @@ def glue(
     name: see tasks.glue.
     vocabulary: SeqIO vocabulary.
     data_dir: folder with the official layout; None reads HF's `glue`.
+    source: of rows, instead of both.
   """
   task = glue_lib.find(name)
-  source, rename = glue_lib.source(name, data_dir)
+  source, rename = glue_lib.source(name, data_dir, source)
   problem = "regression" if name == "stsb" else "single_label_classification"
   return classification(
     source,
@@ -187,6 +286,7 @@ def glue(
 # ---- Tags --------------------------------------------------------------------
 
 
+@records.recorded
 def tagging(
   source,
   vocabulary: seqio.Vocabulary,
@@ -229,8 +329,13 @@ def tagging(
     metrics = ("entity_f1", "tag_accuracy") if is_entity else ("tag_accuracy",)
   counter = itertools.count()
 
+  def words_of(row):
+    found = sources.column(row, words)
+    # A person's own rows may hold a sentence.
+    return found.split() if isinstance(found, str) else list(map(str, found))
+
   def format_row(row):
-    row_words = [str(word) for word in sources.column(row, words)]
+    row_words = words_of(row)
     row_tags = list(sources.column(row, tags))
     if len(row_words) != len(row_tags) or not row_words:
       raise UserError(f"{len(row_words)} words and {len(row_tags)} tags")
@@ -273,6 +378,8 @@ def tagging(
     functools.partial(_tags, tag_names),
     metrics,
     skip_bad_rows,
+    (words,),
+    lambda row: row | {tags: [0] * len(words_of(row))},
   )
 
 
@@ -292,6 +399,7 @@ def _tags(tag_names, values, example=None, is_target=False, **unused):
 # ---- Spans -------------------------------------------------------------------
 
 
+@records.recorded
 def spans(
   source,
   vocabulary: seqio.Vocabulary,
@@ -338,6 +446,7 @@ def spans(
       "answer": [first, last],
     }
 
+  numbers = itertools.count()
   signature = {"id": _TEXT, "inputs_pretokenized": _TEXT, "context": _TEXT}
   signature |= {"answers": _TEXTS, "answer": tf.TensorSpec([2], tf.int32)}
   for key in ("question_ids", "context_ids", "begin", "end"):
@@ -353,6 +462,8 @@ def spans(
     _answer,
     ("span_squad",),
     skip_bad_rows,
+    ("question", "context"),
+    lambda row: {"id": f"{next(numbers)}", **row, "answers": []},
   )
 
 
@@ -372,14 +483,16 @@ def _decoded(text) -> str:
   return text.decode("utf-8") if isinstance(text, bytes) else str(text)
 
 
+@records.recorded
 def squad(
   vocabulary: seqio.Vocabulary,
   data_dir: str | None = None,
   name: str = "squad_spans",
   stride: int = 128,
+  source: Any = None,
 ) -> seqio.Task:
-  """SQuAD 1.1 as spans; `data_dir` as in tasks.squad."""
-  return spans(squad_lib.source(data_dir), vocabulary, name, stride)
+  """SQuAD 1.1 as spans; `data_dir` and `source` as in tasks.squad."""
+  return spans(source or squad_lib.source(data_dir), vocabulary, name, stride)
 
 
 READY: dict[str, Callable[..., seqio.Task]] = {

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import collections
 from collections.abc import Callable, Iterable, Mapping, Sequence
+import inspect
 import re
 import string
 from typing import Any, NamedTuple
@@ -258,4 +259,24 @@ def find(
         f"task {task!r}: unknown metric {metric!r}."
         f"{nearest(metric, BY_NAME)} Known: {', '.join(BY_NAME)}"
       )
-  return [BY_NAME[m] if isinstance(m, str) else m for m in metrics]
+  found = [BY_NAME[m] if isinstance(m, str) else m for m in metrics]
+  check(found, task)
+  return found
+
+
+def check(metrics: Sequence[Callable[..., Any]], task: str) -> None:
+  """Raises UserError for a metric of what an evaluation does not compute."""
+  for metric in metrics:
+    required = [
+      name
+      for name, parameter in inspect.signature(metric).parameters.items()
+      if parameter.default is inspect.Parameter.empty
+      and parameter.kind is inspect.Parameter.POSITIONAL_OR_KEYWORD
+    ]
+    if required != ["targets", "predictions"]:
+      name = getattr(metric, "__name__", repr(metric))
+      raise UserError(
+        f"task {task!r}: metric {name} asks for {', '.join(required)}; an"
+        " evaluation gives (targets, predictions) alone, no scores or"
+        " probabilities. The loss is reported in training_eval"
+      )

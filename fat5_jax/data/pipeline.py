@@ -9,7 +9,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 import dataclasses
+import functools
 import importlib
+import itertools
+import os
 from typing import Any
 
 import numpy as np
@@ -17,7 +20,7 @@ import seqio
 import tensorflow as tf
 import tensorflow_datasets as tfds
 
-from fat5_jax.data import features, sources, tasks
+from fat5_jax.data import features, records, seqio_source, tasks
 from fat5_jax.errors import UserError, nearest
 from fat5_jax.models.config import HeadConfig, T5Config
 
@@ -36,10 +39,10 @@ class DatasetConfig:
       task.
     task_feature_lengths: {"inputs": ..., "targets": ...} in tokens, the end of
       sequence included; None (evaluation only) takes the longest of the split.
-    split: of the task.
+    split: of the task; None leaves an evaluation out.
     batch_size: rows, over all hosts.
     shuffle: whether to shuffle, from `seed`.
-    seed: fixes the order.
+    seed: fixes the order; None is the run's.
     use_cached: read SeqIO's offline cache.
     pack: put several examples in a row.
     module: imported first, for the tasks it registers.
@@ -49,10 +52,10 @@ class DatasetConfig:
 
   mixture_or_task_name: Any
   task_feature_lengths: Mapping[str, int] | None
-  split: str
+  split: str | None
   batch_size: int
   shuffle: bool = False
-  seed: int = 42
+  seed: int | None = 42
   use_cached: bool = False
   pack: bool = False
   module: str | None = None
@@ -70,11 +73,15 @@ class DatasetConfig:
         )
 
   def task(self) -> seqio.Task | seqio.Mixture:
-    """The task, with `split` checked.
+    """The task, with `split` checked; built once.
 
     Raises:
       UserError: for an unknown task, split or module.
     """
+    return self._task
+
+  @functools.cached_property
+  def _task(self) -> seqio.Task | seqio.Mixture:
     if self.mixture_or_task_name is None:
       raise UserError("MIXTURE_OR_TASK_NAME must be set")
     if self.module:
@@ -89,7 +96,9 @@ class DatasetConfig:
     if self.split not in splits:
       raise UserError(
         f"task {task.name!r} has no split {self.split!r}."
-        f"{nearest(self.split, splits)} It has: {', '.join(sorted(splits))}"
+        f"{nearest(str(self.split), splits)} It has:"
+        f" {', '.join(sorted(splits))}. EVAL_SPLIT names the one to evaluate"
+        " on; --gin.EVAL_SPLIT=None trains without one"
       )
     lengths = features.complete_lengths(self.task_feature_lengths, task)
     if lengths is not None and set(lengths) != set(task.output_features):
@@ -107,10 +116,20 @@ class DatasetConfig:
     """task_feature_lengths, with those that follow from the inputs'."""
     return features.complete_lengths(self.task_feature_lengths, self.task())
 
+  def record(self) -> dict[str, Any]:
+    """The task as plain data, to be written beside a run; see records.py."""
+    return records.describe(self.task()) | {
+      "module": self.module,
+      "data_dir": self.data_dir and os.path.abspath(self.data_dir),
+      "use_cached": self.use_cached,
+      "lengths": dict(self.task_feature_lengths or {}),
+    }
+
   def fingerprint(self) -> dict[str, Any]:
     """What a position in the stream depends on, as JSON."""
     return {
       "task": self.task().name,
+      "content": records.fingerprint(self.record()),
       "split": self.split,
       "task_feature_lengths": dict(self.task_feature_lengths or {}),
       "batch_size": self.batch_size,
@@ -138,6 +157,26 @@ def _dataset(
   )
   convert = features.feature_converter(task, config.pack)
   return convert(dataset, config.lengths())
+
+
+def check_rows(config: DatasetConfig) -> None:
+  """Raises UserError unless the split has rows for a batch.
+
+  Reads no more of it than that.
+  """
+  task = config.task()
+  if isinstance(task, seqio.Mixture) or not isinstance(
+    task.source, seqio_source.SeqioSource
+  ):
+    return
+  rows = task.source.examples(config.split)
+  count = sum(1 for _ in itertools.islice(rows, config.batch_size))
+  if count < config.batch_size:
+    raise UserError(
+      f"split {config.split!r} of task {task.name!r} has {count:,} rows, fewer"
+      f" than BATCH_SIZE = {config.batch_size}, so a batch would hold rows"
+      f" twice: set BATCH_SIZE to {count:,} or less"
+    )
 
 
 def batch_shapes(config: DatasetConfig) -> dict[str, tuple[tuple, np.dtype]]:
@@ -210,7 +249,7 @@ def train_batches(
     return tfds.as_numpy(dataset.prefetch(tf.data.AUTOTUNE))
 
   wanted = slice(first - shards[0] * share, end - shards[0] * share)
-  with sources.reraise():
+  with seqio_source.reraise():
     for parts in zip(*map(stream, shards)):
       batch = {
         key: np.concatenate([part[key] for part in parts])[wanted]
@@ -230,7 +269,7 @@ def eval_batches(
 
   The last batch is filled with empty rows, and all up to `rows` where given.
   """
-  with sources.reraise():
+  with seqio_source.reraise():
     dataset = _dataset(config, num_epochs=1).batch(config.batch_size)
     if max_batches is not None:
       dataset = dataset.take(max_batches)
@@ -275,6 +314,23 @@ def check_task(config: DatasetConfig, model_config: T5Config) -> None:
       )
 
 
+# Which recipe learns which labels.
+_RECIPES = {
+  "sequence_classification": "recipes/classify.gin",
+  "token_classification": "recipes/tag.gin",
+  "question_answering": "recipes/answer.gin",
+}
+
+
+def _text_recipe(name: str) -> str:
+  """What to do with a text task where labels are wanted."""
+  labelled = name.replace("_v002", "_classes")
+  found = "train it with --gin_file=recipes/glue.gin"
+  if labelled != name and labelled in tasks.READY:
+    found += f", or take --gin.MIXTURE_OR_TASK_NAME={labelled}"
+  return f"{found}, or bind a task with labels (@head_tasks.classification())"
+
+
 def _check_labels(task, model_config: T5Config) -> None:
   label, head = features.label_feature(task), model_config.head
   kind = "language_model" if head is None else head.kind
@@ -282,16 +338,18 @@ def _check_labels(task, model_config: T5Config) -> None:
     if kind not in ("language_model", "embedding"):
       raise UserError(
         f"task {task.name!r} has text as targets, and the model's head is"
-        f" {kind}: use a task with labels (data/head_tasks.py)"
+        f" {kind}: {_text_recipe(task.name)}"
       )
     return
   fits = kind == label.kind or (
     kind == "enct5" and label.kind == "sequence_classification"
   )
   if not fits:
+    recipe = _RECIPES[label.kind]
     raise UserError(
       f"task {task.name!r} is one for a head of kind {label.kind}, the model's"
-      f" is {kind}: include gin file 'heads/{label.kind}.gin'"
+      f" is {kind}: train it with --gin_file={recipe}, or include"
+      f" 'heads/{label.kind}.gin' after the model's file"
     )
   if kind == "question_answering":
     return
@@ -327,8 +385,8 @@ def head_config(
   label = features.label_feature(task)
   if label is None:
     raise UserError(
-      f"task {task.name!r} has text as targets: a head of kind {kind} needs a"
-      " task with labels (data/head_tasks.py)"
+      f"task {task.name!r} has text as targets, and a head of kind {kind} needs"
+      f" labels: {_text_recipe(task.name)}"
     )
   return HeadConfig(
     kind,
@@ -343,6 +401,21 @@ def head_config(
     decoder_layers=decoder_layers,
     max_answer_tokens=max_answer_tokens,
   )
+
+
+def show(feature: seqio.Feature, tokens: np.ndarray) -> str:
+  """Text of a row of ids for a person: all of its sentences, `A </s> B`."""
+  vocabulary = feature.vocabulary
+  ids = [int(t) for t in tokens]
+  while ids and ids[-1] in (vocabulary.pad_id, vocabulary.eos_id):
+    ids.pop()
+  parts: list[list[int]] = [[]]
+  for i in ids:
+    if i == vocabulary.eos_id:
+      parts.append([])
+    else:
+      parts[-1].append(i)
+  return " </s> ".join(map(vocabulary.decode, parts))
 
 
 def decode(feature: seqio.Feature, tokens: np.ndarray) -> str:

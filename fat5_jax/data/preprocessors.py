@@ -6,7 +6,7 @@ results equal those of the original code (tests/test_golden_text.py).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 import re
 import string
 from typing import Any
@@ -17,23 +17,84 @@ from fat5_jax.data.sources import Row, RowFn, column
 from fat5_jax.errors import UserError
 
 
-def fill(text: str) -> Callable[[Row], str]:
-  """Fills `{column}` fields of a row; an empty one is a UserError."""
-  names = [name for _, name, _, _ in string.Formatter().parse(text) if name]
+def fields(text: str) -> list[str]:
+  """The columns that a template names.
+
+  Raises:
+    UserError: if it is no template.
+  """
+  try:
+    parts = list(string.Formatter().parse(text))
+  except (ValueError, TypeError) as e:
+    raise UserError(f"template {text!r}: {e}") from None
+  names = [name for _, name, _, _ in parts if name is not None]
+  if "" in names:
+    raise UserError(f"template {text!r}: a field needs a column's name")
+  return names
+
+
+def fill(
+  text: str, names: Mapping[str, Sequence[str]] | None = None
+) -> Callable[[Row], str]:
+  """Fills `{column}` fields of a row; `{a.b}` is the field b of column a.
+
+  Args:
+    text: the template.
+    names: of the classes of columns that hold their numbers.
+
+  Raises:
+    UserError: for what is no template; and, when it fills, for a column that is
+      empty or holds no text.
+  """
+  fields(text)
+  parts = list(string.Formatter().parse(text))
+  names = names or {}
 
   def filled(row: Row) -> str:
-    for name in names:
-      value = column(row, name)
-      if value is None or not str(value).strip():
-        raise UserError(f"column {name!r} is empty")
-    return text.format(**row)
+    found = []
+    for literal, name, form, conversion in parts:
+      found.append(literal)
+      if name is None:
+        continue
+      value = _value_of(row, name, names.get(name))
+      if conversion == "r":
+        value = repr(value)
+      found.append(format(value, form or ""))
+    return "".join(found)
 
   return filled
 
 
-def template(inputs: str, targets: str) -> RowFn:
-  """Fills `{column}` fields: template("say: {text}", "{label}")."""
-  fill_inputs, fill_targets = fill(inputs), fill(targets)
+def _value_of(row: Row, name: str, names: Sequence[str] | None) -> Any:
+  value = column(row, name)
+  if value is None or not str(value).strip():
+    raise UserError(f"column {name!r} is empty")
+  if isinstance(value, (Mapping, list, tuple, np.ndarray)):
+    inside = "0"
+    if isinstance(value, Mapping):
+      inside = next(iter(value), "field")
+    raise UserError(
+      f"column {name!r} holds a {type(value).__name__}, not text; its parts are"
+      f" columns too: {{{name}.{inside}}}"
+    )
+  if names and str(value).lstrip("-").isdigit():
+    if int(value) == -1:
+      return "<unk>"  # T5's text for the label of a test set.
+    if not 0 <= int(value) < len(names):
+      raise UserError(
+        f"column {name!r}: class {value} of {len(names)} ({', '.join(names)})"
+      )
+    return names[int(value)]
+  return value
+
+
+def template(
+  inputs: str,
+  targets: str,
+  names: Mapping[str, Sequence[str]] | None = None,
+) -> RowFn:
+  """Fills `{column}` fields: template("say: {text}", "{label}"); see `fill`."""
+  fill_inputs, fill_targets = fill(inputs, names), fill(targets, names)
 
   def format_row(row: Row) -> Row:
     return {"inputs": fill_inputs(row), "targets": fill_targets(row)}
@@ -55,6 +116,11 @@ def label_reader(
     except (TypeError, ValueError):
       raise UserError(f"label {value!r} is not a number") from None
 
+  def as_list(value):
+    if isinstance(value, str) or not hasattr(value, "__iter__"):
+      raise UserError(f"label {value!r} is no list")
+    return list(value)
+
   def class_of(value):
     text = str(value).strip()
     if text in names:
@@ -70,7 +136,7 @@ def label_reader(
   def many(value):
     if isinstance(value, str):
       return [part for part in value.split(separator) if part.strip()]
-    return list(value)
+    return as_list(value)
 
   def read(value):
     if problem_type == "single_label_classification":

@@ -8,50 +8,28 @@ from __future__ import annotations
 
 import bz2
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-import contextlib
 import csv
+import functools
 import glob
 import gzip
+import hashlib
 import json
-import logging
 import lzma
 import os
 from typing import Any
 
 import numpy as np
-import seqio
-import tensorflow as tf
 
 from fat5_jax.errors import UserError, nearest
 
-logger = logging.getLogger("fat5_jax")
-
-# Sources below this many bytes are shuffled as a whole, others by SeqIO's
-# buffer alone.
-WHOLE_SHUFFLE_BYTES = 1 << 30
 _OPENERS = {".gz": gzip.open, ".xz": lzma.open, ".bz2": bz2.open}
 
 Row = dict[str, Any]
 LocatedRow = tuple[str, Row]
 RowFn = Callable[[Row], Row]
 
-# tf.data turns a generator's exception into an anonymous one; see `reraise`.
-_failures: list[UserError] = []
 
-
-@contextlib.contextmanager
-def reraise():
-  """Lets a UserError raised inside a tf.data pipeline through as itself."""
-  _failures.clear()
-  try:
-    yield
-  except tf.errors.OpError as e:
-    if _failures:
-      raise _failures[0] from None
-    raise e
-
-
-def _suffix(path: str) -> tuple[str, Callable]:
+def split_suffix(path: str) -> tuple[str, Callable]:
   """(format suffix, opener) of a possibly compressed file."""
   base, suffix = os.path.splitext(path)
   if suffix in _OPENERS:
@@ -147,6 +125,7 @@ def read_file(
   *,
   columns: Sequence[str] | None = None,
   quoting: bool | None = None,
+  delimiter: str | None = None,
 ) -> Iterator[LocatedRow]:
   """(place, row) of every row of a TSV, CSV, JSONL or Parquet file.
 
@@ -156,12 +135,14 @@ def read_file(
     columns: names where the file has no header.
     quoting: whether double quotes group fields; None is yes for CSV, no for
       TSV.
+    delimiter: between the fields of a TSV or CSV file; None is a tab or a
+      comma, by the ending.
 
   Raises:
     UserError: naming file and row, for a missing or unknown file, a row that
       does not parse, has another number of columns, or is empty.
   """
-  suffix, opener = _suffix(path)
+  suffix, opener = split_suffix(path)
   if not os.path.exists(path):
     raise UserError(f"{path}: no such data file")
   if suffix in (".jsonl", ".json"):
@@ -171,7 +152,7 @@ def read_file(
     return _read_delimited(
       path,
       opener,
-      "," if is_csv else "\t",
+      delimiter or ("," if is_csv else "\t"),
       is_csv if quoting is None else quoting,
       columns,
     )
@@ -188,6 +169,50 @@ def read_file(
   )
 
 
+# Larger files are known by three of their parts.
+_WHOLE_HASH_BYTES = 1 << 26
+
+
+def file_record(path: str) -> dict[str, Any]:
+  """What a data file is: where it lies, its size, and a hash of what it holds.
+
+  `path` alone may differ between two records of the same data.
+  """
+  path = os.path.abspath(path)
+  status = os.stat(path)
+  return {
+    "path": path,
+    "bytes": status.st_size,
+    "sha256": _hash(path, status.st_size, status.st_mtime_ns),
+  }
+
+
+@functools.lru_cache(maxsize=1024)
+def _hash(path: str, size: int, changed: int) -> str:
+  """`changed`, a time, only keeps the cache right."""
+  found = hashlib.sha256()
+  with open(path, "rb") as file:
+    if size <= _WHOLE_HASH_BYTES:
+      while block := file.read(1 << 20):
+        found.update(block)
+    else:
+      for start in (0, size // 2, size - (1 << 20)):
+        file.seek(start)
+        found.update(file.read(1 << 20))
+  return found.hexdigest()[:16]
+
+
+def files_record(
+  source: Any, splits: Mapping[str, Sequence[str]], **arguments: Any
+) -> dict[str, Any]:
+  """The record of a source of local files, from which it can be made again."""
+  return {
+    "kind": type(source).__name__,
+    "files": {s: [file_record(p) for p in ps] for s, ps in splits.items()},
+    "arguments": {k: v for k, v in arguments.items() if v is not None},
+  }
+
+
 def expand(patterns: str | Sequence[str]) -> list[str]:
   """The files of one or more glob patterns, sorted.
 
@@ -196,6 +221,10 @@ def expand(patterns: str | Sequence[str]) -> list[str]:
   """
   files = []
   for pattern in [patterns] if isinstance(patterns, str) else patterns:
+    # A path is a path first: `data[1].tsv` is also a pattern.
+    if os.path.exists(os.path.expanduser(pattern)):
+      files.append(os.path.expanduser(pattern))
+      continue
     matches = sorted(glob.glob(os.path.expanduser(pattern), recursive=True))
     if not matches:
       raise UserError(
@@ -218,17 +247,38 @@ class Files:
     splits: Mapping[str, str | Sequence[str]],
     columns: Sequence[str] | Mapping[str, Sequence[str] | None] | None = None,
     quoting: bool | None = None,
+    delimiter: str | None = None,
   ):
-    """`columns` names those of files without header, for all splits or each."""
+    """`columns` names those of files without header, for all splits or each.
+
+    `quoting` and `delimiter`: see `read_file`.
+    """
+    if delimiter is not None and len(delimiter) != 1:
+      raise UserError(f"Files: delimiter = {delimiter!r} must be one character")
     self.splits = {name: expand(pattern) for name, pattern in splits.items()}
     self._columns, self._quoting = columns, quoting
+    self._delimiter = delimiter
 
   def rows(self, split: str) -> Iterator[LocatedRow]:
     columns = self._columns
     if isinstance(columns, Mapping):
       columns = columns.get(split)
     for path in self.splits[split]:
-      yield from read_file(path, columns=columns, quoting=self._quoting)
+      yield from read_file(
+        path,
+        columns=columns,
+        quoting=self._quoting,
+        delimiter=self._delimiter,
+      )
+
+  def record(self) -> dict[str, Any]:
+    return files_record(
+      self,
+      self.splits,
+      columns=self._columns,
+      quoting=self._quoting,
+      delimiter=self._delimiter,
+    )
 
   def describe(self, split: str) -> str:
     return ", ".join(self.splits[split])
@@ -284,7 +334,7 @@ class ParallelFiles:
 
   def rows(self, split: str) -> Iterator[LocatedRow]:
     columns = self.splits[split]
-    readers = [read_lines(p, _suffix(p)[1]) for p in columns.values()]
+    readers = [read_lines(p, split_suffix(p)[1]) for p in columns.values()]
     first = next(iter(columns.values()))
     number = 0
     while True:
@@ -299,6 +349,11 @@ class ParallelFiles:
           )
       texts = [line[1] for line in lines]
       yield _located(first, number), dict(zip(columns, texts))
+
+  def record(self) -> dict[str, Any]:
+    files = {split: list(f.values()) for split, f in self.splits.items()}
+    columns = list(next(iter(self.splits.values())))
+    return files_record(self, files) | {"columns": columns}
 
   def describe(self, split: str) -> str:
     return ", ".join(self.splits[split].values())
@@ -347,6 +402,33 @@ class HuggingFace:
     for number, row in enumerate(self._load(split), 1):
       yield f"{where}, row {number}", row
 
+  def label_names(self, column: str) -> tuple[str, ...]:
+    """The names of a column of class numbers (ClassLabel); () if it is none."""
+    for split in self.splits:
+      try:
+        found = self._load(split).features.get(column)
+      except UserError:
+        continue  # A data set need not have every split.
+      found = getattr(found, "feature", found)
+      return tuple(getattr(found, "names", None) or ())
+    return ()
+
+  def record(self) -> dict[str, Any]:
+    found = {
+      "kind": "HuggingFace",
+      "arguments": {
+        "path": self._path,
+        "name": self._name,
+        "splits": self.splits,
+      },
+    }
+    if not os.path.isdir(self._path):
+      return found | {"dataset": self._path}
+    # A folder is known by what it holds.
+    inside = os.path.join(glob.escape(self._path), "**", "*")
+    files = filter(os.path.isfile, sorted(glob.glob(inside, recursive=True)))
+    return found | {"content": [file_record(file) for file in files]}
+
   def describe(self, split: str) -> str:
     name = f"{self._path}/{self._name}" if self._name else self._path
     return f"HF dataset {name}, split {self.splits[split]}"
@@ -392,6 +474,16 @@ class Tfds:
     for number, row in enumerate(tfds.as_numpy(data), 1):
       yield f"{where}, row {number}", _to_python(row)
 
+  def record(self) -> dict[str, Any]:
+    return {
+      "kind": "Tfds",
+      "arguments": {
+        "name": self._builder().info.full_name,
+        "splits": self.splits,
+        "data_dir": self._data_dir,
+      },
+    }
+
   def describe(self, split: str) -> str:
     return f"TFDS {self._name}, split {self.splits[split]}"
 
@@ -423,6 +515,12 @@ class Function:
     for number, row in enumerate(self.splits[split](), 1):
       yield f"split {split}, row {number}", row
 
+  def record(self) -> dict[str, Any]:
+    return {
+      "kind": "Function",
+      "functions": {s: _name_of(f) for s, f in self.splits.items()},
+    }
+
   def describe(self, split: str) -> str:
     return f"split {split}"
 
@@ -430,118 +528,36 @@ class Function:
     return 0
 
 
+def _name_of(function: Any) -> str:
+  if isinstance(function, functools.partial):
+    given = [*map(repr, function.args)]
+    given += [f"{k}={v!r}" for k, v in function.keywords.items()]
+    return f"{_name_of(function.func)}({', '.join(given)})"
+  module = getattr(function, "__module__", "")
+  return f"{module}:{getattr(function, '__qualname__', type(function))}"
+
+
 def column(row: Row, name: str) -> Any:
-  """A value of a row; a missing column is a UserError that lists the others."""
-  if name not in row:
-    raise UserError(
-      f"no column {name!r}.{nearest(name, row)} Columns: {', '.join(row)}"
-    )
-  return row[name]
+  """A value of a row; `a.b` is the field b of column a, `a.0` its first item.
 
-
-# What a text-to-text task's row function gives.
-TEXT_TO_TEXT = {
-  "inputs": tf.TensorSpec([], tf.string),
-  "targets": tf.TensorSpec([], tf.string),
-}
-
-
-class SeqioSource(seqio.DataSource):
-  """A source and a row function as SeqIO sees them.
-
-  The row function gives what `signature` names: text, token ids, labels, and
-  what a metric needs besides. None drops a row.
+  Raises:
+    UserError: for a missing column, with the others.
   """
-
-  def __init__(
-    self,
-    source,
-    row_fn: RowFn,
-    signature: Mapping[str, tf.TensorSpec],
-    skip_bad_rows: bool = False,
-  ):
-    self._source, self._row_fn = source, row_fn
-    self._skip_bad_rows = skip_bad_rows
-    self._signature = dict(signature)
-    super().__init__(splits=tuple(source.splits), caching_permitted=False)
-
-  @property
-  def supports_arbitrary_sharding(self) -> bool:
-    return True
-
-  def list_shards(self, split: str) -> Sequence[str]:
-    return [self._source.describe(split)]
-
-  def examples(self, split: str) -> Iterator[Row]:
-    """Every row as the task's features, checked.
-
-    Raises:
-      UserError: naming the place, for a bad row; or if there is no row.
-    """
-    count = skipped = 0
-    for where, row in self._source.rows(split):
-      try:
-        example = self._row_fn(row)
-        if example is None:
-          continue
-        for key in ("inputs", "targets"):
-          text = example.get(key)
-          if isinstance(text, str) and not text.strip():
-            raise UserError(f"{key} is empty")
-      except UserError as e:
-        if not self._skip_bad_rows:
-          raise UserError(
-            f"{where}: {e}. (skip_bad_rows = True leaves such rows out)"
-          ) from None
-        skipped += 1
-        continue
-      count += 1
-      yield {key: example[key] for key in self._signature}
-    if skipped:
-      logger.warning(
-        "%s: left out %d bad rows of %d",
-        self._source.describe(split),
-        skipped,
-        skipped + count,
-      )
-    if not count:
+  if name in row:
+    return row[name]
+  value: Any = row
+  for part in name.split("."):
+    if isinstance(value, Mapping) and part in value:
+      value = value[part]
+    elif (
+      isinstance(value, Sequence)
+      and not isinstance(value, str)
+      and part.isdigit()
+      and int(part) < len(value)
+    ):
+      value = value[int(part)]
+    else:
       raise UserError(
-        f"{self._source.describe(split)}: no rows, nothing to read"
+        f"no column {name!r}.{nearest(name, row)} Columns: {', '.join(row)}"
       )
-
-  def get_dataset(
-    self,
-    split: str = "train",
-    shuffle: bool = True,
-    seed: int | None = None,
-    shard_info: seqio.ShardInfo | None = None,
-    *,
-    sequence_length=None,
-    use_cached: bool = False,
-    num_epochs: int | None = 1,
-  ) -> tf.data.Dataset:
-    del sequence_length, use_cached
-
-    def generate():
-      try:
-        examples = self.examples(split)
-        if shuffle and self._source.size_bytes(split) < WHOLE_SHUFFLE_BYTES:
-          rows = list(examples)
-          order = np.random.default_rng(seed).permutation(len(rows))
-          examples = (rows[i] for i in order)
-        for i, example in enumerate(examples):
-          if (
-            shard_info is None or i % shard_info.num_shards == shard_info.index
-          ):
-            yield example
-      except UserError as e:
-        _failures.append(e)
-        raise
-
-    dataset = tf.data.Dataset.from_generator(
-      generate, output_signature=self._signature
-    )
-    return dataset if num_epochs == 1 else dataset.repeat(num_epochs)
-
-  def num_input_examples(self, split: str) -> int | None:
-    return None
+  return value

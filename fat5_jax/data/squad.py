@@ -31,6 +31,9 @@ class SquadFiles:
       else:
         yield from sources.read_file(path)
 
+  def record(self) -> dict[str, Any]:
+    return sources.files_record(self, self.splits)
+
   def describe(self, split: str) -> str:
     return ", ".join(self.splits[split])
 

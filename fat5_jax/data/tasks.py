@@ -19,6 +19,8 @@ from fat5_jax.data import (
   features,
   head_tasks,
   preprocessors,
+  records,
+  seqio_source,
   sources,
   spoken_values,
 )
@@ -34,25 +36,33 @@ def _register(
   row_fn: sources.RowFn,
   vocabulary: seqio.Vocabulary,
   *,
+  columns: Sequence[str],
+  unanswered: Callable[[sources.Row], sources.Row],
   output_vocabulary: seqio.Vocabulary | None = None,
   postprocess: Callable[..., Any] | None = None,
   metrics: Sequence[str | Callable[..., Any]] = (),
   extra_features: Mapping[str, tf.TensorSpec] | None = None,
   skip_bad_rows: bool = False,
 ) -> seqio.Task:
-  """Registers a text-to-text task, in place of an earlier one of that name."""
+  """Registers a text-to-text task, in place of an earlier one of that name.
+
+  `columns` and `unanswered`: see SeqioSource.
+  """
   features.check_given(vocabulary, name)
   seqio.TaskRegistry.remove(name)
   return seqio.TaskRegistry.add(
     name,
-    source=sources.SeqioSource(
+    source=seqio_source.SeqioSource(
       source,
       row_fn,
-      sources.TEXT_TO_TEXT | (extra_features or {}),
+      seqio_source.TEXT_TO_TEXT | (extra_features or {}),
       skip_bad_rows,
+      columns,
+      unanswered,
     ),
     preprocessors=[
       seqio.preprocessors.tokenize,
+      functools.partial(features.count_cut, name=name),
       seqio.preprocessors.append_eos_after_trim,
     ],
     output_features={
@@ -64,6 +74,7 @@ def _register(
   )
 
 
+@records.recorded
 def text_to_text(
   source,
   inputs: str,
@@ -74,12 +85,14 @@ def text_to_text(
   postprocess: Callable[..., Any] | None = None,
   output_vocabulary: seqio.Vocabulary | None = None,
   skip_bad_rows: bool = False,
+  label_names: Mapping[str, Sequence[str]] | None = None,
 ) -> seqio.Task:
   """A task from rows and two templates.
 
   Args:
     source: `sources.Files`, `ParallelFiles`, `HuggingFace`, `Tfds`, `Function`.
-    inputs: template with `{column}` fields, "translate: {text}".
+    inputs: template with `{column}` fields, "translate: {text}"; `{a.b}` is
+      the field b of column a, `{a.0}` its first item.
     targets: likewise.
     vocabulary: SeqIO vocabulary of inputs (and targets).
     name: under which it is registered, and results are written.
@@ -87,15 +100,25 @@ def text_to_text(
     postprocess: decoded text to what the metrics compare.
     output_vocabulary: where targets have a vocabulary of their own.
     skip_bad_rows: leave out rows that would be an error.
+    label_names: by column, the words for its class numbers; columns of a data
+      set of HF's that are ClassLabel have theirs.
 
   Raises:
     UserError: for an unknown metric or a missing vocabulary.
   """
+  asked = preprocessors.fields(inputs)
+  answers = set(preprocessors.fields(targets)) - set(asked)
+  names = dict(label_names or {})
+  for column in {*asked, *answers} - set(names):
+    if hasattr(source, "label_names"):
+      names[column] = source.label_names(column)
   return _register(
     name,
     source,
-    preprocessors.template(inputs, targets),
+    preprocessors.template(inputs, targets, names),
     vocabulary,
+    columns=asked,
+    unanswered=lambda row: row | dict.fromkeys(answers, "?"),
     output_vocabulary=output_vocabulary,
     postprocess=postprocess,
     metrics=metrics,
@@ -106,8 +129,12 @@ def text_to_text(
 # ---- The tasks of the T5 paper -----------------------------------------------
 
 
+@records.recorded
 def glue(
-  name: str, vocabulary: seqio.Vocabulary, data_dir: str | None = None
+  name: str,
+  vocabulary: seqio.Vocabulary,
+  data_dir: str | None = None,
+  source: Any = None,
 ) -> seqio.Task:
   """A GLUE task, e.g. "sst2", registered as `glue_sst2_v002`.
 
@@ -117,6 +144,7 @@ def glue(
     vocabulary: SeqIO vocabulary.
     data_dir: folder with the official layout (`SST-2/train.tsv`, `dev.tsv`);
       None reads HF's `glue` dataset.
+    source: of rows, instead of both.
 
   Raises:
     UserError: for an unknown name or missing files.
@@ -128,21 +156,26 @@ def glue(
     prefix = "mnli" if "mnli" in name else name
     row_fn = preprocessors.glue(prefix, tuple(task.features), task.label_names)
     postprocess = preprocessors.label_to_class(tuple(task.label_names))
-  source, rename = glue_lib.source(name, data_dir)
+  source, rename = glue_lib.source(name, data_dir, source)
   return _register(
     f"glue_{name}_v002",
     source,
     rename(row_fn),
     vocabulary,
+    columns=tuple(task.features),
+    unanswered=lambda row: row
+    | {"label": -1, task.label_column: 0 if name == "stsb" else -1},
     postprocess=postprocess,
     metrics=task.metrics,
   )
 
 
+@records.recorded
 def squad(
   vocabulary: seqio.Vocabulary,
   data_dir: str | None = None,
   name: str = "squad_v010_allanswers",
+  source: Any = None,
 ) -> seqio.Task:
   """SQuAD 1.1: columns id, question, context, answers; all answers count.
 
@@ -151,12 +184,15 @@ def squad(
     data_dir: folder with the official `train-v1.1.json` / `dev-v1.1.json` or
       train/validation files of one question a row; None reads HF's `squad`.
     name: of the task.
+    source: of rows, instead of both.
   """
   return _register(
     name,
-    squad_lib.source(data_dir),
+    source or squad_lib.source(data_dir),
     preprocessors.squad,
     vocabulary,
+    columns=("question", "context"),
+    unanswered=lambda row: row | {"answers": ["?"]},
     postprocess=preprocessors.all_answers,
     metrics=("squad",),
     extra_features={
@@ -166,6 +202,7 @@ def squad(
   )
 
 
+@records.recorded
 def translation(
   source_language: str,
   target_language: str,
@@ -174,6 +211,7 @@ def translation(
   name: str | None = None,
   hf_path: str = "wmt/wmt14",
   hf_name: str | None = None,
+  source: Any = None,
 ) -> seqio.Task:
   """Translation with T5's prefix, BLEU as metric.
 
@@ -186,6 +224,7 @@ def translation(
     name: of the task; `wmt_en_de` by default.
     hf_path: HF dataset read where there is no data_dir.
     hf_name: its configuration, `de-en`.
+    source: of rows, instead of both.
   """
   pair = (source_language, target_language)
   parallel = {}
@@ -197,19 +236,25 @@ def translation(
       }
       if all(files.values()) and split not in parallel:
         parallel[split] = {code: sorted(f)[0] for code, f in files.items()}
-  if parallel:
+  if source is None and parallel:
     source = sources.ParallelFiles(parallel)
-  else:
+  elif source is None:
     source = sources.named_splits(data_dir, hf_path, hf_name)
   return _register(
     name or f"wmt_{source_language}_{target_language}",
     source,
     preprocessors.translate(*pair),
     vocabulary,
+    columns=(source_language,),
+    unanswered=lambda row: {
+      **row.get("translation", row),
+      target_language: "?",
+    },
     metrics=("bleu",),
   )
 
 
+@records.recorded
 def summarization(
   article: str,
   summary: str,
@@ -218,6 +263,7 @@ def summarization(
   name: str = "summarize",
   hf_path: str = "abisee/cnn_dailymail",
   hf_name: str | None = "3.0.0",
+  source: Any = None,
 ) -> seqio.Task:
   """Summarisation with T5's prefix, ROUGE as metric.
 
@@ -229,16 +275,20 @@ def summarization(
     name: of the task.
     hf_path: HF dataset read where there is no data_dir.
     hf_name: its configuration.
+    source: of rows, instead of both.
   """
   return _register(
     name,
-    sources.named_splits(data_dir, hf_path, hf_name),
+    source or sources.named_splits(data_dir, hf_path, hf_name),
     preprocessors.summarize(article, summary),
     vocabulary,
+    columns=(article,),
+    unanswered=lambda row: row | {summary: "?"},
     metrics=("rouge",),
   )
 
 
+@records.recorded
 def quickstart(
   vocabulary: seqio.Vocabulary,
   name: str = "spoken_values",
@@ -263,6 +313,8 @@ def quickstart(
     ),
     preprocessors.template("{text}", "{value}"),
     vocabulary,
+    columns=("text",),
+    unanswered=lambda row: row | {"value": "?"},
     metrics=("exact_match",),
   )
 
@@ -293,6 +345,20 @@ READY: dict[str, Callable[..., seqio.Task]] = {
   "spoken_values": lambda vocabulary, data_dir=None: quickstart(vocabulary),
   **head_tasks.READY,
 }
+
+
+def register(task: seqio.Task | seqio.Mixture) -> None:
+  """Makes SeqIO know a task, or a mixture, by its name.
+
+  A later task may have taken the name: the one that is used counts.
+  """
+  for registry, kind in (
+    (seqio.TaskRegistry, seqio.Task),
+    (seqio.MixtureRegistry, seqio.Mixture),
+  ):
+    registry.remove(task.name)
+    if isinstance(task, kind):
+      registry.add_provider(task.name, task)
 
 
 def resolve(

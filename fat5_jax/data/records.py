@@ -1,0 +1,273 @@
+"""A task as plain data: written beside a run, compared, and built again.
+
+Reading a record runs no code of the data's: it names one of the factories
+below and their arguments. What is a function of a person's own is recorded by
+its name alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+import functools
+import hashlib
+import importlib
+import inspect
+from typing import Any
+
+import seqio
+
+from fat5_jax.data import features, seqio_source, sources
+from fat5_jax.errors import UserError
+
+_MODULES = ("tasks", "head_tasks")
+_FACTORIES: dict[str, Callable[..., seqio.Task]] = {}
+# Arguments that are no plain data, or that a folder brings anew.
+_NOT_RECORDED = ("vocabulary", "output_vocabulary", "source", "rename")
+# What may differ between two records of the same data: where it lies, how it
+# is scored, how long its rows may be.
+_MAY_CHANGE = ("path", "data_dir", "metrics", "lengths", "own_code")
+# Prints this many lines of a difference, then a count.
+_LISTED = 20
+
+
+def recorded(factory: Callable[..., seqio.Task]) -> Callable[..., seqio.Task]:
+  """Makes a task factory leave its arguments in `task.source.record`."""
+  name = f"{factory.__module__.rpartition('.')[2]}.{factory.__name__}"
+  signature = inspect.signature(factory)
+
+  @functools.wraps(factory)
+  def make(*args, **kwargs):
+    task = factory(*args, **kwargs)
+    bound = signature.bind(*args, **kwargs)
+    bound.apply_defaults()
+    own_code: list[str] = []
+    arguments = {
+      key: _plain(value, own_code)
+      for key, value in bound.arguments.items()
+      if key not in _NOT_RECORDED
+    }
+    label = features.label_feature(task)
+    found: dict[str, Any] = {"factory": name, "kind": "text_to_text"}
+    if label is not None:
+      names = list(label.names)
+      found |= {"kind": label.kind, "problem_type": label.problem_type}
+      found |= {"label_names": names, "num_labels": label.size}
+      # Those that were found in the data.
+      arguments |= {
+        key: names for key in ("label_names", "tag_names") if key in arguments
+      }
+    found["arguments"] = arguments
+    found["metrics"] = [metric.__name__ for metric in task.metric_fns]
+    found["own_code"] = own_code
+    task.source.record = found
+    return task
+
+  _FACTORIES[name] = make
+  return make
+
+
+def _plain(value: Any, own_code: list[str]) -> Any:
+  """A value as JSON; the names of functions go to `own_code`."""
+  if isinstance(value, Mapping):
+    return {str(k): _plain(v, own_code) for k, v in value.items()}
+  if isinstance(value, (list, tuple)):
+    return [_plain(item, own_code) for item in value]
+  if callable(value):
+    name = f"{value.__module__}:{getattr(value, '__qualname__', value)}"
+    own_code.append(name)
+    return name
+  if value is None or isinstance(value, (str, int, float, bool)):
+    return value
+  return str(value)
+
+
+def describe(task: seqio.Task | seqio.Mixture) -> dict[str, Any]:
+  """A task, or a mixture, as JSON."""
+  if isinstance(task, seqio.Mixture):
+    return {
+      "name": task.name,
+      "mixture": {
+        sub.name: describe(sub) | {"rate": str(task.get_rate(sub))}
+        for sub in seqio.get_subtasks(task)
+      },
+    }
+  found: dict[str, Any] = {"name": task.name}
+  if isinstance(task.source, seqio_source.SeqioSource):
+    found |= task.source.record
+    found["source"] = task.source.rows_source.record()
+  else:
+    found["source"] = {"seqio": type(task.source).__name__}
+    found["preprocessors"] = [_step_name(step) for step in task.preprocessors]
+    found["metrics"] = [metric.__name__ for metric in task.metric_fns]
+  found["vocabulary"] = {
+    key: _vocabulary(feature.vocabulary)
+    for key, feature in task.output_features.items()
+    if not isinstance(feature, features.LabelFeature)
+  }
+  return found
+
+
+def _step_name(step: Any) -> str:
+  return getattr(getattr(step, "func", step), "__name__", type(step).__name__)
+
+
+def _vocabulary(vocabulary: seqio.Vocabulary) -> dict[str, Any]:
+  found = {"kind": type(vocabulary).__name__, "size": vocabulary.vocab_size}
+  if isinstance(vocabulary, seqio.SentencePieceVocabulary):
+    content = hashlib.sha256(vocabulary.sp_model)
+    found["sha256"] = content.hexdigest()[:16]
+  return found
+
+
+def difference(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+  """What two records do not agree on, as `-` and `+` lines."""
+  before, now = _flat(before), _flat(now)
+  lines = []
+  for key in sorted({*before, *now}):
+    if before.get(key) != now.get(key):
+      if key in before:
+        lines.append(f"  - {key} = {before[key]!r}")
+      if key in now:
+        lines.append(f"  + {key} = {now[key]!r}")
+  more = len(lines) - _LISTED
+  return lines[:_LISTED] + ([f"  ... and {more} more"] if more > 0 else [])
+
+
+def fingerprint(record: Mapping[str, Any]) -> str:
+  """A hash of what `difference` compares."""
+  text = repr(sorted(_flat(record).items()))
+  return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
+  items: Iterable[tuple[Any, Any]]
+  if isinstance(value, Mapping):
+    items = value.items()
+  elif isinstance(value, (list, tuple)) and any(
+    isinstance(item, Mapping) for item in value
+  ):
+    items = enumerate(value)
+  else:
+    return {prefix: list(value) if isinstance(value, tuple) else value}
+  found = {}
+  for key, item in items:
+    if key not in _MAY_CHANGE:
+      found |= _flat(item, f"{prefix}.{key}" if prefix else str(key))
+  return found
+
+
+class _NoRows:
+  """The source of a task whose data is not wanted."""
+
+  splits: dict[str, Any] = {}
+
+  def record(self) -> dict[str, Any]:
+    return {}
+
+
+def build(
+  record: Mapping[str, Any],
+  vocabulary: seqio.Vocabulary,
+  data_dir: str | None = None,
+  with_data: bool = False,
+) -> seqio.Task:
+  """The task of a record.
+
+  Args:
+    record: as `describe` gives it.
+    vocabulary: of the folder that holds the record.
+    data_dir: instead of the recorded one.
+    with_data: whether its data must be there; without, the task has no rows,
+      and can be asked about others.
+
+  Raises:
+    UserError: if a part of it is a person's own code, which a record cannot
+      bring along.
+  """
+  for module in _MODULES:
+    importlib.import_module(f"fat5_jax.data.{module}")
+  factory = _FACTORIES.get(record.get("factory", ""))
+  name = record.get("name")
+  if factory is None:
+    module = record.get("module")
+    hint = "its gin file with --gin_file=..."
+    if module:
+      hint = f"--gin.MIXTURE_OR_TASK_MODULE={module}"
+    raise UserError(
+      f"task {name!r} of the run folder is registered by code: give {hint} and"
+      f" --gin.MIXTURE_OR_TASK_NAME={name}"
+    )
+  sides = record.get("vocabulary", {})
+  if len({str(side) for side in sides.values()}) > 1:
+    raise UserError(
+      f"task {name!r} of the run folder has two vocabularies, and the folder"
+      " one: give the gin file of the training with --gin_file=..."
+    )
+  if with_data and record.get("own_code"):
+    raise UserError(
+      f"task {name!r} of the run folder is scored by code of your own"
+      f" ({', '.join(record['own_code'])}): give the gin file of the training"
+      " with --gin_file=..."
+    )
+  parameters = inspect.signature(factory).parameters
+  arguments = {
+    key: value
+    for key, value in record["arguments"].items()
+    if key in parameters and key not in ("metrics", "postprocess")
+  }
+  if "metrics" in parameters and with_data:
+    arguments["metrics"] = record["metrics"]
+  if data_dir is not None and "data_dir" in parameters:
+    arguments["data_dir"] = data_dir
+  if "source" in parameters:
+    if not with_data:
+      arguments["source"] = _NoRows()
+    elif parameters["source"].default is inspect.Parameter.empty:
+      arguments["source"] = _source_of(record["source"], name)
+  return factory(vocabulary=vocabulary, **arguments)
+
+
+def _source_of(record: Mapping[str, Any], task: str) -> Any:
+  """The source of a record's rows, where it is files or a data set."""
+  from fat5_jax.data import conll, squad
+
+  kinds = {
+    "Files": sources.Files,
+    "ParallelFiles": sources.ParallelFiles,
+    "Conll": conll.Conll,
+    "SquadFiles": squad.SquadFiles,
+    "HuggingFace": sources.HuggingFace,
+    "Tfds": sources.Tfds,
+  }
+  make = kinds.get(record.get("kind", ""))
+  if make is None:
+    raise UserError(
+      f"task {task!r} of the run folder has rows that a record cannot bring"
+      " along: give the gin file of the training with --gin_file=..."
+    )
+  arguments = dict(record["arguments"])
+  if "files" in record:
+    paths = lambda files: [file["path"] for file in files]
+    arguments["splits"] = {s: paths(f) for s, f in record["files"].items()}
+    if make is sources.ParallelFiles:
+      arguments["splits"] = {
+        s: dict(zip(record["columns"], files))
+        for s, files in arguments["splits"].items()
+      }
+  return make(**arguments)
+
+
+def ask(
+  task: seqio.Task, rows: Callable[[], Iterable[sources.LocatedRow]]
+) -> seqio.Task:
+  """The task over questions without answers, in its split ROWS."""
+  name = "predict_rows"
+  seqio.TaskRegistry.remove(name)
+  return seqio.TaskRegistry.add(
+    name,
+    source=task.source.asking(rows),
+    preprocessors=task.preprocessors,
+    output_features=task.output_features,
+    postprocess_fn=task.postprocess_fn,
+    metric_fns=[],
+  )

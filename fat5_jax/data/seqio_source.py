@@ -1,0 +1,206 @@
+"""Rows and a row function as SeqIO sees them, and errors that come through."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+import contextlib
+import itertools
+import logging
+import re
+from typing import Any
+
+import numpy as np
+import seqio
+import tensorflow as tf
+
+from fat5_jax.data.sources import LocatedRow, Row, RowFn
+from fat5_jax.errors import UserError
+
+logger = logging.getLogger("fat5_jax")
+
+# Sources below this many bytes are shuffled as a whole, others by SeqIO's
+# buffer alone.
+WHOLE_SHUFFLE_BYTES = 1 << 30
+# The split of rows that somebody asks about; they are no task's own.
+ROWS = "predict"
+
+# tf.data turns a generator's exception into an anonymous one that only quotes
+# its text: the number in that text finds the exception again.
+_failures: dict[int, UserError] = {}
+_numbers = itertools.count()
+
+
+class _BadRow(Exception):
+  """Stands in for a UserError on its way through tf.data."""
+
+  def __init__(self, error: UserError):
+    number = next(_numbers)
+    _failures[number] = error
+    super().__init__(f"fat5_jax row error {number}.")
+
+
+@contextlib.contextmanager
+def reraise():
+  """Lets a UserError raised inside a tf.data pipeline through as itself.
+
+  Several pipelines may be open, one within the other; each gets its own.
+  """
+  try:
+    yield
+  except tf.errors.OpError as e:
+    match = re.search(r"fat5_jax row error (\d+)\.", str(e))
+    if match and int(match[1]) in _failures:
+      raise _failures.pop(int(match[1])) from None
+    raise
+
+
+# What a text-to-text task's row function gives.
+TEXT_TO_TEXT = {
+  "inputs": tf.TensorSpec([], tf.string),
+  "targets": tf.TensorSpec([], tf.string),
+}
+
+
+_SKIP = ". (skip_bad_rows = True leaves such rows out)"
+
+
+class _Located:
+  """Rows that know their place, in split ROWS."""
+
+  def __init__(self, rows: Callable[[], Iterable[LocatedRow]]):
+    self.splits = {ROWS: rows}
+
+  def rows(self, split: str) -> Iterable[LocatedRow]:
+    return self.splits[split]()
+
+  def describe(self, split: str) -> str:
+    return "the input"
+
+  def size_bytes(self, split: str) -> int:
+    return 0
+
+
+class SeqioSource(seqio.DataSource):
+  """A source and a row function as SeqIO sees them.
+
+  The row function gives what `signature` names: text, token ids, labels, and
+  what a metric needs besides. None drops a row.
+
+  Attributes:
+    columns: those that a question needs, without its answer.
+    record: the task as plain data (records.py); set by its factory.
+  """
+
+  def __init__(
+    self,
+    source,
+    row_fn: RowFn,
+    signature: Mapping[str, tf.TensorSpec],
+    skip_bad_rows: bool = False,
+    columns: Sequence[str] = (),
+    unanswered: Callable[[Row], Row] = lambda row: row,
+  ):
+    """`unanswered` puts something in the place of a row's answer."""
+    self._source, self._row_fn = source, row_fn
+    self._skip_bad_rows = skip_bad_rows
+    self._signature = dict(signature)
+    self._unanswered = unanswered
+    self.columns = tuple(columns)
+    self.record: dict[str, Any] = {}
+    super().__init__(splits=tuple(source.splits), caching_permitted=False)
+
+  @property
+  def rows_source(self) -> Any:
+    """Where the rows come from; see sources.py."""
+    return self._source
+
+  def question(self, row: Row) -> Row:
+    """The features of a row whose answer is not known.
+
+    Raises:
+      UserError: if it has not the columns that a question needs.
+    """
+    return self._row_fn(self._unanswered(dict(row)))
+
+  def asking(self, rows: Callable[[], Iterable[LocatedRow]]) -> SeqioSource:
+    """This source with questions in the place of its rows, in split ROWS."""
+    return SeqioSource(_Located(rows), self.question, self._signature)
+
+  @property
+  def supports_arbitrary_sharding(self) -> bool:
+    return True
+
+  def list_shards(self, split: str) -> Sequence[str]:
+    return [self._source.describe(split)]
+
+  def examples(self, split: str) -> Iterator[Row]:
+    """Every row as the task's features, checked.
+
+    Raises:
+      UserError: naming the place, for a bad row; or if there is no row.
+    """
+    count = skipped = 0
+    for where, row in self._source.rows(split):
+      try:
+        example = self._row_fn(row)
+        if example is None:
+          continue
+        for key in ("inputs", "targets"):
+          text = example.get(key)
+          if isinstance(text, str) and not text.strip():
+            raise UserError(f"{key} is empty")
+      except UserError as e:
+        if not self._skip_bad_rows:
+          hint = "" if split == ROWS else _SKIP
+          raise UserError(f"{where}: {e}{hint}") from None
+        skipped += 1
+        continue
+      count += 1
+      yield {key: example[key] for key in self._signature}
+    if skipped:
+      logger.warning(
+        "%s: left out %d bad rows of %d",
+        self._source.describe(split),
+        skipped,
+        skipped + count,
+      )
+    if not count:
+      raise UserError(
+        f"{self._source.describe(split)}: no rows, nothing to read"
+      )
+
+  def get_dataset(
+    self,
+    split: str = "train",
+    shuffle: bool = True,
+    seed: int | None = None,
+    shard_info: seqio.ShardInfo | None = None,
+    *,
+    sequence_length=None,
+    use_cached: bool = False,
+    num_epochs: int | None = 1,
+  ) -> tf.data.Dataset:
+    del sequence_length, use_cached
+
+    def generate():
+      try:
+        examples = self.examples(split)
+        if shuffle and self._source.size_bytes(split) < WHOLE_SHUFFLE_BYTES:
+          rows = list(examples)
+          order = np.random.default_rng(seed).permutation(len(rows))
+          examples = (rows[i] for i in order)
+        for i, example in enumerate(examples):
+          if (
+            shard_info is None or i % shard_info.num_shards == shard_info.index
+          ):
+            yield example
+      except UserError as e:
+        raise _BadRow(e) from None
+
+    dataset = tf.data.Dataset.from_generator(
+      generate, output_signature=self._signature
+    )
+    return dataset if num_epochs == 1 else dataset.repeat(num_epochs)
+
+  def num_input_examples(self, split: str) -> int | None:
+    return None

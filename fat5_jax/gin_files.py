@@ -1,0 +1,370 @@
+"""The gin files of a run: found, read, checked, and gin's errors in words.
+
+With cli.py the only module that imports gin.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+import contextlib
+import importlib
+import inspect
+import io
+import os
+import re
+import tokenize
+from typing import NamedTuple
+
+from fat5_jax.errors import UserError, nearest
+import gin
+from gin import config as gin_config
+from gin import config_parser
+
+_PACKAGE = os.path.dirname(os.path.abspath(__file__))
+# In a checkout the gin folder lies beside the package, in a wheel inside it.
+GIN_ROOTS = [
+  folder
+  for folder in (
+    os.path.join(os.path.dirname(_PACKAGE), "gin"),
+    os.path.join(_PACKAGE, "gin"),
+  )
+  if os.path.isdir(os.path.join(folder, "runs"))
+]
+_MACRO_SET = re.compile(r"^([A-Z][A-Z0-9_]*)\s*=", re.MULTILINE)
+_MACRO_USED = re.compile(r"%([A-Z][A-Z0-9_]*)")
+_REFERENCE = re.compile(r"@[\w./]+|%[A-Za-z_]\w*")
+# Where a name without a dot may belong to, if it is a parameter's.
+_BOUND = {
+  "fat5_jax.train": ("train",),
+  "fat5_jax.data.pipeline": ("DatasetConfig",),
+  "fat5_jax.data.tasks": ("text_to_text",),
+  "fat5_jax.data.head_tasks": ("classification", "tagging", "spans"),
+  "fat5_jax.data.sources": ("Files", "HuggingFace", "Tfds"),
+  "fat5_jax.optimizers": (
+    "adafactor",
+    "adamw",
+    "create_learning_rate_scheduler",
+  ),
+  "fat5_jax.models.config": ("T5Config", "HeadConfig", "LoRAConfig"),
+}
+
+
+class _Parsed(NamedTuple):
+  """What a gin text says: `sets` and `uses` are macros, with their lines."""
+
+  sets: list[tuple[str, int]]
+  uses: set[str]
+  includes: list[tuple[str, int]]
+
+
+class _Names(config_parser.ParserDelegate):
+  """Keeps the names of macros; references are gin's own business."""
+
+  def __init__(self):
+    self.macros: set[str] = set()
+
+  def configurable_reference(self, scoped_configurable_name, evaluate):
+    return None
+
+  def macro(self, macro_name):
+    self.macros.add(macro_name.split("/")[-1])
+
+
+def _read(text: str, where: str) -> _Parsed:
+  """Parses a gin text by gin's own grammar.
+
+  Raises:
+    UserError: naming file and line, for what is no gin.
+  """
+  names = _Names()
+  parsed = _Parsed([], names.macros, [])
+  try:
+    for statement in config_parser.ConfigParser(io.StringIO(text), names):
+      if isinstance(statement, config_parser.IncludeStatement):
+        parsed.includes.append(
+          (statement.filename, statement.location.line_num)
+        )
+      elif isinstance(statement, config_parser.BindingStatement):
+        if not statement.arg_name:
+          line = statement.location.line_num
+          parsed.sets.append((statement.selector, line))
+  except (SyntaxError, tokenize.TokenError) as e:
+    line = _line_of(e)
+    shown = (text.splitlines() or [""])[min(line, text.count("\n") + 1) - 1]
+    place = f"{where}, line {line}: " if where else ""
+    reason = str(e.args[0]).strip().splitlines()[0].rstrip(".")
+    if reason.startswith("malformed node"):
+      reason = "not expected here"
+    raise UserError(
+      f"{place}{shown.strip()!r} is no gin ({reason}). Is a quote or a bracket"
+      " missing, here or above?"
+    ) from None
+  return parsed
+
+
+def _line_of(error: Exception) -> int:
+  """The line that a parser's error names."""
+  where = error.args[1] if len(error.args) > 1 else ()
+  # gin's and SyntaxError's begin with the file, TokenError's with the line.
+  numbers = [part for part in where if isinstance(part, int)]
+  return numbers[0] if numbers else 1
+
+
+class _GinFiles:
+  """The gin files of a run: found, and their includes followed."""
+
+  def __init__(self, search_paths: list[str]):
+    self.search_paths = search_paths
+    self.parsed: dict[str, _Parsed] = {}
+
+  def find(self, name: str, asked_by: str = "") -> str:
+    for folder in ["", *self.search_paths]:
+      path = os.path.join(folder, name)
+      if os.path.isfile(path):
+        return os.path.abspath(path)
+    known = [os.path.relpath(path, root) for root, path in _shipped()]
+    raise UserError(
+      f"{asked_by}gin file {name!r} not found.{nearest(name, known)} Looked"
+      f" in: {', '.join(self.search_paths)}"
+    )
+
+  def add(self, name: str, asked_by: str = "") -> str:
+    path = self.find(name, asked_by)
+    if path in self.parsed:
+      return path
+    with open(path, encoding="utf-8") as file:
+      self.parsed[path] = _read(file.read(), path)
+    folder = os.path.dirname(path)
+    if folder not in self.search_paths:
+      self.search_paths.append(folder)
+    for included, line in self.parsed[path].includes:
+      self.add(included, f"{path}, line {line}: ")
+    return path
+
+
+def _shipped() -> Iterator[tuple[str, str]]:
+  """(root, path) of every gin file that comes with fat5_jax."""
+  for root in GIN_ROOTS:
+    for folder, _, names in os.walk(root):
+      yield from ((root, os.path.join(folder, name)) for name in names)
+
+
+def _check_macros(files: _GinFiles, bindings: list[str]) -> None:
+  """Raises for a name without a dot that nothing uses.
+
+  gin itself accepts any: a misspelt --gin.TRAIN_STEP=10, or --gin.batch_size=8,
+  would do nothing. A file may set macros of another command's files; the
+  command line may not.
+  """
+  given = [_read(binding, "") for binding in bindings]
+  known: set[str] = set()
+  users: dict[str, str] = {}
+  for root, path in _shipped():
+    with open(path, encoding="utf-8") as file:
+      text = re.sub(r"#.*", "", file.read())
+    used = _MACRO_USED.findall(text)
+    known |= {*_MACRO_SET.findall(text), *used}
+    users |= dict.fromkeys(used, os.path.relpath(path, root))
+  used_here = set().union(
+    *(parsed.uses for parsed in (*files.parsed.values(), *given))
+  )
+  known |= used_here
+  for path, parsed in files.parsed.items():
+    for name, line in parsed.sets:
+      if name not in known:
+        raise UserError(
+          f"{path}, line {line}: unknown gin name {name!r}: no file uses it."
+          f"{_suggest(name, known)}"
+        )
+  for parsed in given:
+    for name, _ in parsed.sets:
+      if name not in known:
+        raise UserError(
+          f"--gin.{name}: unknown gin name {name!r}: no file uses it."
+          f"{_suggest(name, known)}"
+        )
+      if name not in used_here:
+        hint = f"; {users[name]} does" if name in users else ""
+        raise UserError(f"no gin file of this run uses {name}{hint}")
+
+
+def _suggest(name: str, macros: Iterable[str]) -> str:
+  """What a person may have meant by a name that is no macro."""
+  by_folded = {macro.casefold(): macro for macro in macros}
+  if name.casefold() in by_folded:
+    return f" Did you mean {by_folded[name.casefold()]!r}?"
+  owners = [
+    f"{module.rpartition('.')[2]}.{function}.{name}"
+    for module, functions in _BOUND.items()
+    for function in functions
+    if name in _parameters(getattr(importlib.import_module(module), function))
+  ]
+  if owners:
+    return f" A parameter is set with its owner: {' or '.join(owners)}"
+  return nearest(name, macros) or nearest(name.upper(), macros)
+
+
+def _parameters(function) -> list[str]:
+  return list(inspect.signature(function).parameters)
+
+
+@contextlib.contextmanager
+def _files_alone():
+  """gin takes files from folders alone.
+
+  It would also look for `models/t5.gin` in a Python package `models`, and take
+  any folder of that name where the command is run for one.
+  """
+  # gin has no public way to take a reader away.
+  readers = gin_config._FILE_READERS
+  gin_config._FILE_READERS = readers[:1]
+  try:
+    yield
+  finally:
+    gin_config._FILE_READERS = readers
+
+
+def parse(
+  files: list[str],
+  bindings: list[str],
+  search_paths: list[str],
+  function: str,
+  may_be_unset: Sequence[str] = (),
+) -> None:
+  """Parses everything that `function` shall be called with.
+
+  Args:
+    files: gin files; later ones win.
+    bindings: gin statements, after all files.
+    search_paths: more folders for gin files.
+    function: that of the command.
+    may_be_unset: macros that the command does without.
+
+  Raises:
+    UserError: for a file that is not there or no gin, a name that nothing
+      uses, and a macro that must be set.
+  """
+  found = _GinFiles([*GIN_ROOTS, os.path.abspath(os.curdir), *search_paths])
+  paths = [found.add(name) for name in files]
+  _check_macros(found, bindings)
+  for folder in found.search_paths:
+    gin.add_config_file_search_path(folder)
+  try:
+    with _files_alone():
+      gin.parse_config_files_and_bindings(
+        paths, bindings, skip_unknown=False, finalize_config=False
+      )
+  except UserError:
+    raise
+  except ImportError as e:
+    raise UserError(_explain_import(e)) from None
+  except (
+    *(ValueError, TypeError, SyntaxError),
+    *(RuntimeError, OSError, AttributeError),
+  ) as e:
+    raise UserError(_explain(str(e))) from None
+  _check_required(function, may_be_unset)
+
+
+def _explain_import(error: ImportError) -> str:
+  package = (error.name or "").split(".")[0]
+  if package in ("t5x", "t5"):
+    return (
+      f"gin: {error}. This is a gin file of T5X, whose modules are not here:"
+      " fat5_jax's own files have its macros. Begin yours with include"
+      " 'runs/finetune.gin' and a model file (include 'models/t5_1_1/base.gin',"
+      " or 'models/from_checkpoint.gin') and set the macros after them"
+    )
+  return f"gin: {error}"
+
+
+def _check_required(function: str, may_be_unset: Sequence[str]) -> None:
+  """Raises for macros at %gin.REQUIRED that a command's function comes to use.
+
+  Those that may be unset become a text that says so.
+
+  Bindings of other commands in the same files do not count.
+  """
+  config = gin_config._CONFIG  # gin has no public view of its bindings.
+  todo, seen, missing = [f"@{function}"], set(), []
+  while todo:
+    reference = todo.pop()
+    if reference in seen:
+      continue
+    seen.add(reference)
+    *scopes, name = reference[1:].split("/")
+    # A scoped reference takes unscoped bindings too, where it has none itself.
+    bindings: dict[str, object] = {}
+    is_macro = reference[0] == "%"
+    for (scope, selector), values in config.items():
+      if is_macro:
+        found = selector == "gin.macro" and scope == name
+      else:
+        found = scope in ("", *scopes) and f".{selector}".endswith(f".{name}")
+      if found:
+        bindings = bindings | values if scope else values | bindings
+    text = repr(list(bindings.values()))
+    if is_macro and "REQUIRED" in text:
+      missing.append(name)
+    todo += _REFERENCE.findall(text)
+  for name in set(missing) & set(may_be_unset):
+    missing.remove(name)
+    gin.bind_parameter(f"{name}/gin.macro.value", f"({name} is not set)")
+  if missing:
+    flags = " ".join(f"--gin.{name}=..." for name in sorted(missing))
+    raise UserError(
+      f"{', '.join(sorted(missing))} must be set: in a gin file, or with"
+      f" {flags}"
+    )
+
+
+def _explain(message: str) -> str:
+  """gin's message with the nearest known name added."""
+  match = re.search(
+    r"Configurable '([\w.]+)' doesn't have a parameter named '(\w+)'", message
+  )
+  if match:
+    return message.strip() + _nearest_parameter(*match.groups())
+  match = re.search(r"[Nn]o configurable matching '([\w./]+)'", message)
+  if match:
+    return message.strip() + nearest(match[1], _configurables())
+  return message.strip()
+
+
+def _configurables() -> list[str]:
+  names = []
+  for name, _ in gin_config._REGISTRY.items():
+    parts = name.split(".")
+    names += [".".join(parts[-n:]) for n in (1, 2)]
+  return names
+
+
+def _nearest_parameter(configurable: str, parameter: str) -> str:
+  try:
+    function = gin_config._REGISTRY.get_match(configurable).wrapped
+    names = _parameters(function)
+  except (KeyError, AttributeError, ValueError, TypeError):
+    return ""
+  return nearest(parameter, names) + f" It has: {', '.join(names)}"
+
+
+def explain_call(error: Exception, function: str) -> str | None:
+  """A short text for an error that gin raised while building arguments."""
+  text = str(error)
+  match = re.search(
+    r"Required bindings for `([\w.]+)` not provided in config: (\[.*?\])", text
+  )
+  if match:
+    return (
+      f"the gin files leave {match[1]} without {match[2]}: include a run file"
+      " (runs/finetune.gin, runs/pretrain.gin) and a model file"
+    )
+  match = re.search(
+    rf"{function}\(\) missing \d+ required keyword-only arguments?: (.*)", text
+  )
+  if match:
+    return (
+      f"the gin files leave {function} without {match[1].splitlines()[0]}:"
+      " include a run file (runs/finetune.gin, runs/pretrain.gin)"
+    )
+  return None
