@@ -176,6 +176,7 @@ def evaluate(
   output_dir: str | None = None,
   model: Any = None,
   partitioner: Partitioner | None = None,
+  head_module: str | None = None,
   config_text: Callable[[], str] | None = None,
   dry_run: bool = False,
 ) -> dict[str, dict[str, float]]:
@@ -189,6 +190,7 @@ def evaluate(
       default.
     model: overrides the checkpoint's own T5Config (same architecture).
     partitioner: the mesh; None puts a part of each batch on every device.
+    head_module: see load_model.
     config_text: gives the operative configuration for `config.gin`.
     dry_run: stop once everything is built.
 
@@ -202,7 +204,7 @@ def evaluate(
   if config_text is not None:
     hosts.everyone.agree("the configuration", config_text())
   model, params, vocabulary, source = load_model(
-    checkpoint_path, model, partitioner
+    checkpoint_path, model, partitioner, head_module
   )
   dataset_cfg = with_own_task(dataset_cfg, source, vocabulary)
   output_dir = checkpoints.prepare_model_dir(
@@ -236,6 +238,35 @@ def evaluate(
   console.samples_table(evaluator.samples(source.step, 5))
   console.say(f"predictions and metrics: {output_dir}/inference_eval")
   return results
+
+
+def _own_head(source: weights.Source, head_module: str | None) -> Any:
+  """The head module that a run folder names; None where the head is ours.
+
+  Raises:
+    UserError: unless the command names it too: importing it runs its code.
+  """
+  from fat5_jax.models import factory
+
+  record = None
+  if source.kind == "fat5":
+    record = (checkpoints.read_model_json(source.run_dir) or {}).get("own_head")
+  if record is None:
+    if head_module is not None:
+      raise UserError(
+        f"HEAD_MODULE = {head_module!r}: {source.run_dir} has no head module of"
+        " its own"
+      )
+    return None
+  if head_module != record["module"]:
+    raise UserError(
+      f"the head of {source.run_dir} is a module of your own. To import it,"
+      f" which runs its code: --gin.HEAD_MODULE={record['module']}"
+    )
+  try:
+    return factory.import_head(record)
+  except (ValueError, TypeError) as e:
+    raise UserError(f"{e}. Run the command where it can be imported") from None
 
 
 def with_own_task(
@@ -275,12 +306,16 @@ def own_task(source: weights.Source) -> dict[str, Any] | None:
 
 
 def load_model(
-  path: str, model: Any = None, partitioner: Partitioner | None = None
+  path: str,
+  model: Any = None,
+  partitioner: Partitioner | None = None,
+  head_module: str | None = None,
 ):
   """(model, params on the devices, vocabulary or None, source) of a checkpoint.
 
   `model` may change run-time choices; its architecture must be the
-  checkpoint's.
+  checkpoint's. `head_module` allows a head module of a person's own, by the
+  name that the run folder gives it, to be imported.
   """
   from fat5_jax.data import vocabularies
   from fat5_jax.models import factory
@@ -291,7 +326,8 @@ def load_model(
     config = weights.read_config(source).replace(
       scan_layers=False, remat_policy="none"
     )
-    model = factory.create(config)
+    own_head = _own_head(source, head_module)
+    model = factory.create(config, head_layers=own_head)
   partitioner = partitioner or Partitioner()
   partitioner.check(model.config)
   params, source, _ = weights.initial_params(
@@ -304,7 +340,7 @@ def load_model(
   if source.kind != "fat5":
     if any(
       os.path.exists(os.path.join(source.run_dir, name))
-      for name in ("spiece.model", "tokenizer_config.json")
+      for name in ("spiece.model", "tokenizer_config.json", "tokenizer.json")
     ):
       vocabulary = vocabularies.from_hf(source.run_dir)
   else:

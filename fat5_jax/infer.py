@@ -40,6 +40,7 @@ def infer(
   model: Any = None,
   vocabulary: seqio.Vocabulary | None = None,
   partitioner: Partitioner | None = None,
+  head_module: str | None = None,
   dry_run: bool = False,
 ) -> None:
   """Writes a prediction for every line, or every example of a task.
@@ -68,6 +69,7 @@ def infer(
     vocabulary: overrides the checkpoint's own.
     partitioner: the mesh; None puts a part of each batch on every device. Among
       several hosts all read the input, host 0 writes.
+    head_module: see eval.load_model.
     dry_run: stop once everything is built.
 
   Raises:
@@ -81,7 +83,7 @@ def infer(
         f" {hosts.everyone.count} hosts see"
       )
   model, params, own_vocabulary, source = load_model(
-    checkpoint_path, model, partitioner
+    checkpoint_path, model, partitioner, head_module
   )
   vocabulary = vocabulary or own_vocabulary
   if vocabulary is None:

@@ -36,6 +36,7 @@ from fat5_jax.convert import table
 from fat5_jax.data import features, pipeline, records, vocabularies
 from fat5_jax.errors import UserError
 from fat5_jax.eval import InferenceEvaluator, loss_metrics
+from fat5_jax.models import factory
 from fat5_jax.program import Program
 from fat5_jax.sharding import Partitioner
 
@@ -142,6 +143,10 @@ def train(
     )
   )
   config = model.config
+  try:
+    own_head = factory.own_head(model)
+  except ValueError as e:
+    raise UserError(str(e)) from None
   partitioner = partitioner or Partitioner()
   program = Program(
     model,
@@ -285,6 +290,7 @@ def train(
     vocabularies.save(vocabulary, model_dir),
     random_seed=random_seed,
     task=record,
+    own_head=own_head,
     base=_base_of(model_dir, initial_path, own_step),
   )
   _write_model_info(model_dir, abstract, program.trains)

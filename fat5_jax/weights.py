@@ -11,6 +11,7 @@ import dataclasses
 import functools
 import logging
 import os
+import re
 import tempfile
 from typing import Any
 
@@ -54,6 +55,10 @@ class Source:
     return os.path.dirname(self.path) if self.kind == "fat5" else self.path
 
 
+# google/flan-t5-small, or t5-small
+_HUB_NAME = re.compile(r"([\w.-]+/)?[\w-][\w.-]*$")
+
+
 def find(path: str) -> Source:
   """What lies at a path: a run folder (its latest checkpoint), one checkpoint
   of a run, or a checkpoint of another library.
@@ -61,9 +66,16 @@ def find(path: str) -> Source:
   Raises:
     UserError: if it is none of these.
   """
-  path = os.path.abspath(os.path.expanduser(path))
+  given, path = path, os.path.abspath(os.path.expanduser(path))
   if not os.path.exists(path) and formats.find(path) is None:
-    raise UserError(f"{path}: no such checkpoint")
+    hint = ""
+    if _HUB_NAME.match(given):
+      hint = (
+        f". If {given} is a model of the Hugging Face hub: nothing is"
+        f" downloaded here; get it with `hf download {given} --local-dir"
+        f" {given.split('/')[-1]}` and give that folder"
+      )
+    raise UserError(f"{path}: no such checkpoint{hint}")
   match = checkpoints.STEP_FOLDER.match(os.path.basename(path))
   if match and os.path.isdir(os.path.join(path, "params")):
     return Source("fat5", path, int(match[1]))

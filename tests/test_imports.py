@@ -41,6 +41,8 @@ ALLOWED = {
     "scipy",
     "sacrebleu",
     "rouge_score",
+    "sentencepiece",
+    "tokenizers",
     "jax",
     "fat5_jax.data",
     "fat5_jax.errors",

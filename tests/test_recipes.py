@@ -140,6 +140,7 @@ def test_a_recipe_builds(recipe, user, monkeypatch, capfd, shared_vocabulary):
     "train",
     *flags,
     "--gin.MODEL_DIR=out",
+    "--gin.BATCH_SIZE=4",
     "--dry_run",
   ).err
   assert "dry run: nothing was trained" in text

@@ -102,7 +102,7 @@ def describe(task: seqio.Task | seqio.Mixture) -> dict[str, Any]:
   found["vocabulary"] = {
     key: _vocabulary(feature.vocabulary)
     for key, feature in task.output_features.items()
-    if not isinstance(feature, features.LabelFeature)
+    if not isinstance(feature.vocabulary, seqio.PassThroughVocabulary)
   }
   return found
 

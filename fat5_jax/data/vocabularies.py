@@ -10,6 +10,7 @@ from typing import Any
 import seqio
 
 from fat5_jax import checkpoints, weights
+from fat5_jax.data import tokenizer_json
 from fat5_jax.errors import UserError
 
 
@@ -39,8 +40,8 @@ def from_hf(folder: str) -> seqio.Vocabulary:
   """The vocabulary of an HF folder's tokenizer.
 
   Raises:
-    UserError: if the folder holds neither a SentencePiece model nor says that
-      it is a byte tokenizer.
+    UserError: if the folder holds neither a SentencePiece model nor a
+      tokenizer.json of one, nor says that it is a byte tokenizer.
   """
   spiece = os.path.join(folder, "spiece.model")
   path = os.path.join(folder, "tokenizer_config.json")
@@ -54,9 +55,13 @@ def from_hf(folder: str) -> seqio.Vocabulary:
   if config.get("tokenizer_class", "").startswith("ByT5"):
     # The sentinels of ByT5 reuse byte ids, so they add none.
     return seqio.ByteVocabulary(config.get("extra_ids", 125))
+  alone = os.path.join(folder, "tokenizer.json")
+  if os.path.exists(alone):
+    return tokenizer_json.vocabulary(alone)
   raise UserError(
-    f"{folder}: no spiece.model and no byte tokenizer; copy the SentencePiece"
-    " model of this checkpoint there, or bind VOCABULARY in gin"
+    f"{folder}: no spiece.model, no tokenizer.json and no byte tokenizer; copy"
+    " the SentencePiece model of this checkpoint there, or bind VOCABULARY in"
+    " gin"
   )
 
 

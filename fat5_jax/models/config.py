@@ -335,6 +335,16 @@ class T5Config:
       raise ValueError("LoRA of logits_dense needs its dropout_rate = 0")
     if self.num_decoder_layers < 0:
       raise ValueError("num_decoder_layers is negative")
+    # Half of the buckets of a direction are for one distance each, the others
+    # grow up to the largest distance; an encoder has two directions.
+    buckets = self.relative_attention_num_buckets
+    single = buckets // (2 if self.num_decoder_layers else 4)
+    if buckets < 4 or self.relative_attention_max_distance <= single:
+      raise ValueError(
+        f"relative_attention_num_buckets={buckets} must be at least 4, and"
+        " relative_attention_max_distance="
+        f"{self.relative_attention_max_distance} more than {single}"
+      )
 
   @property
   def scales_decoder_outputs(self) -> bool:

@@ -1,0 +1,159 @@
+"""A SentencePiece model out of a `tokenizer.json` that stands alone.
+
+Newer Hugging Face folders have no `spiece.model`. What made it a Unigram model
+is all in the JSON: pieces with scores, the compiled normaliser, how spaces are
+written.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import json
+import os
+import re
+import tempfile
+from typing import Any
+
+import seqio
+
+from fat5_jax.errors import UserError
+
+_SENTINEL = re.compile(r"<extra_id_(\d+)>$")
+# Texts on which the model must say what the JSON's own tokenizer says.
+_PROBES = (
+  "The quick brown fox jumps over the lazy dog.",
+  "  two  spaces,\ttabs\nand lines ",
+  "Ünïcödé: ﬁne — “quotes”, ½, Ⅷ, ａｂｃ; 日本語, русский, 😀!",
+  "1,234.56 {a: [b]} <tag> C++ e-mail@x.org",
+)
+
+
+def vocabulary(path: str) -> seqio.SentencePieceVocabulary:
+  """The vocabulary of a `tokenizer.json`.
+
+  The SentencePiece model that it amounts to is kept in the folder for temporary
+  files, under the hash of its content.
+
+  Raises:
+    UserError: if it is no Unigram tokenizer as T5's are.
+  """
+  with open(path, encoding="utf-8") as file:
+    try:
+      found = json.load(file)
+    except json.JSONDecodeError as e:
+      raise UserError(f"{path}: not valid JSON: {e}") from None
+  content, extra_ids = _model(found, path)
+  name = f"fat5_jax-{hashlib.sha256(content).hexdigest()[:16]}.model"
+  target = os.path.join(tempfile.gettempdir(), name)
+  if not os.path.exists(target):
+    with tempfile.NamedTemporaryFile(
+      dir=tempfile.gettempdir(), delete=False
+    ) as file:
+      file.write(content)
+    os.replace(file.name, target)
+  result = seqio.SentencePieceVocabulary(target, extra_ids)
+  _check(result, path)
+  return result
+
+
+def _model(found: dict[str, Any], path: str) -> tuple[bytes, int]:
+  """(a serialised SentencePiece model, how many sentinels come after it)."""
+  from sentencepiece import sentencepiece_model_pb2 as spm
+
+  model = found.get("model") or {}
+  if model.get("type") != "Unigram":
+    raise UserError(
+      f"{path}: a tokenizer of type {model.get('type')!r}; T5's are 'Unigram'."
+      " Set VOCABULARY in gin"
+    )
+  pieces = model["vocab"]
+  added = {token["content"]: token for token in found.get("added_tokens") or ()}
+  pieces = pieces + [
+    [token["content"], 0.0]
+    for token in sorted(added.values(), key=lambda token: token["id"])
+    if token["id"] >= len(pieces)
+  ]
+  extra_ids = 0
+  # T5's sentinels are the last ids, <extra_id_0> the very last.
+  while pieces and _is_sentinel(pieces[-1][0], extra_ids):
+    pieces, extra_ids = pieces[:-1], extra_ids + 1
+  proto = spm.ModelProto()
+  types = spm.ModelProto.SentencePiece
+  ids = {}
+  for number, (text, score) in enumerate(pieces):
+    kind = types.NORMAL
+    if number == model.get("unk_id"):
+      kind = types.UNKNOWN
+    elif text in added:
+      kind = types.CONTROL if added[text]["special"] else types.USER_DEFINED
+    elif model.get("byte_fallback") and re.match(r"<0x[0-9A-F]{2}>$", text):
+      kind = types.BYTE
+    proto.pieces.add(piece=text, score=score, type=kind)
+    ids[text] = number
+  trainer = proto.trainer_spec
+  trainer.model_type = trainer.UNIGRAM
+  trainer.vocab_size = len(pieces)
+  trainer.byte_fallback = bool(model.get("byte_fallback"))
+  trainer.unk_id = model.get("unk_id", 2)
+  trainer.pad_id, trainer.eos_id = ids.get("<pad>", -1), ids.get("</s>", -1)
+  trainer.bos_id = ids.get("<s>", -1)
+  trainer.pad_piece, trainer.eos_piece = "<pad>", "</s>"
+  _set_normalizer(proto.normalizer_spec, found, path)
+  return proto.SerializeToString(), extra_ids
+
+
+def _is_sentinel(text: str, number: int) -> bool:
+  match = _SENTINEL.match(text)
+  return bool(match) and int(match[1]) == number
+
+
+def _parts(node: dict[str, Any] | None) -> list[dict[str, Any]]:
+  """A normaliser or pre-tokenizer, a sequence of them taken apart."""
+  if node is None:
+    return []
+  if node["type"] == "Sequence":
+    inside = node.get("normalizers") or node.get("pretokenizers") or []
+    return [part for item in inside for part in _parts(item)]
+  return [node]
+
+
+def _set_normalizer(spec, found: dict[str, Any], path: str) -> None:
+  spec.add_dummy_prefix = False
+  spec.remove_extra_whitespaces = False
+  spec.escape_whitespaces = True
+  for part in _parts(found.get("normalizer")) + _parts(
+    found.get("pre_tokenizer")
+  ):
+    kind = part["type"]
+    if kind == "Precompiled":
+      spec.name = "precompiled"
+      charsmap = part["precompiled_charsmap"]
+      spec.precompiled_charsmap = base64.b64decode(charsmap)
+    elif kind in ("WhitespaceSplit", "Strip", "Replace"):
+      # Each takes runs of spaces for one.
+      spec.remove_extra_whitespaces = True
+    elif kind == "Metaspace":
+      scheme = part.get("prepend_scheme", "always")
+      spec.add_dummy_prefix = (
+        scheme != "never" and part.get("add_prefix_space") is not False
+      )
+    else:
+      raise UserError(
+        f"{path}: its {kind} is none of T5's tokenizers'. Set VOCABULARY in gin"
+      )
+
+
+def _check(result: seqio.SentencePieceVocabulary, path: str) -> None:
+  """Raises UserError unless the model says what the JSON's tokenizer says."""
+  import tokenizers
+
+  theirs = tokenizers.Tokenizer.from_file(path)
+  for text in _PROBES:
+    ids = theirs.encode(text, add_special_tokens=False).ids
+    if list(result.encode(text)) != ids:
+      raise UserError(
+        f"{path}: as a SentencePiece model it would read {text!r} otherwise"
+        " than Hugging Face's tokenizer does. Copy the checkpoint's"
+        " spiece.model there, or set VOCABULARY in gin"
+      )
