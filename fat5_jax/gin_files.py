@@ -267,15 +267,17 @@ def parse(
 
 
 def _explain_import(error: ImportError) -> str:
-  package = (error.name or "").split(".")[0]
+  reason = " ".join(str(error).split())
+  match = re.search(r"No module named '(\w+)", reason)
+  package = match[1] if match else ""
   if package in ("t5x", "t5"):
     return (
-      f"gin: {error}. This is a gin file of T5X, whose modules are not here:"
+      f"gin: {reason}. This is a gin file of T5X, whose modules are not here:"
       " fat5_jax's own files have its macros. Begin yours with include"
       " 'runs/finetune.gin' and a model file (include 'models/t5_1_1/base.gin',"
       " or 'models/from_checkpoint.gin') and set the macros after them"
     )
-  return f"gin: {error}"
+  return f"gin: {reason}"
 
 
 def _check_required(function: str, may_be_unset: Sequence[str]) -> None:

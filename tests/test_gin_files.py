@@ -7,6 +7,7 @@ import pytest
 
 from fat5_jax import gin_files
 from fat5_jax.convert import hf
+from fat5_jax.errors import UserError
 import gin
 
 GIN = os.path.join(ROOT, "gin")
@@ -106,3 +107,109 @@ VOCABULARY = None
   if file.startswith("heads/") or "tiny_cpu" in file:
     files[:0] = ["runs/finetune.gin", "models/from_checkpoint.gin"]
   gin_files.parse(files, [], [], "train")
+
+
+# ---- What a person may get wrong ---------------------------------------------
+
+
+def refused(files=("recipes/quickstart.gin",), bindings=()):
+  with pytest.raises(UserError) as e:
+    gin_files.parse(list(files), list(bindings), [], "train")
+  (line,) = str(e.value).splitlines()
+  return line
+
+
+@pytest.mark.parametrize(
+  "binding, told",
+  [
+    ("batch_size = 8", "Did you mean 'BATCH_SIZE'?"),
+    ("skip_bad_rows = True", "tasks.text_to_text.skip_bad_rows"),
+    ("TRAIN_STEP = 10", "Did you mean 'TRAIN_STEPS'?"),
+    ("my_own_name = 1", "unknown gin name 'my_own_name'"),
+    ("train/batch_sise = 1", "batch_sise"),
+    ("HEAD_WIDTHS = (8,)", "no gin file of this run uses HEAD_WIDTHS"),
+  ],
+)
+def test_every_name_on_the_command_line_counts(binding, told):
+  assert told in refused(bindings=[binding])
+
+
+def test_every_name_in_a_file_counts(tmp_path):
+  path = tmp_path / "mine.gin"
+  path.write_text("include 'recipes/quickstart.gin'\n\nbatch_size = 8\n")
+  assert f"{path}, line 3: unknown gin name 'batch_size'" in refused(
+    [str(path)]
+  )
+  # A name that the file itself uses is its own macro, in any case.
+  path.write_text(
+    "include 'recipes/quickstart.gin'\nsize = 8\nBATCH_SIZE = %size\n"
+  )
+  gin_files.parse([str(path)], ["MODEL_DIR = 'x'"], [], "train")
+
+
+@pytest.mark.parametrize(
+  "text, line",
+  [
+    ("A = 1\nMODEL_DIR = '/tmp/x\n", 2),
+    ("MODEL_DIR = /tmp/x\n", 1),
+    ("TASK_FEATURE_LENGTHS = {'inputs': 3\nTRAIN_STEPS = 3\n", 2),
+    ("train.model\n", 1),
+    ("config.T5Config:\n  emb_dim = 'a\n", 2),
+    ('"""\n', 1),
+  ],
+)
+def test_what_is_no_gin_is_told_in_a_line_with_its_place(tmp_path, text, line):
+  path = tmp_path / "mine.gin"
+  path.write_text(text)
+  assert f"{path}, line {line}: " in refused([str(path)])
+
+
+def test_schedule_and_rate_are_macros():
+  for file in ("recipes/quickstart.gin", "recipes/xxl_v5e.gin"):
+    gin.clear_config()
+    gin_files.parse(
+      [file],
+      [
+        "MODEL_DIR = 'x'",
+        "LEARNING_RATE = 0.5",
+        "WARMUP_STEPS = 10",
+        "SCHEDULE = 'constant * linear_warmup'",
+      ],
+      [],
+      "train",
+      ("INITIAL_CHECKPOINT_PATH", "VOCAB_FILE"),
+    )
+    schedule = gin.get_configurable(
+      "optimizers.create_learning_rate_scheduler"
+    )()
+    assert float(schedule(5)) == pytest.approx(0.25)
+
+
+def test_recipes_parse_where_folders_have_the_names_of_gins(
+  tmp_path, monkeypatch
+):
+  for name in ("models", "runs", "recipes", "heads", "optimizers", "data"):
+    (tmp_path / name).mkdir()
+  monkeypatch.chdir(tmp_path)
+  monkeypatch.syspath_prepend(str(tmp_path))
+  for recipe in ("quickstart", "classify", "tiny_cpu"):
+    gin.clear_config()
+    files = [f"recipes/{recipe}.gin"]
+    if recipe == "tiny_cpu":
+      files.insert(0, "recipes/classify.gin")
+    gin_files.parse(
+      files,
+      ["MODEL_DIR = 'x'"],
+      [],
+      "train",
+      ("INITIAL_CHECKPOINT_PATH", "VOCAB_FILE"),
+    )
+
+
+def test_a_gin_file_of_t5x_is_told_from_ours(tmp_path):
+  path = tmp_path / "theirs.gin"
+  path.write_text(
+    "from __gin__ import dynamic_registration\n"
+    "import __main__ as train_script\nfrom t5x import utils\n"
+  )
+  assert "a gin file of T5X" in refused([str(path)])

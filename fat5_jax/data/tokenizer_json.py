@@ -62,7 +62,9 @@ def _model(found: dict[str, Any], path: str) -> tuple[bytes, int]:
   from sentencepiece import sentencepiece_model_pb2 as spm
 
   model = found.get("model") or {}
-  if model.get("type") != "Unigram":
+  # Old files do not say the type; only Unigram has pieces in pairs.
+  is_pairs = isinstance(model.get("vocab"), list)
+  if model.get("type", "Unigram" if is_pairs else None) != "Unigram":
     raise UserError(
       f"{path}: a tokenizer of type {model.get('type')!r}; T5's are 'Unigram'."
       " Set VOCABULARY in gin"
