@@ -103,3 +103,40 @@ def update(
     new = np.where(np.isnan(new), param, new)
     slots = {k: np.where(np.isnan(x), old[k], x) for k, x in slots.items()}
   return new, slots
+
+
+def scanned(flat, head_dim):
+  """A table of a minimal T5 as T5X's scalable layout has it.
+
+  Layers stand along axis 1, heads and their dimension apart.
+  """
+  found = {}
+  for path, x in flat.items():
+    if len(path) < 2 or not path[1].startswith("layers_"):
+      found[path] = x
+    elif path[1] == "layers_0":
+      names = [k for k in flat if k[0] == path[0] and k[2:] == path[2:]]
+      layers = [
+        flat[(path[0], f"layers_{i}", *path[2:])] for i in range(len(names))
+      ]
+      if path[-2] == "out":
+        layers = [x.reshape(-1, head_dim, x.shape[1]) for x in layers]
+      elif path[-2] in ("query", "key", "value"):
+        layers = [x.reshape(x.shape[0], -1, head_dim) for x in layers]
+      found[(path[0], path[0], *path[2:])] = np.stack(layers, 1)
+  return found
+
+
+def standard_kinds(path, shape):
+  """What standard_logical_factor_rules make of the axes of that layout."""
+  if path[:2] not in (("encoder", "encoder"), ("decoder", "decoder")):
+    return None
+  if path[-2] in ("query", "key", "value"):
+    return "row", "batch", "column", "column"
+  if path[-2] == "out":
+    return "column", "batch", "column", "row"
+  if path[-2] == "wo":
+    return "column", "batch", "row"
+  if path[-2] in ("wi", "wi_0", "wi_1"):
+    return "row", "batch", "column"
+  return ("none", "batch", "none")[: len(shape)]
