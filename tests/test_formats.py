@@ -715,6 +715,31 @@ def test_another_optimizer_than_t5x_s_is_said_to_be_so(tmp_path):
       restore(optimizer)
 
 
+def test_a_head_or_lora_on_a_t5x_checkpoint_begins_anew(tmp_path):
+  """Neither its step nor its slots are the run's."""
+  theirs = T5X(CONFIG, False, step=7)
+  path = theirs.write(tmp_path / "checkpoint_7")
+  same = theirs.config.replace(dtype="bfloat16")
+  for config, continues in (
+    (same, True),
+    (same.replace(lora=LoRAConfig()), False),
+    (same.with_head(HeadConfig("embedding")), False),
+    (same.with_head(HeadConfig("enct5", num_labels=2)), False),
+  ):
+    config, leaves = random_leaves(config)
+    shapes = {
+      k: jax.ShapeDtypeStruct(x.shape, "float32") for k, x in leaves.items()
+    }
+    values = {"/".join(k): x.read() for k, x in leaves.items()}
+    fresh = lambda names, values=values: {n: values[n] for n in names}
+    partitioner = Partitioner()
+    _, source, _ = weights.initial_params(
+      *(path, config, partitioner.place(table.nest(shapes)), partitioner),
+      initialise=fresh,
+    )
+    assert source.continues == continues, config
+
+
 # ---- Mesh TensorFlow ---------------------------------------------------------
 
 
