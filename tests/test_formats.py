@@ -665,6 +665,15 @@ def test_training_goes_on_where_t5x_left_off(name, scan, tmp_path):
     partitioner,
   )
   assert int(state[0].count) == 1003
+  # The converter writes the same slots.
+  step, converted = weights.adafactor_state(source, theirs.config)
+  assert step == 1003
+  for a, b in zip(
+    jax.tree.leaves(checkpoints.unstack_layers(state)),
+    jax.tree.leaves(converted),
+    strict=True,
+  ):
+    np.testing.assert_array_equal(a, b)
   update = jax.jit(optimizer.update)
   for _ in range(5):
     grads = theirs.train()

@@ -529,12 +529,16 @@ def logged_rates(run_dir):
 def test_the_logged_rate_is_the_applied_one(folder, trains):
   """From step 1000, with a part of the parameters and a fresh optimizer."""
   t5x_checkpoint(folder, 1000)
+  source = weights.find("checkpoint_1000")
+  config, leaves = weights.open_params(source)
+  step, state = weights.adafactor_state(source, config)
+  weights.write_params("begin", config, leaves, None, step, state)
   schedule = "optimizers.create_learning_rate_scheduler"
   (folder / "adamw.gin").write_text("include 'optimizers/adamw.gin'\n")
   text = trains(
     "run",
     "--gin_file=adamw.gin",
-    "--gin.INITIAL_CHECKPOINT_PATH=checkpoint_1000",
+    "--gin.INITIAL_CHECKPOINT_PATH=begin",
     "--gin.TRAIN_STEPS=1002",
     "--gin.TRAINABLE=^decoder/",
     "--gin.DROPOUT_RATE=0.0",
