@@ -289,6 +289,8 @@ def open_item(folder: str, abstract: Any) -> Any:
       found = "nothing" if leaf is None else leaf.shape
       raise ValueError(f"{'/'.join(where)}: {found}, not {target.shape}")
     reads.append(functools.partial(put_parts, target, leaf.read_part))
+  # Schedules once had a count of their own; the run's step is theirs now.
+  leaves = {where: x for where, x in leaves.items() if where[-1] != "count"}
   if leaves:
     raise ValueError(f"{'/'.join(next(iter(leaves)))} is not wanted")
   return jax.tree.unflatten(structure, reads)

@@ -69,7 +69,7 @@ class Progress:
     step: int,
     *,
     loss: float,
-    learning_rate: float,
+    learning_rate: float | None,
     tokens_per_second: float,
     padding: float,
     force: bool,
@@ -82,8 +82,9 @@ class Progress:
     self._shown = now
     done = max(1, step - self._begin_step)
     left = self.elapsed() / done * (self._last - step)
+    rate = "" if learning_rate is None else f"  lr {learning_rate:.2e}"
     self._text = (
-      f"step {step}/{self._last}  loss {loss:.4f}  lr {learning_rate:.2e}"
+      f"step {step}/{self._last}  loss {loss:.4f}{rate}"
       f"  {tokens_per_second:,.0f} target tokens/s  padding {padding:.0%}"
       f"  {duration(left)} left"
     )

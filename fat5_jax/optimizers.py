@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from typing import NamedTuple
+from collections.abc import Callable, Mapping, Sequence
+import types
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 
+from fat5_jax import sharding, trainable
 from fat5_jax.errors import UserError, nearest
-from fat5_jax.trainable import searcher
 
 Schedule = Callable[[jax.Array], jax.Array]
 
@@ -89,8 +90,160 @@ def create_learning_rate_scheduler(
   return schedule
 
 
+class Optimizer(optax.GradientTransformationExtraArgs):
+  """An optax transformation that says at which rate it trains.
+
+  Its `update` takes the step of the run, `update(grads, state, params,
+  step=step)`, and applies `learning_rate(step)`; without a step it counts its
+  updates, as optax does.
+
+  Attributes:
+    learning_rate: step to rate; a run logs it.
+    skip_nan_updates: whether it does nothing where an update is NaN; a run then
+      goes on.
+  """
+
+  def __new__(
+    cls,
+    transform: optax.GradientTransformation,
+    learning_rate: Schedule | float,
+    skip_nan_updates: bool = False,
+  ):
+    transform = optax.with_extra_args_support(transform)
+    made = super().__new__(cls, transform.init, transform.update)
+    made.learning_rate = _as_schedule(learning_rate)
+    made.skip_nan_updates = skip_nan_updates
+    return made
+
+
+def _as_schedule(learning_rate: Schedule | float) -> Schedule:
+  return learning_rate if callable(learning_rate) else lambda _: learning_rate
+
+
+class HParamMap:
+  """A hyper-parameter by parameter: the value of the first pattern in its name.
+
+  Args:
+    rules: pairs (regular expression, value), searched in this order in names
+      such as `encoder/layers_0/attention/query/kernel`, scanned or not.
+  """
+
+  def __init__(self, rules: Sequence[tuple[str, Any]]):
+    self._values = dict(rules)
+    if len(self._values) < len(rules):
+      raise UserError("HParamMap: a pattern stands there twice")
+    self._patterns = _Patterns("HParamMap", list(self._values))
+
+  def values(self, name: str, params: Any) -> dict[tuple[str, ...], Any]:
+    """The values of hyper-parameter `name`, by the paths of parameters.
+
+    Raises:
+      UserError: for a parameter in which no pattern is found, a pattern that is
+        the first in no parameter, or layers of a scan that differ.
+    """
+    found = self._patterns.of(params)
+    for path, pattern in found.items():
+      if pattern is None:
+        raise UserError(
+          f"HParamMap: no pattern of {name} is in {trainable.name_of(path)};"
+          " put ('.*', value) last for all others"
+        )
+    return {path: self._values[pattern] for path, pattern in found.items()}
+
+
+class _Patterns:
+  """Which of a few patterns is the first in a parameter's name."""
+
+  def __init__(self, setting: str, patterns: Sequence[str]):
+    self._setting = setting
+    self._searchers = {p: trainable.searcher(setting, p) for p in patterns}
+
+  def _first(self, name: str) -> str | None:
+    return next(
+      (p for p, search in self._searchers.items() if search(name)), None
+    )
+
+  def of(self, params: Any) -> dict[tuple[str, ...], str | None]:
+    found = {}
+    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
+      keys = sharding.path_keys(path)
+      first = {self._first(name) for name in trainable.names_of(keys, leaf)}
+      if len(first) > 1:
+        raise UserError(
+          f"{self._setting}: the layers of {trainable.name_of(keys)} have"
+          " different patterns; with SCAN_LAYERS = True all layers are one"
+          " parameter. Set it to False"
+        )
+      found[keys] = first.pop()
+    for pattern in self._searchers:
+      if pattern not in found.values():
+        raise UserError(
+          f"{self._setting}: {pattern!r} is the first match of no parameter"
+          " that trains"
+        )
+    return found
+
+
+def standard_logical_factor_rules() -> dict[str, str]:
+  """T5X's: what a logical axis (sharding.PARAMETER_AXES) is to Adafactor."""
+  return {
+    "vocab": "column",
+    "embed": "row",
+    "mlp": "column",
+    "heads": "column",
+    "kv": "column",
+    "joined_kv": "column",
+    "relpos_buckets": "none",
+    "lora_rank": "none",
+    "layers": "batch",
+  }
+
+
+# T5X's words for what an axis is, and ours.
+_FACTOR_KINDS = {
+  "row": "row",
+  "column": "column",
+  "col": "column",
+  "batch": "batch",
+  "none": "none",
+  "unfactorized": "none",
+}
+
+
+def _factor_rules(rules: Mapping[str, str | None]) -> dict[str, str]:
+  """Rules in our words.
+
+  Raises:
+    UserError: for an unknown axis or kind, or layers that are not a batch.
+  """
+  found = {}
+  for axis, kind in rules.items():
+    known = standard_logical_factor_rules()
+    if axis not in known:
+      raise UserError(
+        f"logical_factor_rules: no parameter has an axis {axis!r}."
+        f"{nearest(axis, known)} Axes: {', '.join(known)}"
+      )
+    found[axis] = _FACTOR_KINDS.get(str(kind).lower())
+    if found[axis] is None:
+      raise UserError(
+        f"logical_factor_rules: {axis!r} is {kind!r}; it may be"
+        f" {', '.join(_FACTOR_KINDS)}"
+      )
+    if (axis == "layers") != (found[axis] == "batch"):
+      raise UserError(
+        f"logical_factor_rules: {axis!r} is {kind!r}; 'layers' is a batch, and"
+        " no other axis is"
+      )
+  return found
+
+
 class AdafactorState(NamedTuple):
-  """Slots, trees shaped like the parameters; unused ones have shape (1,)."""
+  """Slots, trees shaped like the parameters; unused ones have shape (1,).
+
+  `v_row` goes along the smaller axis of a parameter (of a scanned layer's, its
+  layers in front), the first of equal ones; `v_col` along the larger.
+  """
 
   count: jax.Array
   m: optax.Params
@@ -101,110 +254,190 @@ class AdafactorState(NamedTuple):
 
 def adafactor(
   learning_rate: Schedule | float,
-  decay_rate: float = 0.8,
+  decay_rate: float | HParamMap = 0.8,
   step_offset: int = 0,
-  beta1: float | None = None,
-  clipping_threshold: float | None = 1.0,
-  multiply_by_parameter_scale: bool = True,
-  factored: bool = True,
-  min_dim_size_to_factor: int = 128,
-  epsilon1: float = 1e-30,
-  epsilon2: float = 1e-3,
+  beta1: float | HParamMap | None = None,
+  clipping_threshold: float | HParamMap | None = 1.0,
+  multiply_by_parameter_scale: bool | HParamMap = True,
+  factored: bool | HParamMap = True,
+  min_dim_size_to_factor: int | HParamMap = 128,
+  epsilon1: float | HParamMap = 1e-30,
+  epsilon2: float | HParamMap = 1e-3,
+  weight_decay_rate: float | HParamMap | None = None,
+  weight_decay_rate_lr_exponent: float | HParamMap | None = None,
+  max_parameter_scale: float | HParamMap | None = None,
+  skip_nan_updates: bool = False,
+  logical_factor_rules: Mapping[str, str | None] | None = None,
   global_norm_clip_threshold: float | None = None,
   learning_rate_multipliers: Mapping[str, float] | None = None,
-) -> optax.GradientTransformation:
+) -> Optimizer:
   """Adafactor (arXiv:1804.04235) with T5X's hyper-parameters.
 
   Parameters of scanned layers are treated a layer at a time, so scanning does
-  not change the training.
+  not change the training. Where an HParamMap may stand, a hyper-parameter
+  depends on the parameter's name.
 
   Args:
     learning_rate: schedule or number; times the parameter's RMS where
       `multiply_by_parameter_scale`.
-    decay_rate: second moments decay by `1 - (step + 1) ** -decay_rate`.
-    step_offset: subtracted from the step in that decay, for fine-tuning from
+    decay_rate: second moments decay by `1 - (count + 1) ** -decay_rate`, where
+      count is that of the updates in the slots.
+    step_offset: subtracted from the count in that decay, for fine-tuning from
       a checkpoint that keeps its step.
-    beta1: momentum; None keeps none.
+    beta1: momentum, an average of updates with their learning rate; None keeps
+      none.
     clipping_threshold: limit to the RMS of an update before the learning rate.
     multiply_by_parameter_scale: updates relative to max(RMS, epsilon2).
-    factored: rows and columns instead of a full second moment, where the two
-      largest dimensions reach `min_dim_size_to_factor`.
-    min_dim_size_to_factor: see `factored`.
+    factored: rows and columns instead of a full second moment.
+    min_dim_size_to_factor: what the two largest dimensions must reach for
+      `factored`.
     epsilon1: added to squared gradients.
     epsilon2: least parameter scale.
+    weight_decay_rate: share of a parameter that a step takes off; the learning
+      rate does not scale it.
+    weight_decay_rate_lr_exponent: that share times (or, without one, is) the
+      learning rate to this power.
+    max_parameter_scale: largest parameter scale.
+    skip_nan_updates: elements that would become NaN, of parameters and slots,
+      keep their value.
+    logical_factor_rules: by logical axis, "row", "column", "none" or (layers)
+      "batch", as T5X's standard_logical_factor_rules(): whether the parameters
+      of layers are factored, whatever their size, as T5X does in scanned
+      layers. All others go by `min_dim_size_to_factor`, as in T5X, and so do
+      layers where this is None.
     global_norm_clip_threshold: limit to the norm of all gradients together.
     learning_rate_multipliers: see `scale_by_pattern`.
   """
+  rules = None
+  if logical_factor_rules is not None:
+    rules = _factor_rules(logical_factor_rules)
+  rate_at = _as_schedule(learning_rate)
+  hyper = {
+    "decay_rate": decay_rate,
+    "beta1": beta1,
+    "clipping_threshold": clipping_threshold,
+    "multiply_by_parameter_scale": multiply_by_parameter_scale,
+    "factored": factored,
+    "min_dim_size_to_factor": min_dim_size_to_factor,
+    "epsilon1": epsilon1,
+    "epsilon2": epsilon2,
+    "weight_decay_rate": weight_decay_rate,
+    "weight_decay_rate_lr_exponent": weight_decay_rate_lr_exponent,
+    "max_parameter_scale": max_parameter_scale,
+  }
 
-  def factored_axes(shape):
-    """(row, column): the two largest axes, the larger one last; or None."""
-    if not factored or len(shape) < 2:
-      return None
-    axes = sorted(range(len(shape)), key=lambda axis: shape[axis])
-    if shape[axes[-2]] < min_dim_size_to_factor:
-      return None
-    return axes[-2], axes[-1]
+  def by_layer(function, params, *rest):
+    """tree_map of function(hyper-parameters, leaves), a layer at a time."""
+    maps = {
+      name: value.values(name, params)
+      for name, value in hyper.items()
+      if isinstance(value, HParamMap)
+    }
 
-  def init_leaf(p):
-    zeros = lambda shape: jnp.zeros(shape, jnp.float32)
-    m = zeros((1,) if beta1 is None else p.shape)
-    axes = factored_axes(p.shape)
-    if axes is None:
-      return m, zeros((1,)), zeros((1,)), zeros(p.shape)
-    row, column = axes
-    without = lambda axis: [n for i, n in enumerate(p.shape) if i != axis]
-    return m, zeros(without(column)), zeros(without(row)), zeros((1,))
+    def apply(path, p, *leaves):
+      keys = sharding.path_keys(path)
+      scanned = "layers" in keys
+      own = {name: values[keys] for name, values in maps.items()}
+      h = types.SimpleNamespace(**hyper | own)
+      h.axes = _factored_axes(h, rules, keys, p.shape[scanned:])
+      run = lambda *leaves: function(h, *leaves)
+      return (jax.vmap(run) if scanned else run)(p, *leaves)
 
-  def update_leaf(g, p, m, v_row, v_col, v, decay):
-    g = g.astype(jnp.float32)
-    squared = jnp.square(g) + epsilon1
-    axes = factored_axes(p.shape)
-    if axes is None:
-      v = decay * v + (1 - decay) * squared
-      update = g * jax.lax.rsqrt(v)
-    else:
-      row, column = axes
-      v_row = decay * v_row + (1 - decay) * squared.mean(axis=column)
-      v_col = decay * v_col + (1 - decay) * squared.mean(axis=row)
-      row_in_v_row = row - 1 if column < row else row
-      row_mean = v_row.mean(axis=row_in_v_row, keepdims=True)
-      row_factor = jnp.expand_dims(jax.lax.rsqrt(v_row / row_mean), column)
-      update = g * row_factor * jnp.expand_dims(jax.lax.rsqrt(v_col), row)
-    if clipping_threshold is not None:
-      update /= jnp.maximum(1.0, _rms(update) / clipping_threshold)
-    if multiply_by_parameter_scale:
-      update *= jnp.maximum(_rms(p.astype(jnp.float32)), epsilon2)
-    if beta1 is not None:
-      m = beta1 * m + (1 - beta1) * update
-      update = m
-    return update, m, v_row, v_col, v
+    return jax.tree_util.tree_map_with_path(apply, params, *rest)
 
   def init(params):
-    slots = _by_layer(init_leaf, params)
-    m, v_row, v_col, v = _transpose(params, slots, 4)
+    m, v_row, v_col, v = _transpose(params, by_layer(_init_leaf, params), 4)
     return AdafactorState(jnp.zeros([], jnp.int32), m, v_row, v_col, v)
 
-  def update(updates, state, params):
+  def update(grads, state, params, *, step=None, **_):
+    rate = rate_at(state.count if step is None else step)
     t = jnp.maximum(state.count - step_offset, 0).astype(jnp.float32) + 1.0
-    decay = 1.0 - t ** (-decay_rate)
-    results = _by_layer(
-      lambda *leaf: update_leaf(*leaf, decay),
-      updates,
-      params,
-      state.m,
-      state.v_row,
-      state.v_col,
-      state.v,
-    )
-    updates, m, v_row, v_col, v = _transpose(params, results, 5)
-    return updates, AdafactorState(state.count + 1, m, v_row, v_col, v)
 
-  return _chain(
+    def update_leaf(h, p, g, *old):
+      update, *new = _update_leaf(h, p, g, *old, rate=rate, t=t)
+      if skip_nan_updates:
+        new = [jnp.where(jnp.isnan(x), y, x) for x, y in zip(new, old)]
+        update = jnp.where(jnp.isnan(p + update), 0.0, update)
+      return update, *new
+
+    slots = state.m, state.v_row, state.v_col, state.v
+    results = by_layer(update_leaf, params, grads, *slots)
+    updates, *slots = _transpose(params, results, 5)
+    return updates, AdafactorState(state.count + 1, *slots)
+
+  chain = _chain(
     global_norm_clip_threshold,
     learning_rate_multipliers,
-    optax.GradientTransformation(init, update),
-    optax.scale_by_learning_rate(learning_rate),
+    optax.GradientTransformationExtraArgs(init, update),
   )
+  return Optimizer(chain, rate_at, skip_nan_updates)
+
+
+def _factored_axes(h, rules, path, shape) -> tuple[int, int] | None:
+  """(row, column): the two largest axes, the larger one last; or None.
+
+  The rules say whether, and never which is the row: of a matrix, the update is
+  the same either way.
+  """
+  if not h.factored or len(shape) < 2:
+    return None
+  axes = sorted(range(len(shape)), key=lambda axis: shape[axis])
+  factored = shape[axes[-2]] >= h.min_dim_size_to_factor
+  if rules is not None and any(key.startswith("layers") for key in path):
+    # A module of one's own has no axes that have names.
+    names = sharding.logical_axes(trainable.name_of(path)) or ()
+    for name in names:
+      if name not in rules:
+        raise UserError(
+          f"logical_factor_rules have no {name!r}, an axis of"
+          f" {trainable.name_of(path)}"
+        )
+    factored = {"row", "column"} <= {rules[name] for name in names}
+  return (axes[-2], axes[-1]) if factored else None
+
+
+def _init_leaf(h, p):
+  zeros = lambda shape: jnp.zeros(shape, jnp.float32)
+  m = zeros((1,) if h.beta1 is None else p.shape)
+  if h.axes is None:
+    return m, zeros((1,)), zeros((1,)), zeros(p.shape)
+  row, column = h.axes
+  without = lambda axis: [n for i, n in enumerate(p.shape) if i != axis]
+  return m, zeros(without(column)), zeros(without(row)), zeros((1,))
+
+
+def _update_leaf(h, p, g, m, v_row, v_col, v, *, rate, t):
+  """(update, m, v_row, v_col, v) of a parameter at its update number t."""
+  p, g = p.astype(jnp.float32), g.astype(jnp.float32)
+  squared = jnp.square(g) + h.epsilon1
+  mixing = t ** (-h.decay_rate)
+  decay = 1.0 - mixing
+  if h.axes is None:
+    v = decay * v + mixing * squared
+    y = g * jax.lax.rsqrt(v)
+  else:
+    row, column = h.axes
+    v_row = decay * v_row + mixing * squared.mean(axis=column)
+    v_col = decay * v_col + mixing * squared.mean(axis=row)
+    row_in_v_row = row - 1 if column < row else row
+    row_mean = v_row.mean(axis=row_in_v_row, keepdims=True)
+    row_factor = jnp.expand_dims(jax.lax.rsqrt(v_row / row_mean), column)
+    y = g * row_factor * jnp.expand_dims(jax.lax.rsqrt(v_col), row)
+  if h.clipping_threshold is not None:
+    y /= jnp.maximum(1.0, _rms(y) / h.clipping_threshold)
+  scale = rate
+  if h.multiply_by_parameter_scale:
+    scale = rate * jnp.clip(_rms(p), h.epsilon2, h.max_parameter_scale)
+  update = scale * y
+  if h.beta1 is not None:
+    update = m = h.beta1 * m + (1 - h.beta1) * update
+  shrink = h.weight_decay_rate
+  if h.weight_decay_rate_lr_exponent:
+    shrink = 1.0 if shrink is None else shrink
+    shrink *= rate**h.weight_decay_rate_lr_exponent
+  if shrink is not None:
+    update += shrink * p
+  return -update, m, v_row, v_col, v
 
 
 def adamw(
@@ -215,18 +448,30 @@ def adamw(
   weight_decay: float = 0.0,
   global_norm_clip_threshold: float | None = None,
   learning_rate_multipliers: Mapping[str, float] | None = None,
-) -> optax.GradientTransformation:
+) -> Optimizer:
   """optax.adamw, after clipping the norm of all gradients together.
 
-  `learning_rate_multipliers`: see `scale_by_pattern`; decay is scaled too.
+  `learning_rate_multipliers`: see `scale_by_pattern`.
   """
-  return _chain(
+  rate_at = _as_schedule(learning_rate)
+  inner = optax.chain(
+    optax.scale_by_adam(b1=b1, b2=b2, eps=eps),
+    optax.add_decayed_weights(weight_decay),
+  )
+
+  def update(grads, state, params=None, *, step=None, **_):
+    rate = rate_at(state[0].count if step is None else step)
+    updates, state = inner.update(grads, state, params)
+    return jax.tree.map(
+      lambda u: jnp.asarray(-rate, u.dtype) * u, updates
+    ), state
+
+  chain = _chain(
     global_norm_clip_threshold,
     learning_rate_multipliers,
-    optax.adamw(
-      learning_rate, b1=b1, b2=b2, eps=eps, weight_decay=weight_decay
-    ),
+    optax.GradientTransformationExtraArgs(inner.init, update),
   )
+  return Optimizer(chain, rate_at)
 
 
 def scale_by_pattern(
@@ -234,37 +479,29 @@ def scale_by_pattern(
 ) -> optax.GradientTransformation:
   """Multiplies updates by the factor of the first pattern in their name.
 
+  It is the last thing that an optimizer does: the factor scales all that a step
+  adds to a parameter, the share of momentum and weight decay included, so 0
+  leaves the parameter as it is. Slots know nothing of it.
+
   Args:
     multipliers: regular expression, searched in names such as
-      `encoder/layers_0/attention/query/kernel`, to factor. Scanned layers
-      are named `layers`, without a number.
+      `encoder/layers_0/attention/query/kernel`, scanned or not, to factor.
 
   Raises (when the state is made):
     UserError: for a pattern that is the first in no parameter's name.
   """
-
-  searchers = {p: searcher("learning_rate_multipliers", p) for p in multipliers}
-
-  def pattern_of(path):
-    name = jax.tree_util.keystr(path, simple=True, separator="/")
-    return next((p for p, found in searchers.items() if found(name)), None)
+  patterns = _Patterns("learning_rate_multipliers", list(multipliers))
 
   def init(params):
-    leaves = jax.tree_util.tree_leaves_with_path(params)
-    used = {pattern_of(path) for path, _ in leaves}
-    for pattern in multipliers:
-      if pattern not in used:
-        raise UserError(
-          f"learning_rate_multipliers: {pattern!r} is the first match of no"
-          " parameter that trains"
-        )
+    patterns.of(params)
     return optax.EmptyState()
 
   def update(updates, state, params=None):
     del params
+    found = patterns.of(updates)
 
     def scale(path, update):
-      pattern = pattern_of(path)
+      pattern = found[sharding.path_keys(path)]
       return update if pattern is None else update * multipliers[pattern]
 
     return jax.tree_util.tree_map_with_path(scale, updates), state
@@ -282,17 +519,6 @@ def _chain(clip_threshold, multipliers, *transforms):
 
 def _rms(x):
   return jnp.sqrt(jnp.mean(jnp.square(x)))
-
-
-def _by_layer(function, tree, *rest):
-  """tree_map of `function`, mapped over the layer axis of scanned leaves."""
-
-  def apply(path, *leaves):
-    if any(getattr(key, "key", None) == "layers" for key in path):
-      return jax.vmap(function)(*leaves)
-    return function(*leaves)
-
-  return jax.tree_util.tree_map_with_path(apply, tree, *rest)
 
 
 def _transpose(like, tree_of_tuples, length):

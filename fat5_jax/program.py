@@ -25,7 +25,8 @@ class Program:
   Attributes:
     model: a `models.t5.Transformer`, or a head.
     partitioner: the mesh, and where arrays lie on it.
-    optimizer: an optax transformation, its learning rate inside.
+    optimizer: an optax transformation, its learning rate inside; see
+      optimizers.Optimizer.
     seed: of initial parameters and dropout.
     z_loss: see steps.make_train_step, as for the rest.
     trainable: see trainable.choose.

@@ -275,12 +275,12 @@ class Partitioner:
     Adafactor's rows and columns, is small, and on every device.
     """
     shapes = {
-      _path(path): leaf.shape
+      path_keys(path): leaf.shape
       for path, leaf in jax.tree_util.tree_leaves_with_path(params)
     }
 
     def of(path, leaf):
-      keys = _path(path)
+      keys = path_keys(path)
       if params is None:
         return self.parameter_sharding("/".join(keys), leaf.shape)
       for start in range(len(keys)):
@@ -441,7 +441,8 @@ def put_parts(
   return jax.make_array_from_callback(shape, sharding, part)
 
 
-def _path(path) -> tuple[str, ...]:
+def path_keys(path: Any) -> tuple[str, ...]:
+  """A leaf's path as ("encoder", "layers_0", ...)."""
   return tuple(jax.tree_util.keystr((key,), simple=True) for key in path)
 
 

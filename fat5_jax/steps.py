@@ -71,8 +71,12 @@ def make_train_step(
   `lay_out` says where gradients lie on a mesh: as the parameters do, so that
   devices which share a batch sum each its own part of them.
 
+  The optimizer is told the step (optimizers.Optimizer); any other optax
+  transformation keeps its own count.
+
   The sums hold `bad_leaf`: the index, in tree order, of the first parameter
-  that trains whose gradient is not finite, or -1.
+  that trains whose gradient is not finite, or -1; and the `learning_rate` of
+  this update, where the optimizer tells it.
 
   Raises:
     UserError: if the model's objective has no such option.
@@ -81,6 +85,8 @@ def make_train_step(
   objectives.check(model.config, z_loss, label_smoothing, num_microbatches)
   dropout = has_dropout(model.config)
   microbatches = num_microbatches or 1
+  rate_at = getattr(optimizer, "learning_rate", None)
+  optimizer = optax.with_extra_args_support(optimizer)
 
   def gradients(params, batch, weights_BL, normaliser, rng):
     moving, fixed = params
@@ -148,7 +154,11 @@ def make_train_step(
     sums["gradient_norm"] = jnp.sqrt(squares.sum())
     sums["bad_leaf"] = jnp.where(bad.any(), jnp.argmax(bad), -1)
     sums["steps"] = jnp.float32(1)
-    updates, opt_state = optimizer.update(grads, state.opt_state, moving)
+    if rate_at is not None:
+      sums["learning_rate"] = jnp.float32(rate_at(state.step))
+    updates, opt_state = optimizer.update(
+      grads, state.opt_state, moving, step=state.step
+    )
     params = optax.apply_updates(moving, updates)
     if fixed:
       params = trainable.merge(params, fixed)

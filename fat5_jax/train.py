@@ -58,7 +58,6 @@ def train(
   infer_eval_dataset_cfg: pipeline.DatasetConfig | None,
   checkpoint_cfg: checkpoints.CheckpointConfig,
   optimizer: optax.GradientTransformation,
-  learning_rate_fn: Callable[[Any], Any],
   model_dir: str,
   partitioner: Partitioner | None = None,
   data_shards: int | None = None,
@@ -87,8 +86,8 @@ def train(
     infer_eval_dataset_cfg: data that is predicted and scored with the task's
       metrics, or None.
     checkpoint_cfg: when to save, what to start from.
-    optimizer: an optax transformation, its learning rate inside.
-    learning_rate_fn: the same schedule, for the log.
+    optimizer: an optax transformation, its learning rate inside; the log has
+      that of optimizers.Optimizer.
     model_dir: the run folder; all hosts see it.
     partitioner: the mesh; None puts a part of each batch on every device.
     data_shards: streams into which the data is split, each read by the hosts
@@ -195,7 +194,8 @@ def train(
   # Where the state comes from, first match wins:
   #   1. the latest checkpoint of this run;
   #   2. INITIAL_CHECKPOINT_PATH, a checkpoint of the same model with its
-  #      optimizer: weights, optimizer and step, as T5X does;
+  #      optimizer (ours, T5X's, Mesh TensorFlow's): weights, optimizer and
+  #      step, as T5X does;
   #   3. INITIAL_CHECKPOINT_PATH, any other: its weights, and fresh ones where
   #      the model has what it has not (a head, LoRA), step 0;
   #   4. scratch.
@@ -238,12 +238,17 @@ def train(
       program.fresh_params,
     )
     begin_step, opt_state = 0, None
-    if source.has_optimizer and not fresh:
-      begin_step = source.step
+    if source.has_optimizer and source.continues:
+      begin_step = weights.read_step(source)
       if len(program.trains) == len(table.flatten(abstract.params)):
-        opt_state = weights.initial_optimizer(
-          source, abstract.opt_state, abstract.params, partitioner
-        )
+        try:
+          opt_state = weights.initial_optimizer(
+            source, abstract.opt_state, abstract.params, partitioner
+          )
+        except weights.OtherOptimizerError as e:
+          if source.kind == "fat5":
+            raise
+          console.say(f"a fresh optimizer: {e}")
       else:
         console.say("a part of the parameters trains: a fresh optimizer")
     if opt_state is None:
@@ -360,16 +365,15 @@ def train(
       done_step, sums = pending.popleft()
       sums = jax.device_get(sums)
       bad_leaf = sums.pop("bad_leaf")
+      rate = sums.pop("learning_rate", None)
       if bad_leaf >= 0 or not np.isfinite(sums["loss"]):
-        raise UserError(
-          _divergence_message(
-            done_step, sums, bad_leaf, program.moving, checkpointer
-          )
-        )
+        where = _not_finite(done_step, sums, bad_leaf, program.moving)
+        if not getattr(optimizer, "skip_nan_updates", False):
+          raise UserError(where + _mends(checkpointer))
+        console.say(f"{where} skip_nan_updates: the run goes on")
       metrics.add(total, sums)
       seconds = max(time.monotonic() - mark - waited, 1e-9)
       values = metrics.scalars(total)
-      rate = float(learning_rate_fn(done_step - 1))
       due = done_step % stats_period == 0 or done_step == last_step
       progress.update(
         done_step,
@@ -380,8 +384,9 @@ def train(
         force=due,
       )
       if due:
+        if rate is not None:
+          values["learning_rate"] = rate
         values |= {
-          "learning_rate": rate,
           "timing/steps_per_second": total["steps"] / seconds,
           "timing/target_tokens_per_second": total["target_tokens"] / seconds,
           "timing/input_tokens_per_second": total["encoder_tokens"] / seconds,
@@ -521,16 +526,21 @@ def _command_line() -> str:
   return shlex.join(getattr(sys, "orig_argv", sys.argv))
 
 
-def _divergence_message(step, sums, bad_leaf, abstract_params, checkpointer):
-  checkpointer.wait()
+def _not_finite(step, sums, bad_leaf, abstract_params) -> str:
   where = (
     "the loss"
     if bad_leaf < 0
     else f"the gradient of {steps.leaf_name(abstract_params, bad_leaf)}"
   )
-  good = checkpointer.latest_step()
   return (
     f"step {step}: loss {float(sums['loss']):.6g}; first not finite: {where}."
+  )
+
+
+def _mends(checkpointer) -> str:
+  checkpointer.wait()
+  good = checkpointer.latest_step()
+  return (
     f" The last good checkpoint is step {good} and untouched. Usual mends: a"
     " lower learning rate or more warm-up, global_norm_clip_threshold = 1.0,"
     " dtype = 'float32'"

@@ -30,7 +30,7 @@ def searcher(setting: str, pattern: str) -> Callable[[str], Any]:
     ) from None
 
 
-def _names(path: tuple[str, ...], leaf: Any) -> list[str]:
+def names_of(path: tuple[str, ...], leaf: Any) -> list[str]:
   """A parameter's names; scanned layers have one for each layer."""
   if "layers" not in path:
     return [name_of(path)]
@@ -57,7 +57,7 @@ def choose(
       if nothing trains, or if scanned layers differ.
   """
   flat = table.flatten(params)
-  names = {path: _names(path, leaf) for path, leaf in flat.items()}
+  names = {path: names_of(path, leaf) for path, leaf in flat.items()}
   everything = [name for group in names.values() for name in group]
   tests = []
   for macro, pattern in (("TRAINABLE", trainable), ("FROZEN", frozen)):

@@ -16,15 +16,22 @@ import tempfile
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 
 from fat5_jax import checkpoints, trainable
-from fat5_jax.convert import formats, mesh_tf, orbax_files, t5x, table
+from fat5_jax.convert import formats, hf, mesh_tf, orbax_files, t5x, table
 from fat5_jax.errors import UserError
 from fat5_jax.models.config import T5Config
+from fat5_jax.optimizers import AdafactorState
 from fat5_jax.sharding import Partitioner, put_parts
+
+# Libraries whose checkpoints have Adafactor's slots.
+_SLOT_READERS = {"t5x": t5x, "mesh_tf": mesh_tf}
+
+
+class OtherOptimizerError(UserError):
+  """A checkpoint's optimizer is not the run's."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,7 +39,8 @@ class Source:
   """A checkpoint to read: which kind, where, and at which step.
 
   `kind` is "fat5" or one of convert.formats. `overrides` and `base` are those
-  of formats.open_model.
+  of formats.open_model. `continues` is False where a run makes another model
+  of it, by a head or LoRA: its step and optimizer are not the run's.
   """
 
   kind: str
@@ -40,11 +48,14 @@ class Source:
   step: int = 0
   overrides: tuple[tuple[str, Any], ...] = ()
   base: str | None = None
+  continues: bool = True
 
   @property
   def has_optimizer(self) -> bool:
-    return self.kind == "fat5" and os.path.isdir(
-      os.path.join(self.path, "optimizer")
+    """Whether it counts steps, and holds what an optimizer keeps."""
+    return self.kind in _SLOT_READERS or (
+      self.kind == "fat5"
+      and os.path.isdir(os.path.join(self.path, "optimizer"))
     )
 
   @property
@@ -261,17 +272,29 @@ def initial_params(
     }
   # Only now are the tensors read, one at a time.
   params = checkpoints.as_running(table.nest(reads), abstract)
-  return params, source, names
+  continues = not fresh and not adds_head
+  return params, dataclasses.replace(source, continues=continues), names
 
 
 def _put(target: jax.ShapeDtypeStruct, leaf: table.Leaf) -> jax.Array:
   return put_parts(target, leaf.read_part or leaf.read().__getitem__)
 
 
+def read_step(source: Source) -> int:
+  """The step of a checkpoint that has an optimizer.
+
+  That of a T5X checkpoint is what it says, or else its folder's number.
+  """
+  if source.kind not in _SLOT_READERS:
+    return source.step
+  step = _SLOT_READERS[source.kind].read_step(source.path)
+  return source.step if step is None else step
+
+
 def initial_optimizer(
   source: Source, abstract: Any, abstract_params: Any, partitioner: Partitioner
 ) -> Any:
-  """Optimizer state of a fat5_jax checkpoint to start a run from.
+  """Optimizer state of a checkpoint to start a run from.
 
   Args:
     source: the checkpoint.
@@ -280,63 +303,86 @@ def initial_optimizer(
     partitioner: where it lies.
 
   Raises:
-    UserError: if it is that of another optimizer.
+    OtherOptimizerError: if it is that of another optimizer.
   """
-  path = os.path.join(source.path, "optimizer")
   on_disk = partitioner.place(
     checkpoints.as_on_disk(abstract), checkpoints.as_on_disk(abstract_params)
   )
-  try:
-    found = checkpoints.open_item(path, on_disk)
-  except (ValueError, KeyError, TypeError) as e:
-    raise UserError(
-      f"{source.path} holds the state of another optimizer than the gin file"
-      f" asks for ({str(e).splitlines()[0]}). Export it with"
-      " tools/convert_checkpoint.py and start from the weights alone"
-    ) from None
+  if source.kind in _SLOT_READERS:
+    found = _adafactor_reads(source, on_disk)
+  else:
+    try:
+      path = os.path.join(source.path, "optimizer")
+      found = checkpoints.open_item(path, on_disk)
+    except (ValueError, KeyError, TypeError) as e:
+      raise OtherOptimizerError(
+        f"{source.path} holds the state of another optimizer than the gin file"
+        f" asks for ({str(e).splitlines()[0]}). Export it with"
+        " tools/convert_checkpoint.py and start from the weights alone"
+      ) from None
   return checkpoints.as_running(found, abstract)
 
 
+def _adafactor_reads(source: Source, on_disk: Any) -> Any:
+  """Functions that read T5X's or Mesh TensorFlow's slots; see as_running."""
+  is_slots = lambda x: isinstance(x, AdafactorState)
+  parts = jax.tree.leaves(on_disk, is_leaf=is_slots)
+  if len(parts) != 1 or not is_slots(parts[0]):
+    raise OtherOptimizerError("the checkpoint's is Adafactor, the run's is not")
+  try:
+    step, slots = _SLOT_READERS[source.kind].open_slots(source.path)
+  except UserError as e:
+    raise OtherOptimizerError(str(e)) from None
+  reads = {"count": functools.partial(_put, parts[0].count, _counter(step))}
+  for name in t5x.SLOTS:
+    targets, found = table.flatten(getattr(parts[0], name)), slots[name]
+    for where in {**targets, **found}:
+      there = found[where].shape if where in found else None
+      wanted = targets[where].shape if where in targets else None
+      if there != wanted:
+        raise OtherOptimizerError(
+          f"slot {name} of {'/'.join(where)} is {there} in the checkpoint, and"
+          f" {wanted} in the run's Adafactor (beta1, factored,"
+          " min_dim_size_to_factor, logical_factor_rules)"
+        )
+    reads[name] = table.nest(
+      {k: functools.partial(_put, x, found[k]) for k, x in targets.items()}
+    )
+  reads = AdafactorState(**reads)
+  return jax.tree.map(lambda _: reads, on_disk, is_leaf=is_slots)
+
+
+def _counter(step: int) -> table.Leaf:
+  return table.leaf_of(np.asarray(step, np.int32))
+
+
 def adafactor_state(source: Source, config: T5Config) -> tuple[int, Any]:
-  """(step, state of optimizers.adafactor with a schedule) of a T5X or Mesh
-  TensorFlow checkpoint, unstacked, to be written with its weights.
+  """(step, state of optimizers.adafactor) of a T5X or Mesh TensorFlow
+  checkpoint, unstacked, to be written with its weights.
 
   Raises:
-    UserError: if it has no Adafactor state, or one of other shapes.
+    UserError: if it has no Adafactor state, or not one of the model's shapes.
   """
-  from fat5_jax import optimizers
-
-  reader = mesh_tf if source.kind == "mesh_tf" else t5x
-  step, slots = reader.open_slots(source.path)
-  _, leaves = open_params(source)
-  shapes = table.nest(
-    {k: jax.ShapeDtypeStruct(x.shape, jnp.float32) for k, x in leaves.items()}
-  )
-  optimizer = optimizers.adafactor(
-    optimizers.create_learning_rate_scheduler(),
-    # Whether there is momentum; how much, the run's gin file says.
-    beta1=0.9 if any(x.shape != (1,) for x in slots["m"].values()) else None,
-  )
-  expected = jax.eval_shape(optimizer.init, shapes)
-  filled = {}
-  for name in t5x.SLOTS:
-    wanted = table.flatten(getattr(expected[0], name))
-    found = slots[name]
+  step, slots = _SLOT_READERS[source.kind].open_slots(source.path)
+  shapes = {row.path: row.shape for row in hf.rows(config)}
+  for name, found in slots.items():
     where = f"{source.path}: optimizer slot {name}"
-    table.check_names(map("/".join, wanted), map("/".join, found), where)
-    table.check_shapes(
-      {"/".join(k): x.shape for k, x in wanted.items()},
-      {"/".join(k): found[k].shape for k in wanted},
-      where,
-    )
-    filled[name] = table.nest(
-      {k: np.asarray(x.read(), np.float32) for k, x in found.items()}
-    )
-  count = np.int32(step)
-  return step, (
-    expected[0]._replace(count=count, **filled),
-    expected[1]._replace(count=count),
-  )
+    table.check_names(map("/".join, shapes), map("/".join, found), where)
+  for path, shape in shapes.items():
+    own = {name: slots[name][path].shape for name in t5x.SLOTS}
+    full, unused = {"v": shape, "v_row": (1,), "v_col": (1,)}, (1,)
+    if own["v"] == unused and len(shape) == 2:
+      small, large = sorted(shape)
+      full = {"v": unused, "v_row": (small,), "v_col": (large,)}
+    full["m"] = shape if own["m"] != unused else unused
+    where = f"{source.path}: optimizer slots of {'/'.join(path)}"
+    table.check_shapes(full, own, where)
+  read = lambda x: np.asarray(x.read(), np.float32)
+  state = {
+    name: table.nest({k: read(x) for k, x in slots[name].items()})
+    for name in t5x.SLOTS
+  }
+  return step, (AdafactorState(np.int32(step), **state),)
 
 
 class _LeafHandler(ocp.type_handlers.NumpyHandler):

@@ -10,6 +10,7 @@ import optax
 import pytest
 
 from fat5_jax import checkpoints, optimizers, weights
+from fat5_jax.convert import table
 from fat5_jax.errors import UserError
 from fat5_jax.models import factory
 from fat5_jax.models.config import HeadConfig, LoRAConfig, T5Config
@@ -331,3 +332,33 @@ def test_weights_from_disk_lie_where_the_run_wants_them(tmp_path):
   jax.tree.map(np.testing.assert_array_equal, params, state.params)
   kernel = params["encoder"]["layers"]["mlp"]["wo"]["kernel"]
   assert kernel.addressable_shards[0].data.shape == (2, 32, 16)
+
+
+@pytest.mark.parametrize("scan", [False, True], ids=["loop", "scan"])
+def test_t5x_s_slots_go_onto_a_mesh(scan, tmp_path):
+  """They lie as their parameters do; put together they are T5X's."""
+  from test_formats import T5X
+
+  theirs = T5X(CONFIG, True, beta1=0.9, factored=False)
+  theirs.train()
+  source = weights.find(theirs.write(tmp_path / "checkpoint_1"))
+  partitioner = Partitioner(mesh=MESHES["2x2x2"])
+  program = Program(
+    factory.create(theirs.config.replace(scan_layers=scan)),
+    partitioner,
+    optimizers.adafactor(0.01, beta1=0.9, factored=False),
+  )
+  abstract = program.abstract_state
+  state = weights.initial_optimizer(
+    source, abstract.opt_state, abstract.params, partitioner
+  )
+  assert jax.tree.map(lambda x: x.sharding, state) == jax.tree.map(
+    lambda x: x.sharding, abstract.opt_state
+  )
+  split = [x for x in jax.tree.leaves(state[0].m) if not x.is_fully_replicated]
+  assert split
+  for slot in ("m", "v"):
+    tree = checkpoints.unstack_layers(getattr(state[0], slot))
+    found = {k: np.asarray(x) for k, x in table.flatten(tree).items()}
+    for k, x in theirs.layout(found).items():
+      np.testing.assert_array_equal(x, theirs.slots[k][slot].astype("float32"))

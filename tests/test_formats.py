@@ -12,8 +12,9 @@ import ml_dtypes
 import numpy as np
 import pytest
 import safetensors.numpy
+import t5x_adafactor
 
-from fat5_jax import weights
+from fat5_jax import checkpoints, optimizers, weights
 from fat5_jax.convert import (
   enct5,
   flash_t5,
@@ -28,6 +29,7 @@ from fat5_jax.convert import (
 from fat5_jax.errors import UserError
 from fat5_jax.models import factory
 from fat5_jax.models.config import HeadConfig, LoRAConfig, T5Config
+from fat5_jax.sharding import Partitioner
 
 CONFIG = T5Config(
   vocab_size=50,
@@ -510,22 +512,8 @@ def test_t5x_scanned_layers_with_heads_apart(tmp_path):
   """The scalable layout: layers along axis 1, heads and dimension apart."""
   config = CONFIG.replace(relative_attention_per_layer=True)
   _, leaves = random_leaves(config)
-  target = {}
-  for k, leaf in leaves.items():
-    if len(k) < 2 or not k[1].startswith("layers_"):
-      target[k] = leaf.read()
-      continue
-    name = (k[0], k[0], *k[2:])
-    depth = 2 if k[0] == "encoder" else 1
-    parts = [leaves[(k[0], f"layers_{i}", *k[2:])].read() for i in range(depth)]
-    if "attention" in k[-3] and k[-1] == "kernel":
-      shape = (2, 4, 8) if k[-2] == "out" else (8, 2, 4)
-      parts = [part.reshape(shape) for part in parts]
-    axis = 0 if parts[0].ndim == 1 else 1
-    stacked = np.stack(parts, axis)
-    if parts[0].ndim == 1:
-      stacked = np.stack(parts, axis=1)
-    target[name] = stacked
+  arrays = {k: leaf.read() for k, leaf in leaves.items()}
+  target = t5x_adafactor.scanned(arrays, config.head_dim)
   tree = {
     "version": 3,
     "optimizer": {"target": table.nest(target), "state": {}},
@@ -556,9 +544,6 @@ def test_what_shapes_do_not_tell_can_be_said(tmp_path):
 
 
 def test_adafactors_slots_come_along_and_training_goes_on(tmp_path):
-  from fat5_jax import optimizers
-  from fat5_jax.sharding import Partitioner
-
   config, leaves = random_leaves(CONFIG)
   write_msgpack(legacy(leaves, slots=True), tmp_path / "checkpoint_7")
   source = weights.find(str(tmp_path / "checkpoint_7"))
@@ -575,6 +560,193 @@ def test_adafactors_slots_come_along_and_training_goes_on(tmp_path):
     np.testing.assert_array_equal(
       table.flatten(restored[0].v)[k], np.square(leaf.read())
     )
+
+
+class T5X:
+  """A run of T5X's by the oracle: parameters of a layout, slots, step."""
+
+  def __init__(self, config, scan, step=0, seed=1, **settings):
+    config = config.replace(relative_attention_per_layer=scan)
+    self.config, leaves = random_leaves(config)
+    self.step, self.scan, self._settings = step, scan, settings
+    self._rng = np.random.default_rng(seed)
+    arrays = {k: x.read().astype(float) for k, x in leaves.items()}
+    self.params = self.layout(arrays)
+    self._kinds = {
+      k: t5x_adafactor.standard_kinds(k, x.shape) if scan else None
+      for k, x in self.params.items()
+    }
+    made = {k: settings[k] for k in ("beta1", "factored") if k in settings}
+    self.slots = {
+      k: t5x_adafactor.init(x.shape, self._kinds[k], **made)
+      for k, x in self.params.items()
+    }
+    self.minimal = {k: x.shape for k, x in arrays.items()}
+
+  def layout(self, minimal):
+    if not self.scan:
+      return minimal
+    return t5x_adafactor.scanned(minimal, self.config.head_dim)
+
+  def train(self, rate=0.01):
+    """The gradients of a step, minimal, after taking it."""
+    minimal = {
+      k: self._rng.normal(size=shape) ** 3 for k, shape in self.minimal.items()
+    }
+    grads = self.layout(minimal)
+    for k in self.params:
+      self.params[k], self.slots[k] = t5x_adafactor.update(
+        *(self.params[k], self.slots[k], grads[k], rate, self.step),
+        self._kinds[k],
+        **self._settings,
+      )
+    self.step += 1
+    return minimal
+
+  def write(self, folder):
+    narrow = lambda x: np.asarray(x, np.float32)
+    state = {
+      k + (s,): narrow(x)
+      for k, own in self.slots.items()
+      for s, x in own.items()
+    }
+    tree = {
+      "target": table.nest({k: narrow(x) for k, x in self.params.items()}),
+      "state": {"step": np.int32(self.step), "param_states": table.nest(state)},
+    }
+    write_msgpack({"version": 3, "optimizer": tree}, folder)
+    return str(folder)
+
+
+WIDE = dict(emb_dim=136, num_heads=32, head_dim=4, mlp_dim=136, vocab_size=140)
+CONTINUED = {
+  # What T5X's rules factor in scanned layers, small as it is.
+  "scanned": (CONFIG, True, dict(beta1=0.9, weight_decay_rate=0.01)),
+  # By size: heads joined are narrower than the model, the MLP is square.
+  "scanned-wide": (CONFIG.replace(**WIDE), True, {}),
+  "minimal-wide": (CONFIG.replace(**WIDE), False, dict(beta1=0.9)),
+  # T5X's unfactored scans take the RMS over all layers; here is but one.
+  "unfactored": (
+    CONFIG.replace(num_encoder_layers=1),
+    True,
+    dict(beta1=0.9, factored=False),
+  ),
+}
+
+
+@pytest.mark.parametrize("scan", [False, True], ids=["loop", "scan"])
+@pytest.mark.parametrize("name", CONTINUED)
+def test_training_goes_on_where_t5x_left_off(name, scan, tmp_path):
+  """Three steps by the oracle, written as T5X writes, five more by both."""
+  config, theirs_scanned, settings = CONTINUED[name]
+  theirs = T5X(config, theirs_scanned, step=1000, **settings)
+  for _ in range(3):
+    theirs.train()
+  path = theirs.write(tmp_path / "checkpoint_1003")
+  rules = None
+  if name == "scanned":
+    rules = optimizers.standard_logical_factor_rules()
+  optimizer = optimizers.adafactor(0.01, logical_factor_rules=rules, **settings)
+  config = theirs.config.replace(scan_layers=scan, dtype="bfloat16")
+  lay = checkpoints.stack_layers if scan else lambda tree: tree
+  shapes = {
+    k: jax.ShapeDtypeStruct(x, "float32") for k, x in theirs.minimal.items()
+  }
+  abstract = jax.eval_shape(lay, table.nest(shapes))
+  partitioner = Partitioner(devices=jax.devices()[:1])
+  params, source, _ = weights.initial_params(
+    path, config, partitioner.place(abstract), partitioner
+  )
+  assert source.continues and weights.read_step(source) == 1003
+  state = weights.initial_optimizer(
+    source,
+    partitioner.place(jax.eval_shape(optimizer.init, abstract), abstract),
+    abstract,
+    partitioner,
+  )
+  assert int(state[0].count) == 1003
+  # The converter writes the same slots.
+  step, converted = weights.adafactor_state(source, theirs.config)
+  assert step == 1003
+  for a, b in zip(
+    jax.tree.leaves(checkpoints.unstack_layers(state)),
+    jax.tree.leaves(converted),
+    strict=True,
+  ):
+    np.testing.assert_array_equal(a, b)
+  update = jax.jit(optimizer.update)
+  for _ in range(5):
+    grads = theirs.train()
+    grads = {k: jnp.asarray(x, jnp.float32) for k, x in grads.items()}
+    grads = lay(table.nest(grads))
+    updates, state = update(grads, state, params)
+    params = jax.tree.map(jnp.add, params, updates)
+  found = table.flatten(checkpoints.unstack_layers(params))
+  found = theirs.layout({k: np.asarray(x, float) for k, x in found.items()})
+  for k, wanted in theirs.params.items():
+    error = np.abs(found[k] - wanted).max() / np.abs(wanted).max()
+    assert error < 1e-5, (k, error)
+
+
+def test_slots_that_are_not_one_a_layer_are_refused(tmp_path):
+  """Without its rules, T5X once averaged over two of a kernel's three axes."""
+  theirs = T5X(CONFIG, True)
+  query = ("encoder", "encoder", "attention", "query", "kernel")
+  # (width, layers, heads, dimension): the two largest are 0 and 3.
+  theirs.slots[query] |= {
+    "v_row": np.ones((8, 2, 2)),
+    "v_col": np.ones((2, 2, 4)),
+  }
+  path = theirs.write(tmp_path / "checkpoint_3")
+  with pytest.raises(UserError, match="query.*is not one a layer"):
+    t5x.open_slots(path)
+
+
+def test_another_optimizer_than_t5x_s_is_said_to_be_so(tmp_path):
+  theirs = T5X(CONFIG, False)
+  source = weights.find(theirs.write(tmp_path / "checkpoint_0"))
+  shapes = {
+    k: jax.ShapeDtypeStruct(x, "float32") for k, x in theirs.minimal.items()
+  }
+  abstract, partitioner = table.nest(shapes), Partitioner()
+
+  def restore(optimizer):
+    state = jax.eval_shape(optimizer.init, abstract)
+    return weights.initial_optimizer(source, state, abstract, partitioner)
+
+  restore(optimizers.adafactor(0.1, global_norm_clip_threshold=1.0))
+  for optimizer, message in (
+    (optimizers.adamw(0.1), "the run's is not"),
+    (optimizers.adafactor(0.1, beta1=0.9), r"slot m .* \(1,\) in the check"),
+    (optimizers.adafactor(0.1, min_dim_size_to_factor=4), r"is \(8, 8\) in"),
+  ):
+    with pytest.raises(weights.OtherOptimizerError, match=message):
+      restore(optimizer)
+
+
+def test_a_head_or_lora_on_a_t5x_checkpoint_begins_anew(tmp_path):
+  """Neither its step nor its slots are the run's."""
+  theirs = T5X(CONFIG, False, step=7)
+  path = theirs.write(tmp_path / "checkpoint_7")
+  same = theirs.config.replace(dtype="bfloat16")
+  for config, continues in (
+    (same, True),
+    (same.replace(lora=LoRAConfig()), False),
+    (same.with_head(HeadConfig("embedding")), False),
+    (same.with_head(HeadConfig("enct5", num_labels=2)), False),
+  ):
+    config, leaves = random_leaves(config)
+    shapes = {
+      k: jax.ShapeDtypeStruct(x.shape, "float32") for k, x in leaves.items()
+    }
+    values = {"/".join(k): x.read() for k, x in leaves.items()}
+    fresh = lambda names, values=values: {n: values[n] for n in names}
+    partitioner = Partitioner()
+    _, source, _ = weights.initial_params(
+      *(path, config, partitioner.place(table.nest(shapes)), partitioner),
+      initialise=fresh,
+    )
+    assert source.continues == continues, config
 
 
 # ---- Mesh TensorFlow ---------------------------------------------------------
@@ -613,9 +785,21 @@ def mtf_variables(leaves):
   return found
 
 
-def test_mesh_tensorflow(tmp_path):
+def write_tensorflow(variables, path):
   import tensorflow as tf
 
+  with tf.Graph().as_default(), tf.compat.v1.Session() as session:
+    made = {
+      n: tf.compat.v1.get_variable(n, initializer=x)
+      for n, x in variables.items()
+    }
+    session.run(tf.compat.v1.global_variables_initializer())
+    tf.compat.v1.train.Saver(made).save(
+      session, str(path), write_meta_graph=False
+    )
+
+
+def test_mesh_tensorflow(tmp_path):
   config, leaves = random_leaves(CONFIG)
   variables = mtf_variables(leaves)
   saved = dict(variables) | {"global_step": np.int64(1000)}
@@ -623,18 +807,7 @@ def test_mesh_tensorflow(tmp_path):
     f"{n}_slot_v": np.abs(x).astype("float32") for n, x in variables.items()
   }
 
-  def write(variables, name):
-    with tf.Graph().as_default(), tf.compat.v1.Session() as session:
-      made = {
-        n: tf.compat.v1.get_variable(n, initializer=x)
-        for n, x in variables.items()
-      }
-      session.run(tf.compat.v1.global_variables_initializer())
-      tf.compat.v1.train.Saver(made).save(
-        session, str(tmp_path / name), write_meta_graph=False
-      )
-
-  write(saved, "model.ckpt-1000")
+  write_tensorflow(saved, tmp_path / "model.ckpt-1000")
   for path in (tmp_path, tmp_path / "model.ckpt-1000"):
     source = weights.find(str(path))
     assert source.kind == "mesh_tf"
@@ -646,9 +819,39 @@ def test_mesh_tensorflow(tmp_path):
   for k, leaf in leaves.items():
     np.testing.assert_array_equal(slots["v"][k].read(), np.abs(leaf.read()))
 
-  write({"encoder/block_000/layer_000/Unknown/q": np.zeros(3)}, "odd-1")
+  odd = {"encoder/block_000/layer_000/Unknown/q": np.zeros(3)}
+  write_tensorflow(odd, tmp_path / "odd-1")
   with pytest.raises(UserError, match="Unknown/q is not one of T5's"):
     mesh_tf.open_model(str(tmp_path / "odd-1"))
+
+
+def test_mesh_tensorflow_s_rows_and_columns_are_turned_to_ours(tmp_path):
+  """Its vr leaves out the largest axis, of equal ones the first."""
+  rng = np.random.default_rng(0)
+  names = {"SelfAttention/q": (8, 8), "DenseReluDense/wo/kernel": (12, 8)}
+  variables, squares = {"global_step": np.int64(5)}, []
+  for layer, (name, shape) in enumerate(names.items()):
+    name = f"encoder/block_000/layer_{layer:03d}/{name}"
+    square = np.square(rng.normal(size=shape)).astype("float32")
+    squares.append(square)
+    largest = int(np.argmax(shape))  # The first of equal ones.
+    variables |= {
+      name: np.zeros(shape, "float32"),
+      f"{name}_slot_vr": square.mean(largest),
+      f"{name}_slot_vc": square.mean(1 - largest),
+    }
+  write_tensorflow(variables, tmp_path / "model.ckpt-5")
+  _, slots = mesh_tf.open_slots(str(tmp_path))
+  layer = ("encoder", "layers_0")
+  for path, square in zip(
+    ((*layer, "attention", "query"), (*layer, "mlp", "wo")), squares
+  ):
+    path = (*path, "kernel")
+    # Ours: the row goes along the smaller axis, of equal ones the first.
+    small = int(np.argmin(square.shape))
+    for slot, axis in (("v_row", 1 - small), ("v_col", small)):
+      np.testing.assert_array_equal(slots[slot][path].read(), square.mean(axis))
+    assert slots["v"][path].shape == (1,)
 
 
 # ---- Wrong, damaged, hostile -------------------------------------------------

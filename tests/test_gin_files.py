@@ -213,3 +213,31 @@ def test_a_gin_file_of_t5x_is_told_from_ours(tmp_path):
     "import __main__ as train_script\nfrom t5x import utils\n"
   )
   assert "a gin file of T5X" in refused([str(path)])
+
+
+def test_all_of_adafactor_is_bound_from_gin(tmp_path):
+  (tmp_path / "user.gin").write_text(
+    """
+from __gin__ import dynamic_registration
+import fat5_jax.optimizers as optimizers
+
+include 'optimizers/adafactor.gin'
+
+optimizers.create_learning_rate_scheduler.base_learning_rate = 0.25
+optimizers.create_learning_rate_scheduler.factors = 'constant'
+optimizers.adafactor:
+  beta1 = 0.9
+  factored = False
+  weight_decay_rate = @decay/optimizers.HParamMap()
+  weight_decay_rate_lr_exponent = 2.0
+  max_parameter_scale = 1.0
+  skip_nan_updates = True
+  logical_factor_rules = @optimizers.standard_logical_factor_rules()
+  learning_rate_multipliers = {'norm': 0.5}
+decay/optimizers.HParamMap.rules = [('norm', None), ('.*', 0.1)]
+"""
+  )
+  gin_files.parse([str(tmp_path / "user.gin")], [], [], "train")
+  optimizer = gin.get_configurable("optimizers.adafactor")()
+  assert float(optimizer.learning_rate(7)) == 0.25
+  assert optimizer.skip_nan_updates

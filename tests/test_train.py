@@ -463,3 +463,182 @@ def test_a_run_starts_from_a_run_and_counts_its_steps(
   ):
     np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6)
   gin.clear_config()
+
+
+# ---- Starting from a checkpoint that counts steps ----------------------------
+
+
+@pytest.fixture
+def trains(folder, monkeypatch, capfd):
+  """Runs `train` in this process, without evaluations; what it said."""
+  import gin
+
+  monkeypatch.chdir(folder)
+  (folder / "quick.gin").write_text(
+    """
+from __gin__ import dynamic_registration
+import fat5_jax.train as train_script
+
+include 'tiny.gin'
+train_script.train.train_eval_dataset_cfg = None
+train_script.train.infer_eval_dataset_cfg = None
+STATS_PERIOD = 1
+"""
+  )
+
+  def check(model_dir, *flags):
+    gin.clear_config()
+    own = ("--gin_file=quick.gin", f"--gin.MODEL_DIR={model_dir}")
+    status = cli.main("train", [*own, *flags])
+    text = capfd.readouterr().err
+    assert status == 0, text
+    return text
+
+  yield check
+  gin.clear_config()
+
+
+def t5x_checkpoint(folder, step, **settings):
+  """TINY's model as T5X writes it after one update by the oracle."""
+  from test_formats import T5X
+
+  from fat5_jax.models.config import T5Config
+
+  config = T5Config(
+    vocab_size=384,
+    emb_dim=16,
+    num_heads=2,
+    head_dim=8,
+    num_encoder_layers=2,
+    num_decoder_layers=1,
+    mlp_dim=16,
+    mlp_activations=("gelu", "linear"),
+  )
+  theirs = T5X(config, False, step - 1, **settings)
+  theirs.params = {k: 0.05 * x for k, x in theirs.params.items()}
+  theirs.train()
+  theirs.write(folder / f"checkpoint_{step}")
+  return theirs
+
+
+def logged_rates(run_dir):
+  rows = metrics.read_csv(run_dir / "metrics.csv")
+  return {step: v for step, _, name, v in rows if name == "learning_rate"}
+
+
+def test_the_logged_rate_is_the_applied_one(folder, trains):
+  """From step 1000, with a part of the parameters and a fresh optimizer."""
+  t5x_checkpoint(folder, 1000)
+  source = weights.find("checkpoint_1000")
+  config, leaves = weights.open_params(source)
+  step, state = weights.adafactor_state(source, config)
+  weights.write_params("begin", config, leaves, None, step, state)
+  schedule = "optimizers.create_learning_rate_scheduler"
+  (folder / "adamw.gin").write_text("include 'optimizers/adamw.gin'\n")
+  text = trains(
+    "run",
+    "--gin_file=adamw.gin",
+    "--gin.INITIAL_CHECKPOINT_PATH=begin",
+    "--gin.TRAIN_STEPS=1002",
+    "--gin.TRAINABLE=^decoder/",
+    "--gin.DROPOUT_RATE=0.0",
+    "--gin.CHECKPOINT_PERIOD=1",
+    f"--gin.{schedule}.factors=constant * rsqrt_decay",
+    f"--gin.{schedule}.base_learning_rate=1.0",
+    f"--gin.{schedule}.warmup_steps=10",
+  )
+  assert "step 1000" in text and "a fresh optimizer" in text
+  # Step 1001 is update number 1000: 1 / sqrt(1000).
+  rates = logged_rates(folder / "run")
+  assert rates == {
+    n: pytest.approx((n - 1) ** -0.5, rel=1e-6) for n in (1001, 1002)
+  }
+  # Adam's first update with fresh slots is the rate times the gradient's sign.
+  at = lambda n: table.flatten(
+    table.read_all(weights.open_params(weights.find(f"run/checkpoint_{n}"))[1])
+  )
+  before, after = at(1000), at(1001)
+  moved = {k: np.abs(after[k] - before[k]) for k in before}
+  assert not any(x.any() for k, x in moved.items() if k[0] != "decoder")
+  largest = max(x.max() for x in moved.values())
+  assert largest == pytest.approx(rates[1001], rel=1e-4)
+
+
+def test_a_t5x_checkpoint_keeps_its_step_and_its_slots(folder, trains):
+  """At 1,000,000: TRAIN_STEPS counts it, RELATIVE counts after it."""
+  settings = dict(beta1=0.9, weight_decay_rate=0.001)
+  theirs = t5x_checkpoint(folder, 1_000_000, **settings)
+  (folder / "t5x.gin").write_text(
+    """
+from __gin__ import dynamic_registration
+import fat5_jax.optimizers as optimizers
+
+INITIAL_CHECKPOINT_PATH = 'checkpoint_1000000'
+TRAIN_STEPS = None
+DROPOUT_RATE = 0.0
+optimizers.adafactor.beta1 = 0.9
+optimizers.adafactor.weight_decay_rate = @decay/optimizers.HParamMap()
+decay/optimizers.HParamMap.rules = [('kernel$', 0.001), ('.*', None)]
+optimizers.adafactor.logical_factor_rules = None
+"""
+  )
+  flags = ("--gin_file=t5x.gin",)
+  text = trains("counted", *flags, "--gin.TRAIN_STEPS=1000002")
+  assert "checkpoint_1000000, step 1000000" in text
+  assert "a fresh optimizer" not in text
+  trains("relative", *flags, "--gin.TRAIN_STEPS_RELATIVE=2")
+  end = final_state(folder / "counted", 1_000_002)
+  assert_equal_bit_for_bit(end, final_state(folder / "relative", 1_000_002))
+  assert sorted(logged_rates(folder / "counted")) == [1_000_001, 1_000_002]
+
+  # What the run began with are T5X's slots.
+  params, (slots, *_) = final_state(folder / "counted", 1_000_000)
+  assert int(slots["count"]) == 1_000_000
+  for name in ("m", "v"):
+    for k, x in table.flatten(slots[name]).items():
+      wanted = np.asarray(theirs.slots[k][name], np.float32)
+      np.testing.assert_array_equal(x, wanted)
+
+  # Another optimizer starts fresh, in one line, at the same step.
+  (folder / "adamw.gin").write_text("include 'optimizers/adamw.gin'\n")
+  text = trains(
+    "adamw",
+    "--gin_file=adamw.gin",
+    "--gin.INITIAL_CHECKPOINT_PATH=checkpoint_1000000",
+    "--gin.TRAIN_STEPS=1000001",
+  )
+  assert len([x for x in text.splitlines() if "a fresh optimizer" in x]) == 1
+  assert checkpoints.steps("adamw") == [1_000_000, 1_000_001]
+  counts = jax.tree.leaves(final_state(folder / "adamw", 1_000_001)[1])
+  assert [int(c) for c in counts if np.shape(c) == ()] == [1]
+
+
+def test_skip_nan_updates_goes_on_where_a_run_would_stop(folder, trains):
+  """A parameter that overflows: nothing moves, and the run says so."""
+  theirs = t5x_checkpoint(folder, 1000)
+  theirs.params[("decoder", "logits_dense", "kernel")][0, 0] = np.nan
+  theirs.write(folder / "checkpoint_1000")
+  text = trains(
+    "run",
+    "--gin.INITIAL_CHECKPOINT_PATH=checkpoint_1000",
+    "--gin.TRAIN_STEPS=1002",
+    "--gin.optimizers.adafactor.skip_nan_updates=True",
+  )
+  assert text.count("skip_nan_updates: the run goes on") == 2
+  before, after = (final_state("run", n)[0] for n in (1000, 1002))
+  for a, b in zip(jax.tree.leaves(before), jax.tree.leaves(after)):
+    np.testing.assert_array_equal(a, b)
+
+
+def test_a_plain_optax_optimizer_trains_and_logs_no_rate(folder, trains):
+  (folder / "sgd.gin").write_text(
+    """
+from __gin__ import dynamic_registration
+import optax
+OPTIMIZER = @optax.sgd()
+optax.sgd.learning_rate = 0.01
+"""
+  )
+  text = trains("run", "--gin_file=sgd.gin", "--gin.TRAIN_STEPS=2")
+  assert "step 2/2  loss" in text and " lr " not in text
+  assert logged_rates(folder / "run") == {}

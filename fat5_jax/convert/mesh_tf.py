@@ -20,6 +20,9 @@ from fat5_jax.models.config import T5Config
 
 _SLOT = re.compile(r"_slot_(vr|vc|v|m)$")
 _SLOT_NAMES = {"vr": "v_row", "vc": "v_col", "v": "v", "m": "m"}
+# Of two equal axes Mesh TensorFlow's rows go along the second, T5X's along the
+# first.
+_SQUARE = {"vr": "vc", "vc": "vr"}
 _NORMS = {
   "encoder": ("pre_attention_layer_norm", "pre_mlp_layer_norm"),
   "decoder": (
@@ -123,17 +126,30 @@ def open_model(
   return t5x.as_model(_shared_bias(target), overrides, path)
 
 
+def read_step(path: str) -> int | None:
+  """As t5x.read_step."""
+  step = _open(path).get("global_step")
+  return None if step is None else int(step.read())
+
+
 def open_slots(path: str) -> tuple[int, dict[str, Leaves]]:
   """As t5x.open_slots; a slot that is not there is a zero of shape (1,)."""
   variables = _open(path)
-  if "global_step" not in variables:
+  if "global_step" not in variables or not any(map(_SLOT.search, variables)):
     raise UserError(f"{path}: no optimizer state in it")
   params = {n: our_path(n) for n in variables if not _SLOT.search(n)}
+
+  def slot(name: str, theirs: str) -> Leaf:
+    shape = variables[name].shape
+    if len(shape) == 2 and shape[0] == shape[1]:
+      theirs = _SQUARE.get(theirs, theirs)
+    return variables.get(f"{name}_slot_{theirs}", t5x.UNUSED_SLOT)
+
   slots: dict[str, Leaves] = {}
   for theirs, ours in _SLOT_NAMES.items():
     slots[ours] = _shared_bias(
       {
-        where: variables.get(f"{name}_slot_{theirs}", t5x.UNUSED_SLOT)
+        where: slot(name, theirs)
         for name, where in params.items()
         if where is not None
       }

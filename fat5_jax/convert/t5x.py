@@ -9,6 +9,7 @@ number of position buckets' distance, and whether an untied output is scaled.
 from __future__ import annotations
 
 from collections.abc import Mapping
+import math
 import os
 import re
 from typing import Any
@@ -78,31 +79,39 @@ def as_model(
   return config, target
 
 
+def read_step(path: str) -> int | None:
+  """The step that a checkpoint counts, or None."""
+  step = _open(path)[1].get(("step",))
+  return None if step is None else int(step.read())
+
+
 def open_slots(path: str) -> tuple[int, dict[str, Leaves]]:
   """(step, Adafactor's slots by name, each a table by parameter).
 
-  A slot that a parameter does not use has shape (1,), as T5X writes it.
+  They are those of the minimal layout: of a matrix, `v_row` goes along the
+  smaller axis, the first of equal ones. A slot that a parameter does not use
+  has shape (1,), as T5X writes it.
 
   Raises:
-    UserError: if the checkpoint has none.
+    UserError: if the checkpoint has none, or slots of scanned layers that
+      cannot be taken apart.
   """
   target, state = _open(path)
-  step = next((x for k, x in state.items() if k[-1] == "step"), None)
-  slots: dict[str, Leaves] = {name: {} for name in SLOTS}
+  own: dict[tuple[str, ...], dict[str, Leaf]] = {}
   for where, leaf in state.items():
     if where[0] == "param_states" and where[-1] in SLOTS:
-      slots[where[-1]][where[1:-1]] = leaf
-  if step is None or not slots["v"]:
+      own.setdefault(where[1:-1], {})[where[-1]] = leaf
+  if ("step",) not in state or not own:
     raise UserError(f"{path}: no Adafactor state in it")
-  if not any(_LAYER.match(part) for k in target for part in k):
-    raise UserError(
-      f"{path}: optimizer slots of scanned layers are averages over all of them"
-      " and cannot be taken apart; convert the weights alone"
-    )
-  for where in slots["v"]:
-    for name in SLOTS:
-      slots[name].setdefault(where, UNUSED_SLOT)
-  return int(step.read()), slots
+  slots: dict[str, Leaves] = {name: {} for name in SLOTS}
+  for where, leaf in target.items():
+    if where not in own:
+      raise UserError(f"{path}: no Adafactor slots of {'/'.join(where)}")
+    found = {name: own[where].get(name, UNUSED_SLOT) for name in SLOTS}
+    for name, i in _layers_of(where, leaf):
+      for slot, x in _slots_of_layer(where, leaf, found, i, path).items():
+        slots[slot][name] = x
+  return int(state[("step",)].read()), slots
 
 
 # ---- Files -------------------------------------------------------------------
@@ -235,21 +244,33 @@ def _as_bfloat16(leaf: Leaf) -> Leaf:
 
 def _minimal(target: Leaves, where: str) -> Leaves:
   """The minimal layout of either."""
-  found: Leaves = {}
-  for path, leaf in target.items():
-    stack = path[0]
-    scanned = path[:2] in (("encoder", "encoder"), ("decoder", "decoder"))
-    if not scanned:
-      found[path] = _two_axes(path, leaf)
-      continue
-    axis = 0 if len(leaf.shape) == 1 else 1
-    for i in range(leaf.shape[axis]):
-      name = (stack, f"layers_{i}", *path[2:])
-      found[name] = _two_axes(name, _slice(leaf, axis, i))
-  return found
+  return {
+    name: _two_axes(name, _slice(leaf, _scan_axis(path, leaf), i))
+    for path, leaf in target.items()
+    for name, i in _layers_of(path, leaf)
+  }
 
 
-def _slice(leaf: Leaf, axis: int, i: int) -> Leaf:
+def _scan_axis(path: tuple[str, ...], leaf: Leaf) -> int | None:
+  """The axis of a parameter along which layers are stacked, or None."""
+  if path[:2] not in (("encoder", "encoder"), ("decoder", "decoder")):
+    return None
+  return 0 if len(leaf.shape) == 1 else 1
+
+
+def _layers_of(path: tuple[str, ...], leaf: Leaf):
+  """(minimal path, number of the layer or None) of a parameter's layers."""
+  axis = _scan_axis(path, leaf)
+  if axis is None:
+    return [(path, None)]
+  return [
+    ((path[0], f"layers_{i}", *path[2:]), i) for i in range(leaf.shape[axis])
+  ]
+
+
+def _slice(leaf: Leaf, axis: int | None, i: int | None) -> Leaf:
+  if axis is None:
+    return leaf
   shape = leaf.shape[:axis] + leaf.shape[axis + 1 :]
   return Leaf(
     shape,
@@ -264,7 +285,58 @@ def _two_axes(path: tuple[str, ...], leaf: Leaf) -> Leaf:
     return leaf
   a, b, c = leaf.shape
   shape = (a * b, c) if path[-2] == "out" else (a, b * c)
+  return _shaped(leaf, shape)
+
+
+def _shaped(leaf: Leaf, shape: tuple[int, ...]) -> Leaf:
   return Leaf(shape, leaf.dtype, lambda: leaf.read().reshape(shape))
+
+
+def _slots_of_layer(
+  path: tuple[str, ...],
+  leaf: Leaf,
+  slots: Mapping[str, Leaf],
+  i: int | None,
+  where: str,
+) -> dict[str, Leaf]:
+  """Adafactor's slots of a parameter, or of layer `i` of it, as open_slots.
+
+  T5X's logical_factor_rules average over the width of the model (`v_col` is
+  left) and over all other axes but that of layers (`v_row`).
+  """
+  layers = _scan_axis(path, leaf)
+  found = {}
+  for name in ("m", "v"):
+    found[name] = slots[name]
+    if slots[name].shape == leaf.shape:
+      found[name] = _two_axes(path, _slice(slots[name], layers, i))
+  factors = {name: slots[name] for name in ("v_row", "v_col")}
+  by_size = layers is None and len(leaf.shape) < 3
+  if by_size or all(x.shape == (1,) for x in factors.values()):
+    return found | factors
+  width = len(leaf.shape) - 1 if path[-2] in ("out", "wo") else 0
+  axes = {
+    "v_row": [n for n in range(len(leaf.shape)) if n in (width, layers)],
+    "v_col": [n for n in range(len(leaf.shape)) if n != width],
+  }
+  vectors = []
+  for name, kept in axes.items():
+    x = factors[name]
+    if x.shape != tuple(leaf.shape[n] for n in kept):
+      raise UserError(
+        f"{where}: the optimizer's {name} {x.shape} of {'/'.join(path)}"
+        f" {leaf.shape} is not one a layer, as T5X's"
+        " standard_logical_factor_rules make it, and cannot be taken apart"
+      )
+    axis = None if layers is None else kept.index(layers)
+    x = _slice(x, axis, i)
+    vectors.append(_shaped(x, (math.prod(x.shape),)))
+  if width:
+    vectors.reverse()
+  # Now in the order of the matrix's two axes.
+  if vectors[1].shape < vectors[0].shape:
+    vectors.reverse()
+  return found | dict(zip(axes, vectors))
 
 
 def config_of(
