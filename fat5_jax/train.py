@@ -182,6 +182,8 @@ def train(
   abstract = program.abstract_state
   if dry_run:
     _dry_run(train_dataset_cfg, config, abstract, program.trains, config_text)
+    _tell_start(checkpoint_cfg.restore, config, abstract)
+    console.say("dry run: nothing was trained or written")
     return None
 
   model_dir = checkpoints.prepare_model_dir(model_dir)
@@ -616,6 +618,19 @@ def _write_model_info(model_dir: str, abstract, trains) -> None:
   )
 
 
+def _tell_start(restore, config, abstract) -> None:
+  """Says which parameters come from a checkpoint, and which are new."""
+  if restore.path is None:
+    console.say("parameters start from scratch")
+    return
+  fresh = weights.fresh_names(
+    restore.path, config, abstract.params, restore.reinitialize
+  )
+  console.say(f"parameters start from {restore.path}")
+  if fresh:
+    console.say(f"not in it, or anew, so initialised: {', '.join(fresh)}")
+
+
 def _dry_run(dataset_cfg, config, abstract, trains, config_text) -> None:
   """Prints parameters, the configuration, and a batch decoded to text."""
   console.say("\n".join(_parameter_lines(abstract, trains)))
@@ -646,4 +661,3 @@ def _dry_run(dataset_cfg, config, abstract, trains, config_text) -> None:
         parts = [tokens[ids == i] for i in range(1, ids.max(initial=0) + 1)]
       texts = [pipeline.show(task_features[feature], part) for part in parts]
       console.say(f"  row {row} {feature}: " + " | ".join(texts[:4]))
-  console.say("dry run: nothing was trained or written")

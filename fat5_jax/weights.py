@@ -192,6 +192,53 @@ def _check_config(found: T5Config, config: T5Config, path: str) -> bool:
   return adds_head
 
 
+def fresh_names(
+  path: str, config: T5Config, abstract: Any, reinitialize: str | None = None
+) -> list[str]:
+  """The parameters that a start from a checkpoint initialises; reads none.
+
+  Arguments and errors are those of `initial_params`.
+  """
+  _, _, _, fresh = _matched(path, config, abstract, reinitialize)
+  return list(map("/".join, fresh))
+
+
+def _matched(
+  path: str, config: T5Config, abstract: Any, reinitialize: str | None
+) -> tuple[Source, bool, table.Leaves, list[tuple[str, ...]]]:
+  """(source, whether a head is put on it, its tensors, paths of fresh ones)."""
+  source = find(path)
+  found_config, found = open_params(source)
+  adds_head = _check_config(found_config, config, path)
+  name = "/".join
+  expected = table.flatten(checkpoints.as_on_disk(abstract))
+  again = lambda name: None
+  if reinitialize:
+    again = trainable.searcher("REINITIALIZE", reinitialize)
+
+  def is_fresh(where):
+    if again(name(where)):
+      return True
+    adds_lora = found_config.lora is None and where[-1].startswith("lora_")
+    return (adds_head and where[0] in _HEADS_OWN) or adds_lora
+
+  fresh = sorted(where for where in expected if is_fresh(where))
+  if reinitialize and not any(again(name(where)) for where in expected):
+    raise UserError(f"REINITIALIZE = {reinitialize!r} matches no parameter")
+  for where in list(found):
+    left_out = adds_head and where[0] == "decoder" and where not in expected
+    if where in fresh or left_out or again(name(where)):
+      del found[where]
+  wanted = {where: x for where, x in expected.items() if where not in fresh}
+  table.check_names(map(name, wanted), map(name, found), path)
+  table.check_shapes(
+    {name(where): x.shape for where, x in wanted.items()},
+    {name(where): x.shape for where, x in found.items()},
+    path,
+  )
+  return source, adds_head, found, fresh
+
+
 def initial_params(
   path: str,
   config: T5Config,
@@ -224,42 +271,16 @@ def initial_params(
       parameters that nothing initialises.
   """
   partitioner = partitioner or Partitioner(devices=jax.devices()[:1])
-  source = find(path)
-  found_config, found = open_params(source)
-  adds_head = _check_config(found_config, config, path)
-  name = "/".join
-  on_disk = checkpoints.as_on_disk(abstract)
-  expected = table.flatten(on_disk)
-  again = lambda name: None
-  if reinitialize:
-    again = trainable.searcher("REINITIALIZE", reinitialize)
-
-  def is_fresh(where):
-    if again(name(where)):
-      return True
-    adds_lora = found_config.lora is None and where[-1].startswith("lora_")
-    return (adds_head and where[0] in _HEADS_OWN) or adds_lora
-
-  fresh = sorted(where for where in expected if is_fresh(where))
-  if reinitialize and not any(again(name(where)) for where in expected):
-    raise UserError(f"REINITIALIZE = {reinitialize!r} matches no parameter")
-  for where in list(found):
-    left_out = adds_head and where[0] == "decoder" and where not in expected
-    if where in fresh or left_out or again(name(where)):
-      del found[where]
-  wanted = {where: x for where, x in expected.items() if where not in fresh}
-  table.check_names(map(name, wanted), map(name, found), path)
-  table.check_shapes(
-    {name(where): x.shape for where, x in wanted.items()},
-    {name(where): x.shape for where, x in found.items()},
-    path,
+  source, adds_head, found, fresh = _matched(
+    path, config, abstract, reinitialize
   )
+  name = "/".join
   if fresh and initialise is None:
     raise UserError(
       f"{path} is not trained for this model: it has no"
       f" {', '.join(map(name, fresh[:4]))}"
     )
-  targets = table.flatten(partitioner.place(on_disk))
+  targets = table.flatten(partitioner.place(checkpoints.as_on_disk(abstract)))
   reads = {
     where: functools.partial(_put, targets[where], leaf)
     for where, leaf in found.items()

@@ -548,3 +548,34 @@ def test_a_metric_of_scores_is_refused_in_words():
       seqio.ByteVocabulary(),
       metrics=(perplexity,),
     )
+
+
+# ---- What a dry run tells ----------------------------------------------------
+
+
+def test_a_dry_run_tells_new_parameters_and_both_sentences(user, capfd):
+  said = run(
+    capfd,
+    "train",
+    "--gin_file=pairs.gin",
+    "--gin.MODEL_DIR=new",
+    "--gin.INITIAL_CHECKPOINT_PATH=pairs",
+    "--gin.REINITIALIZE=^classifier/",
+    "--dry_run",
+  ).err
+  assert "initialised: classifier/bias, classifier/kernel" in said
+  assert " </s> because so" in said
+  assert said.index("total parameters") < said.index("total optimizers")
+  assert not (user / "new").exists()
+
+
+def test_a_dry_run_notices_a_missing_split_and_a_batch_above_the_data(
+  user, capfd
+):
+  only = "--gin.sources.Files.splits={'train': 'train.tsv'}"
+  flags = ("--gin_file=text.gin", "--gin.MODEL_DIR=new", "--dry_run")
+  said = run(capfd, "train", *flags, only, status=1).err
+  assert "has no split 'validation'" in said
+  run(capfd, "train", *flags, only, "--gin.EVAL_SPLIT=None")
+  said = run(capfd, "train", *flags, "--gin.BATCH_SIZE=13", status=1).err
+  assert "has 12 rows, fewer than BATCH_SIZE = 13" in said
