@@ -7,7 +7,6 @@ if __name__ == "__main__":
   raise SystemExit(cli.main("eval"))
 
 from collections.abc import Callable, Iterator
-import dataclasses
 import json
 import os
 from typing import Any
@@ -24,9 +23,10 @@ from fat5_jax import (
   metrics,
   predictions,
   row_batches,
+  run_folder,
   weights,
 )
-from fat5_jax.data import features, pipeline, records, seqio_source, tasks
+from fat5_jax.data import features, pipeline, seqio_source, tasks
 from fat5_jax.data import metrics as metrics_lib
 from fat5_jax.errors import UserError
 from fat5_jax.program import Program, abstract_params, prediction
@@ -206,7 +206,7 @@ def evaluate(
   model, params, vocabulary, source = load_model(
     checkpoint_path, model, partitioner, head_module
   )
-  dataset_cfg = with_own_task(dataset_cfg, source, vocabulary)
+  dataset_cfg = run_folder.with_own_task(dataset_cfg, source, vocabulary)
   output_dir = checkpoints.prepare_model_dir(
     output_dir or os.path.join(source.run_dir, "eval")
   )
@@ -240,71 +240,6 @@ def evaluate(
   return results
 
 
-def _own_head(source: weights.Source, head_module: str | None) -> Any:
-  """The head module that a run folder names; None where the head is ours.
-
-  Raises:
-    UserError: unless the command names it too: importing it runs its code.
-  """
-  from fat5_jax.models import factory
-
-  record = None
-  if source.kind == "fat5":
-    record = (checkpoints.read_model_json(source.run_dir) or {}).get("own_head")
-  if record is None:
-    if head_module is not None:
-      raise UserError(
-        f"HEAD_MODULE = {head_module!r}: {source.run_dir} has no head module of"
-        " its own"
-      )
-    return None
-  if head_module != record["module"]:
-    raise UserError(
-      f"the head of {source.run_dir} is a module of your own. To import it,"
-      f" which runs its code: --gin.HEAD_MODULE={record['module']}"
-    )
-  try:
-    return factory.import_head(record)
-  except (ValueError, TypeError) as e:
-    raise UserError(f"{e}. Run the command where it can be imported") from None
-
-
-def with_own_task(
-  dataset_cfg: pipeline.DatasetConfig,
-  source: weights.Source,
-  vocabulary: seqio.Vocabulary | None,
-) -> pipeline.DatasetConfig:
-  """The data with what it leaves open from the checkpoint's run folder.
-
-  Raises:
-    UserError: if neither names a task, or it cannot be built from the folder.
-  """
-  vocabulary = dataset_cfg.vocabulary or vocabulary
-  dataset_cfg = dataclasses.replace(dataset_cfg, vocabulary=vocabulary)
-  if dataset_cfg.mixture_or_task_name is not None:
-    return dataset_cfg
-  record = own_task(source)
-  if record is None:
-    raise UserError(
-      f"{source.run_dir} tells no task: set MIXTURE_OR_TASK_NAME, or give the"
-      " gin file of the training with --gin_file=..."
-    )
-  task = records.build(record, vocabulary, dataset_cfg.data_dir, with_data=True)
-  lengths = dataset_cfg.task_feature_lengths
-  if lengths is None and record["kind"] in features.WINDOWED:
-    lengths = record["lengths"]
-  return dataclasses.replace(
-    dataset_cfg, mixture_or_task_name=task, task_feature_lengths=lengths
-  )
-
-
-def own_task(source: weights.Source) -> dict[str, Any] | None:
-  """The record of the task that a run was trained on (data/records.py)."""
-  if source.kind != "fat5":
-    return None
-  return (checkpoints.read_model_json(source.run_dir) or {}).get("task")
-
-
 def load_model(
   path: str,
   model: Any = None,
@@ -326,7 +261,7 @@ def load_model(
     config = weights.read_config(source).replace(
       scan_layers=False, remat_policy="none"
     )
-    own_head = _own_head(source, head_module)
+    own_head = run_folder.own_head(source, head_module)
     model = factory.create(config, head_layers=own_head)
   partitioner = partitioner or Partitioner()
   partitioner.check(model.config)

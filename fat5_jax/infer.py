@@ -18,10 +18,10 @@ import jax
 import numpy as np
 import seqio
 
-from fat5_jax import console, hosts, predictions, row_batches
+from fat5_jax import console, hosts, predictions, row_batches, run_folder
 from fat5_jax.data import features, pipeline, records, seqio_source, sources
 from fat5_jax.errors import UserError
-from fat5_jax.eval import load_model, own_task, with_own_task
+from fat5_jax.eval import load_model
 from fat5_jax.program import prediction
 from fat5_jax.sharding import Partitioner
 
@@ -93,7 +93,7 @@ def infer(
   from_task = input is None and dataset_cfg is not None
   own = None
   if from_task:
-    dataset_cfg = with_own_task(dataset_cfg, source, vocabulary)
+    dataset_cfg = run_folder.with_own_task(dataset_cfg, source, vocabulary)
   elif use_template:
     own, window = _own_task(source, vocabulary, input or "-")
     max_input_length = max_input_length or window
@@ -150,7 +150,7 @@ def _own_task(source, vocabulary, path: str) -> tuple[Any, int | None]:
 
   None where it tells none, and for rows that hold whole inputs.
   """
-  record = own_task(source)
+  record = run_folder.own_task(source)
   if record is None:
     return None, None
   if "factory" not in record:

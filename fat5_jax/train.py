@@ -15,9 +15,7 @@ from collections.abc import Callable
 import contextlib
 import dataclasses
 import itertools
-import json
 import os
-import re
 import secrets
 import shlex
 import shutil
@@ -30,10 +28,18 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from fat5_jax import checkpoints, console, hosts, metrics, steps, weights
+from fat5_jax import (
+  checkpoints,
+  console,
+  hosts,
+  metrics,
+  run_folder,
+  steps,
+  weights,
+)
 from fat5_jax import trainable as trainable_lib
 from fat5_jax.convert import table
-from fat5_jax.data import features, pipeline, records, vocabularies
+from fat5_jax.data import features, pipeline, vocabularies
 from fat5_jax.errors import UserError
 from fat5_jax.eval import InferenceEvaluator, loss_metrics
 from fat5_jax.models import factory
@@ -189,7 +195,7 @@ def train(
   model_dir = checkpoints.prepare_model_dir(model_dir)
   checkpoints.check_same_model(model_dir, config)
   record = train_dataset_cfg.record()
-  _check_same_task(model_dir, record)
+  run_folder.check_same_task(model_dir, record)
   _check_shared(model_dir)
   checkpointer = checkpoints.Checkpointer(model_dir, checkpoint_cfg.save)
 
@@ -229,7 +235,8 @@ def train(
         " from its beginning"
       )
     console.say(f"going on from step {own_step} of {model_dir}")
-    _tell_changes(model_dir, config_text)
+    if config_text is not None:
+      run_folder.tell_changes(model_dir, config_text())
   elif initial_path:
     params, source, fresh = weights.initial_params(
       initial_path,
@@ -298,7 +305,7 @@ def train(
     random_seed=random_seed,
     task=record,
     own_head=own_head,
-    base=_base_of(model_dir, initial_path, own_step),
+    base=run_folder.base_of(model_dir, initial_path, own_step),
   )
   _write_model_info(model_dir, abstract, program.trains)
   if config_text is not None:
@@ -452,61 +459,9 @@ def train(
       " Run the same command again to go on:\n  " + _command_line()
     )
     return None
-  _closing_words(log, evaluator, model_dir, step)
+  _closing_words(log, evaluator, task, model_dir, step)
   log.close()
   return state
-
-
-def _check_same_task(model_dir: str, record: dict[str, Any]) -> None:
-  """Raises UserError if the folder holds a run on other data.
-
-  What its labels mean, its metrics and its curves are those of one task.
-  """
-  before = (checkpoints.read_model_json(model_dir) or {}).get("task")
-  if before is None:
-    return
-  lines = records.difference(before, json.loads(json.dumps(record)))
-  if lines:
-    raise UserError(
-      f"MODEL_DIR {model_dir} holds a run on other data (- there, + asked"
-      " for):\n"
-      + "\n".join(lines)
-      + "\nUse another --gin.MODEL_DIR=..., and this one as"
-      " INITIAL_CHECKPOINT_PATH to go on from its weights"
-    )
-
-
-def _base_of(
-  model_dir: str, initial_path: str | None, own_step: int | None
-) -> str | None:
-  """The checkpoint that a run started from, as recorded then."""
-  if own_step is not None:
-    return (checkpoints.read_model_json(model_dir) or {}).get("base")
-  return initial_path and os.path.abspath(os.path.expanduser(initial_path))
-
-
-# Lines of a configuration: MACRO = value, or scope/module.name.parameter.
-_SETTING = re.compile(r"^([\w./]+) = (.*)$", re.MULTILINE)
-
-
-def _tell_changes(
-  model_dir: str, config_text: Callable[[], str] | None
-) -> None:
-  """Says in a line what differs from the settings that the run had."""
-  path = os.path.join(model_dir, "config.gin")
-  if config_text is None or not os.path.exists(path):
-    return
-  with open(path, encoding="utf-8") as file:
-    before = dict(_SETTING.findall(file.read()))
-  now = dict(_SETTING.findall(config_text()))
-  changed = [
-    f"{key} {before.get(key, 'unset')} -> {now.get(key, 'unset')}"
-    for key in sorted({*before, *now})
-    if before.get(key) != now.get(key) and key != "MODEL_DIR"
-  ]
-  if changed:
-    more = f" and {len(changed) - 8} more" if len(changed) > 8 else ""
-    console.say(f"changed since: {', '.join(changed[:8])}{more}")
 
 
 def _check_shared(model_dir: str) -> None:
@@ -549,7 +504,7 @@ def _mends(checkpointer) -> str:
   )
 
 
-def _closing_words(log, evaluator, model_dir: str, step: int) -> None:
+def _closing_words(log, evaluator, task, model_dir: str, step: int) -> None:
   """The table, samples, plot, and what to try next."""
   console.metrics_table(
     f"metrics at step {step}",
@@ -560,25 +515,24 @@ def _closing_words(log, evaluator, model_dir: str, step: int) -> None:
       if metric in _CLOSING_METRICS or dataset.startswith("inference_eval")
     ],
   )
-  example, samples = "", []
   if evaluator is not None:
-    samples = list(evaluator.samples(step, 8))
-    console.samples_table(samples)
-    # A line of text is no input where rows are pairs or questions.
-    if samples and " </s> " not in samples[0]["input"]:
-      example = f"echo {shlex.quote(samples[0]['input'])} | "
+    console.samples_table(evaluator.samples(step, 8))
   console.say(f"curves: {log.plot()}")
   python = "python"
   if shutil.which("python") != sys.executable:
     python = sys.executable
-  has_columns = samples and " </s> " in samples[0]["input"]
-  console.say(
-    f"try your own {'rows' if has_columns else 'lines'} next:\n"
-    f"  {example}{python} -m fat5_jax.infer"
-    f" --gin.MODEL_DIR={shlex.quote(model_dir)}"
-    + " --gin.INPUT=rows.jsonl"
-    * bool(has_columns)
+  columns, example = run_folder.example(task)
+  command = (
+    f"{python} -m fat5_jax.infer --gin.MODEL_DIR={shlex.quote(model_dir)}"
   )
+  if len(columns) > 1:
+    console.say(
+      f"try your own rows next (columns {', '.join(columns)}):\n  {command}"
+      " --gin.INPUT=rows.jsonl"
+    )
+  else:
+    echo = f"echo {shlex.quote(example)} | " if example else ""
+    console.say(f"try your own lines next:\n  {echo}{command}")
 
 
 def _count(tree: Any) -> int:

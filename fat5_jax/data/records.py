@@ -94,6 +94,7 @@ def describe(task: seqio.Task | seqio.Mixture) -> dict[str, Any]:
   found: dict[str, Any] = {"name": task.name}
   if isinstance(task.source, seqio_source.SeqioSource):
     found |= task.source.record
+    found["columns"] = list(task.source.columns)
     found["source"] = task.source.rows_source.record()
   else:
     found["source"] = {"seqio": type(task.source).__name__}
