@@ -132,7 +132,7 @@ class HParamMap:
     self._values = dict(rules)
     if len(self._values) < len(rules):
       raise UserError("HParamMap: a pattern stands there twice")
-    self._patterns = _Patterns("HParamMap", list(self._values))
+    self._patterns = trainable.Patterns("HParamMap", list(self._values))
 
   def values(self, name: str, params: Any) -> dict[tuple[str, ...], Any]:
     """The values of hyper-parameter `name`, by the paths of parameters.
@@ -149,39 +149,6 @@ class HParamMap:
           " put ('.*', value) last for all others"
         )
     return {path: self._values[pattern] for path, pattern in found.items()}
-
-
-class _Patterns:
-  """Which of a few patterns is the first in a parameter's name."""
-
-  def __init__(self, setting: str, patterns: Sequence[str]):
-    self._setting = setting
-    self._searchers = {p: trainable.searcher(setting, p) for p in patterns}
-
-  def _first(self, name: str) -> str | None:
-    return next(
-      (p for p, search in self._searchers.items() if search(name)), None
-    )
-
-  def of(self, params: Any) -> dict[tuple[str, ...], str | None]:
-    found = {}
-    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
-      keys = sharding.path_keys(path)
-      first = {self._first(name) for name in trainable.names_of(keys, leaf)}
-      if len(first) > 1:
-        raise UserError(
-          f"{self._setting}: the layers of {trainable.name_of(keys)} have"
-          " different patterns; with SCAN_LAYERS = True all layers are one"
-          " parameter. Set it to False"
-        )
-      found[keys] = first.pop()
-    for pattern in self._searchers:
-      if pattern not in found.values():
-        raise UserError(
-          f"{self._setting}: {pattern!r} is the first match of no parameter"
-          " that trains"
-        )
-    return found
 
 
 def standard_logical_factor_rules() -> dict[str, str]:
@@ -490,7 +457,7 @@ def scale_by_pattern(
   Raises (when the state is made):
     UserError: for a pattern that is the first in no parameter's name.
   """
-  patterns = _Patterns("learning_rate_multipliers", list(multipliers))
+  patterns = trainable.Patterns("learning_rate_multipliers", list(multipliers))
 
   def init(params):
     patterns.of(params)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 import dataclasses
 import re
 from typing import Any
@@ -39,6 +39,43 @@ def names_of(path: tuple[str, ...], leaf: Any) -> list[str]:
     name_of((*path[:i], f"layers_{n}", *path[i + 1 :]))
     for n in range(leaf.shape[0])
   ]
+
+
+class Patterns:
+  """Which of a few patterns is the first in a parameter's name."""
+
+  def __init__(self, setting: str, patterns: Iterable[str]):
+    self._setting = setting
+    self._searchers = {p: searcher(setting, p) for p in patterns}
+
+  def _first(self, name: str) -> str | None:
+    found = (p for p, search in self._searchers.items() if search(name))
+    return next(found, None)
+
+  def of(self, params: Mapping[str, Any]) -> dict[tuple[str, ...], str | None]:
+    """The first pattern, or None, by the paths of parameters.
+
+    Raises:
+      UserError: for a pattern that is the first in no name, or if scanned
+        layers differ.
+    """
+    first = {}
+    for path, leaf in table.flatten(params).items():
+      found = set(map(self._first, names_of(path, leaf)))
+      if len(found) > 1:
+        raise UserError(
+          f"{self._setting}: the layers of {name_of(path)} have different"
+          " patterns; with SCAN_LAYERS = True all layers are one parameter. Set"
+          " it to False"
+        )
+      first[path] = found.pop()
+    for pattern in self._searchers:
+      if pattern not in first.values():
+        raise UserError(
+          f"{self._setting}: {pattern!r} is the first match of no parameter"
+          " that trains"
+        )
+    return first
 
 
 def choose(
