@@ -505,6 +505,9 @@ def to_pretrained(
       "eos_token_id": config.eos_token_id,
       "pad_token_id": config.pad_token_id,
     }
+    if form == "code":
+      # The modelling file has none.
+      files["generation_config.json"]["use_cache"] = False
   elif config.head.kind == "embedding":
     files |= sentence_transformers.files(config)
   folders.write_folder(folder, files, tensors, tokenizer, max_shard_bytes)

@@ -216,7 +216,7 @@ def _training(facts: Mapping[str, Any]) -> str:
 _OURS = """## In fat5_jax
 
 `INITIAL_CHECKPOINT_PATH` of a run may be this folder;
-`python tools/convert_checkpoint.py THIS_FOLDER MODEL_DIR{base}` makes a run of
+`python tools/convert_checkpoint.py /models/this MODEL_DIR{base}` makes a run of
 it, for `fat5_jax.infer` and `fat5_jax.eval`. From Python:
 
 ```python
@@ -224,7 +224,7 @@ from fat5_jax import weights
 from fat5_jax.convert import table
 from fat5_jax.models import factory
 
-config, leaves = weights.open_params(weights.find("."))
+config, leaves = weights.open_params(weights.find("/models/this"))
 model, params = factory.create(config), table.read_all(leaves)
 ```"""
 
@@ -232,7 +232,7 @@ _LOAD = """```python
 {first}import torch
 from transformers import AutoTokenizer, {class_name}
 
-folder = "."  # this one
+folder = "/models/this"  # where this folder is; transformers 4: no dots
 tokenizer = AutoTokenizer.from_pretrained(folder)
 model = {class_name}.from_pretrained(folder{options})
 texts = ["a text", "and another one, which is longer"]
@@ -241,10 +241,10 @@ with torch.no_grad():
   {result}
 {more}```"""
 _TRUST = ", trust_remote_code=True"
-_CODE = """transformers has no class for this model: `modeling_fat5_jax.py` in this folder is
-one, and `trust_remote_code=True` uses it (tested with 4.37.1 and 5). Classes of
-transformers itself refuse the folder."""
-_TOKENS = """With `modeling_fat5_jax.py` of this folder (tested with 4.37.1 and 5):
+_CODE = """transformers has no class for this model. `modeling_fat5_jax.py`
+in this folder is one, and `trust_remote_code=True` uses it (tested with 4.37.1
+and 5). Classes of transformers itself refuse the folder."""
+_TOKENS = """With `modeling_fat5_jax.py` of this folder (tested with 4.37.1, 5):
 
 {code}
 
@@ -369,7 +369,7 @@ def _embedding_usage(config, head) -> str:
 # sentence-transformers
 from sentence_transformers import SentenceTransformer
 
-model = SentenceTransformer(".")  # this folder
+model = SentenceTransformer("/models/this")  # where this folder is
 embeddings = model.encode(["a text", "and another one, which is longer"])
 ```
 
@@ -395,5 +395,5 @@ from peft import PeftModel
 from transformers import {auto_class}
 
 base = {auto_class}.from_pretrained({base or "BASE"!r})
-model = PeftModel.from_pretrained(base, ".")  # this folder
+model = PeftModel.from_pretrained(base, "/models/this")
 ```"""

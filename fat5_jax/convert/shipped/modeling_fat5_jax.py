@@ -101,8 +101,11 @@ class _Body(nn.Module):
     found.embed_tokens = None
     return found
 
-  def forward(self, input_ids, attention_mask=None, return_dict=True):
+  def forward(
+    self, input_ids, attention_mask=None, return_dict=True, **inner_states
+  ):
     """The encoder's output; `generate` asks for it by this signature."""
+    _refuse(inner_states)
     mask = _mask(input_ids, attention_mask, self.t5)
     x = self.encoder(inputs_embeds=self.shared(input_ids), attention_mask=mask)[
       0
@@ -128,6 +131,13 @@ def _mask(input_ids, attention_mask, t5):
   if attention_mask is None:
     attention_mask = input_ids != t5.pad_token_id
   return attention_mask.long()
+
+
+def _refuse(inner_states):
+  """`generate` says of attentions and hidden states that it wants none."""
+  asked = [name for name, value in inner_states.items() if value]
+  if asked:
+    raise ValueError(f"this model gives no {', '.join(asked)}")
 
 
 def _is_multi_label(head) -> bool:
@@ -187,6 +197,8 @@ class _PromptHead(_HiddenLayers):
 class _Model(PreTrainedModel):
   config_class = Fat5JaxConfig
   base_model_prefix = ""
+  # Where there is no decoder, this is empty: what keeps stock classes away.
+  _keys_to_ignore_on_load_unexpected = [r"decoder\.final_layer_norm\.weight"]
 
   def __init__(self, config: Fat5JaxConfig):
     super().__init__(config)
@@ -344,8 +356,9 @@ class Fat5ForConditionalGeneration(_Model, GenerationMixin):
     encoder_outputs=None,
     labels=None,
     return_dict=None,
-    use_cache=None,
+    **inner_states,
   ):
+    _refuse(inner_states)
     body = self.transformer
     if attention_mask is None and input_ids is not None:
       attention_mask = _mask(input_ids, None, body.t5)
