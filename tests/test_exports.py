@@ -38,7 +38,7 @@ VERSIONS = [
 ]
 each_version = pytest.mark.parametrize("version", VERSIONS)
 # A relative difference, of float32 through two stacks with scores in hundreds.
-TOLERANCE = 2e-4
+TOLERANCE = 5e-4
 # All heads of one family, and of the others these, unless a table is wanted.
 EVERY_FAMILY = (
   "language model",
@@ -214,7 +214,8 @@ def difference(one, outputs):
 
 @each_version
 def test_a_folder_answers_as_our_model_does(version, exported, answered):
-  _, jobs = answered(version)
+  full, jobs = answered(version)
+  is_5_before_24 = [5] <= [int(n) for n in full.split(".")[:2]] < [5, 24]
   for key, one in exported.items():
     for name, result in jobs[key]["loaded"].items():
       stock_tokens = name == "AutoModelForTokenClassification" and (
@@ -229,9 +230,8 @@ def test_a_folder_answers_as_our_model_does(version, exported, answered):
       unexpected = set(result["unexpected"])
       assert all("final_layer_norm" in n for n in unexpected), (key, result)
       outputs = dict(np.load(result["outputs"]))
-      if version == "5" and key == ("umT5", "language model"):
-        # transformers 5 divides umT5's output by this, whatever config.json
-        # says; the export warns of it.
+      if is_5_before_24 and key == ("umT5", "language model"):
+        # These divide umT5's output by this, whatever config.json says.
         outputs["logits"] = outputs["logits"] * one["config"].emb_dim ** 0.5
       error, size = difference(one, outputs)
       assert error <= TOLERANCE * size, (key, name, error, size)

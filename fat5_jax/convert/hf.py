@@ -255,8 +255,12 @@ def read_config(folder: str) -> T5Config:
 def _read_config(folder: str, tensors: Mapping[str, Leaf]) -> T5Config:
   path = os.path.join(folder, "config.json")
   config_json = tensor_files.read_json(path)
-  # A folder with a modelling file has the T5's own config inside.
-  config = config_from_json(config_json.get("t5", config_json), path)
+  t5_json = config_json
+  if "t5" in config_json:
+    # A folder with a modelling file has the T5's own config inside.
+    inside = config_json["t5"]
+    t5_json = {**inside, "model_type": inside.get("family")}
+  config = config_from_json(t5_json, path)
   head = hf_heads.read(config_json, tensors, path)
   tied = False
   if head is None or head.kind == "language_model":
@@ -446,9 +450,9 @@ def _warn_of_old_readers(config: T5Config) -> None:
     )
   if config.model_type == "umt5" and not scaled:
     logger.warning(
-      "transformers 5 (seen up to 5.23) always scales umT5's output by"
+      "transformers 5 up to 5.23 always scales umT5's output by"
       " d_model**-0.5: logits there are smaller by that factor, generation"
-      " by greedy search is the same; 4.x is exact"
+      " by greedy search is the same; 4.x and 5.24 are exact"
     )
   if config.model_type == "mt5" and scaled:
     logger.warning("transformers 5 never scales mT5's output; 4.x does")

@@ -200,6 +200,17 @@ def auto_map(config: T5Config) -> dict[str, str]:
   return found
 
 
+def loaded_by(config: T5Config) -> tuple[str, bool]:
+  """The class of transformers that answers as the model does, and whether it is
+  the folder's own code."""
+  head = config.head
+  if head is None:
+    return "AutoModelForSeq2SeqLM", False
+  if head.kind == "embedding":
+    return f"{PREFIXES[config.model_type]}EncoderModel", False
+  return ENDINGS[head.kind][1], form(config) != "stock"
+
+
 def config_json(config: T5Config, body: Mapping[str, Any]) -> dict[str, Any]:
   """config.json of the form that the head has.
 
@@ -220,13 +231,17 @@ def config_json(config: T5Config, body: Mapping[str, Any]) -> dict[str, Any]:
     name = f"{family}ForTokenClassification"
     return {**body, **labels, "architectures": [name]}
   own = labels["fat5_jax"]
+  # Under another name than `model_type`: transformers 5 takes a dictionary with
+  # the model_type that it looks for out of any config.json.
+  inside = dict(body)
+  inside["family"] = inside.pop("model_type")
   if head.kind == "language_model":
     own["logits_via_embedding"] = config.logits_via_embedding
     own["scale_decoder_outputs"] = config.scales_decoder_outputs
   return labels | {
     "architectures": [f"Fat5{ending}"],
     "model_type": "fat5_jax",
-    "t5": dict(body),
+    "t5": inside,
     # No T5Config takes this value, so that no stock class loads the folder.
     "feed_forward_proj": "see-README.md",
     "is_encoder_decoder": head.kind == "language_model",

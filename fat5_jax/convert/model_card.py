@@ -112,7 +112,7 @@ def text(
   base = str(facts.get("base") or "")
   parts = [
     _front_matter(config, head, task, base, facts.get("metrics") or [])
-    + f"# {task.get('name') or _WHAT[head.kind].capitalize()}",
+    + f"# {task.get('name') or _first_upper(_WHAT[head.kind])}",
     f"{_FAMILY[config.model_type]}, {config.num_encoder_layers} encoder and"
     f" {config.num_decoder_layers} decoder layers: {_WHAT[head.kind]}."
     + (f" It started from `{base}`." if base else "")
@@ -127,6 +127,10 @@ def text(
     _training(facts),
   ]
   return "\n\n".join(part.strip("\n") for part in parts if part) + "\n"
+
+
+def _first_upper(text: str) -> str:
+  return text[:1].upper() + text[1:]
 
 
 _FAMILY = {"t5": "T5", "mt5": "mT5", "umt5": "umT5"}
@@ -230,7 +234,7 @@ model, params = factory.create(config), table.read_all(leaves)
 
 _LOAD = """```python
 {first}import torch
-from transformers import AutoTokenizer, {class_name}
+from transformers import {class_name}, AutoTokenizer
 
 folder = "/models/this"  # where this folder is; transformers 4: no dots
 tokenizer = AutoTokenizer.from_pretrained(folder)

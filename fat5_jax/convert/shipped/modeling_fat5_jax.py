@@ -59,9 +59,9 @@ class Fat5JaxConfig(PretrainedConfig):
       # A folder that other classes read as well: all keys on one level.
       family = found.get("model_type")
       found["t5"] = dict(found) | {
-        "model_type": family if family in _FAMILIES else "t5"
+        "family": family if family in _FAMILIES else "t5"
       }
-      for key in ("auto_map", "architectures", "fat5_jax"):
+      for key in ("auto_map", "architectures", "fat5_jax", "model_type"):
         found["t5"].pop(key, None)
       found["model_type"] = cls.model_type
       # What stock classes are kept away by.
@@ -75,7 +75,7 @@ class _Body(nn.Module):
   def __init__(self, config: Fat5JaxConfig):
     super().__init__()
     options = dict(config.t5)
-    config_class, stack = _FAMILIES[options.pop("model_type")]
+    config_class, stack = _FAMILIES[options.pop("family")]
     t5 = config_class(**options)
     head = config.fat5_jax["head"]
     self.t5 = t5
