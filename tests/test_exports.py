@@ -146,8 +146,12 @@ def answered(exported, tmp_path_factory):
     for (family, _), one in exported.items():
       config = one["config"]
       is_code = hf_heads.form(config) == "code" and one["how"] == "hf"
+      labels = f"{one['folder']}-labels.npz" if is_code else None
+      if labels:
+        np.savez(labels, **made_up_labels(one))
       jobs.append(
         {
+          "labels": labels,
           "folder": one["folder"],
           "inputs": f"{one['folder']}-inputs.npz",
           "load": loaders(config, one["how"]),
@@ -162,6 +166,51 @@ def answered(exported, tmp_path_factory):
     return known[version]
 
   return ask
+
+
+def made_up_labels(one):
+  """Labels of the folder's kind, under the names of its forward."""
+  head, x = one["config"].head, one["x"]
+  rng = np.random.default_rng(5)
+  rows = len(x)
+  if head.kind == "language_model":
+    return {"labels": rng.integers(3, 99, one["ours"].shape[:2])}
+  if head.kind == "question_answering":
+    first = np.arange(rows) % 2
+    return {"start_positions": first, "end_positions": 1 - first}
+  if head.kind == "token_classification":
+    tags = rng.integers(0, head.num_labels, x.shape)
+    return {"labels": np.where(x == 0, -100, tags)}
+  if head.problem_type == "regression":
+    return {"labels": rng.normal(size=rows).astype(np.float32)}
+  if head.problem_type == exports.MULTI:
+    many = rng.integers(0, 2, (rows, head.num_labels))
+    return {"labels": many.astype(np.float32)}
+  return {"labels": rng.integers(0, head.num_labels, rows)}
+
+
+def loss_of(one, labels):
+  """What it must be, of our logits."""
+  head, logits = one["config"].head, one["ours"].astype(np.float64)
+  if head.kind == "question_answering":
+    pairs = (
+      (logits[..., 0], labels["start_positions"]),
+      (logits[..., 1], labels["end_positions"]),
+    )
+    return np.mean([cross_entropy(*pair) for pair in pairs])
+  labels = labels["labels"]
+  if head.problem_type == "regression":
+    return np.square(logits[:, 0] - labels).mean()
+  if head.problem_type == exports.MULTI:
+    return (np.logaddexp(0, logits) - logits * labels).mean()
+  return cross_entropy(logits, labels)
+
+
+def cross_entropy(logits, labels):
+  top = logits.max(-1, keepdims=True)
+  log_sum = top[..., 0] + np.log(np.exp(logits - top).sum(-1))
+  chosen = np.take_along_axis(logits, np.maximum(labels, 0)[..., None], -1)
+  return (log_sum - chosen[..., 0])[labels != -100].mean()
 
 
 def as_ours(config, outputs, x):
@@ -303,6 +352,21 @@ def test_the_lines_for_fat5_jax_work_too(exported):
     assert read.keys() == one["leaves"].keys()
     for path, leaf in one["leaves"].items():
       assert np.array_equal(read[path], leaf.read()), path
+
+
+@each_version
+def test_the_loss_of_the_modelling_file_is_the_problems(
+  version, exported, answered
+):
+  _, jobs = answered(version)
+  found = 0
+  for key, one in exported.items():
+    for result in jobs[key]["loaded"].values():
+      if "loss" in result:
+        expected = loss_of(one, made_up_labels(one))
+        assert abs(result["loss"] - expected) < 1e-3 * (1 + expected), key
+        found += 1
+  assert found > 10
 
 
 @each_version

@@ -66,6 +66,9 @@ def run(job, class_name, trust):
     return found | {"refused": f"{type(e).__name__}: {e}"}
   path = os.path.join(job["answers"], f"{class_name}.npz")
   np.savez(path, **arrays(output))
+  if trust and job.get("labels"):
+    labels = {k: torch.tensor(v) for k, v in np.load(job["labels"]).items()}
+    found["loss"] = model(**inputs, **labels).loss.item()
   if trust and job.get("save"):
     model.save_pretrained(job["folder"] + f"-saved-{class_name}")
   return found | {"outputs": path}
