@@ -32,6 +32,8 @@ setup(
   package_data={
     "fat5_jax.gin": ["**/*.gin"],
     "pallas_kernels": ["**/README.md"],
+    # A file for torch, copied into exports; not a module of this package.
+    "fat5_jax.convert": ["shipped/*.py"],
   },
   install_requires=[
     "clu>=0.0.12",
@@ -70,6 +72,8 @@ setup(
       "pytest>=8",
       "pytest-xdist",
       "ruff==0.14.5",
+      # Reads exported embeddings in tests.
+      "sentence-transformers==6.2.0",
       # An oracle in tests; this very version has a CPU build that is
       # found without an index of its own.
       "torch==2.13.0",

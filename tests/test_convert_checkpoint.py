@@ -1,16 +1,21 @@
 """The converter command: there and back, weights and tokenizer."""
 
+import importlib.util
 import os
 import subprocess
 import sys
 
 from conftest import ROOT
+import exports
 import hf_models
 import jax
 import numpy as np
 import pytest
 
+from fat5_jax import weights
 from fat5_jax.convert import hf
+from fat5_jax.errors import UserError
+from fat5_jax.models.config import HeadConfig, LoRAConfig
 
 TOOL = os.path.join(ROOT, "tools", "convert_checkpoint.py")
 
@@ -25,6 +30,7 @@ def run(*arguments):
 
 
 def test_there_and_back_with_the_tokenizer(shared_data, tmp_path):
+  import transformers
   from transformers import AutoTokenizer
 
   spiece = os.path.join(shared_data, "vocab_t5", "spiece.model")
@@ -34,9 +40,12 @@ def test_there_and_back_with_the_tokenizer(shared_data, tmp_path):
 
   done = run(tmp_path / "hf", tmp_path / "run")
   assert done.returncode == 0, done.stderr
-  assert "largest difference in logits 0" in done.stdout
+  assert "read again by fat5_jax: " in done.stdout
+  assert "transformers" not in done.stdout
   done = run(tmp_path / "run", tmp_path / "again", "--to", "hf")
   assert done.returncode == 0, done.stderr
+  assert "tensors equal bit for bit" in done.stdout
+  assert f"loaded by transformers {transformers.__version__}" in done.stdout
 
   _, found = hf.from_pretrained(tmp_path / "again")
   assert jax.tree.all(jax.tree.map(np.array_equal, found, params))
@@ -67,3 +76,105 @@ def test_a_destination_in_use_is_left_alone(to, tmp_path):
   done = run(tmp_path / "hf", tmp_path / "out", "--to", to)
   assert done.returncode == 1 and "Traceback" not in done.stderr
   assert (tmp_path / "out" / "notes.txt").read_text() == "mine"
+
+
+@pytest.fixture
+def tool():
+  spec = importlib.util.spec_from_file_location("convert_checkpoint", TOOL)
+  module = importlib.util.module_from_spec(spec)
+  spec.loader.exec_module(module)
+  return module
+
+
+def convert(tool, monkeypatch, *arguments):
+  arguments = [TOOL, *map(str, arguments), "--no_transformers"]
+  monkeypatch.setattr(sys, "argv", arguments)
+  # A test's handlers are no command's.
+  monkeypatch.setattr(tool.signal, "signal", lambda *_: None)
+  return tool.main()
+
+
+def source_for(to, folder):
+  """A run that can be written in a format."""
+  if to == "flash_t5" or to == "fat5":
+    hf_models.make("t5_1_1", folder)
+    return
+  head = HeadConfig("enct5") if to == "enct5" else None
+  config, leaves = exports.large_leaves(
+    exports.T5.with_head(head).replace(
+      lora=LoRAConfig() if to == "peft" else None
+    )
+  )
+  weights.write_params(str(folder), config, leaves)
+
+
+@pytest.mark.parametrize(
+  "failure", [UserError("it is another"), KeyboardInterrupt(), OSError("disk")]
+)
+@pytest.mark.parametrize("to", ["hf", "flash_t5", "enct5", "peft", "fat5"])
+def test_a_conversion_that_fails_its_check_leaves_nothing(
+  to, failure, tool, monkeypatch, tmp_path
+):
+  source_for(to, tmp_path / "source")
+  seen = []
+
+  def fail(config, leaves, folder, to):
+    seen.append(sorted(os.listdir(folder)))
+    raise failure
+
+  monkeypatch.setattr(tool, "_compared", fail)
+  arguments = (tmp_path / "source", tmp_path / "out", "--to", to)
+  if isinstance(failure, OSError):
+    with pytest.raises(OSError, match="disk"):
+      convert(tool, monkeypatch, *arguments)
+  else:
+    assert convert(tool, monkeypatch, *arguments) != 0
+  assert len(seen) == 1 and seen[0], "it was written before it was checked"
+  assert os.listdir(tmp_path) == ["source"]
+
+
+def test_a_conversion_that_fails_leaves_the_earlier_export(
+  tool, monkeypatch, tmp_path
+):
+  hf_models.make("t5_1_1", tmp_path / "source")
+  hf_models.make("t5_1_0", tmp_path / "out")
+  before = {p.name: p.read_bytes() for p in (tmp_path / "out").iterdir()}
+  monkeypatch.setattr(tool, "_outputs", lambda *_: np.random.rand(3))
+  arguments = (tmp_path / "source", tmp_path / "out", "--to", "hf")
+  assert convert(tool, monkeypatch, *arguments) == 1
+  after = {p.name: p.read_bytes() for p in (tmp_path / "out").iterdir()}
+  assert after == before
+  monkeypatch.undo()
+  assert convert(tool, monkeypatch, *arguments) == 0
+  assert "README.md" in os.listdir(tmp_path / "out")
+
+
+@pytest.mark.parametrize("answer", ["crash", "other numbers"])
+def test_an_export_that_transformers_answers_otherwise_is_not_kept(
+  answer, tool, monkeypatch, tmp_path
+):
+  hf_models.make("t5_1_1", tmp_path / "source")
+  program = "raise ValueError('odd')"
+  if answer == "other numbers":
+    program = "print('[\"5.24.0\", [[[1e6]]]]')"
+  monkeypatch.setattr(tool, "_LOADS", program)
+  monkeypatch.setattr(
+    sys,
+    "argv",
+    [TOOL, str(tmp_path / "source"), str(tmp_path / "out"), "--to", "hf"],
+  )
+  monkeypatch.setattr(tool.signal, "signal", lambda *_: None)
+  assert tool.main() == 1
+  assert os.listdir(tmp_path) == ["source"]
+
+
+def test_a_tied_model_that_is_not_scaled_is_converted(
+  tool, monkeypatch, tmp_path
+):
+  config, leaves = exports.large_leaves(
+    exports.T5.replace(logits_via_embedding=True, scale_decoder_outputs=False)
+  )
+  weights.write_params(str(tmp_path / "run"), config, leaves)
+  arguments = (tmp_path / "run", tmp_path / "out", "--to", "hf")
+  assert convert(tool, monkeypatch, *arguments) == 0
+  assert hf.read_config(tmp_path / "out").logits_via_embedding

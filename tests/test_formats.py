@@ -18,8 +18,10 @@ from fat5_jax import checkpoints, optimizers, weights
 from fat5_jax.convert import (
   enct5,
   flash_t5,
+  folders,
   formats,
   hf,
+  hf_heads,
   mesh_tf,
   peft,
   t5x,
@@ -218,7 +220,10 @@ def test_flash_t5_with_relu_has_fat5s_names_and_scale(tmp_path):
   config, leaves = random_leaves(config, ml_dtypes.bfloat16)
   flash_t5.to_folder(config, leaves, tmp_path / "flash")
   path = tmp_path / "flash" / "model.safetensors"
-  assert set(safetensors.numpy.load_file(path)) == FLASH_NAMES
+  tensors = safetensors.numpy.load_file(path)
+  # Empty, and T5's: classes of transformers refuse the folder for it.
+  assert tensors.pop("encoder.block.0.layer.0.layer_norm.weight").size == 0
+  assert set(tensors) == FLASH_NAMES
   # Without attention_scale it is 1/sqrt(heads), and the default pad no token.
   hf_models.edit_config(
     tmp_path / "flash", attention_scale=None, pad_token_id=-100
@@ -274,15 +279,37 @@ def test_what_fat5_has_not_is_refused(tmp_path):
   assert not (tmp_path / "flash").exists()
 
 
+def write_published(config, leaves, folder, **config_json):
+  """A head on the encoder under FAT5's names, as we wrote it too."""
+  tensors = table.to_foreign(hf.rows(config, published=True), leaves, "test")
+  assert "shared.weight" in tensors
+  labels = hf_heads.labels_json(config.head)
+  found = hf.body_json(config) | labels | config_json
+  folders.write_folder(folder, {"config.json": found}, tensors, None, 10**9)
+
+
+@pytest.mark.parametrize("head", [HEADS[1], HEADS[2], HEADS[6]])
+def test_exports_of_earlier_versions_are_read(head, tmp_path):
+  config, leaves = random_leaves(CONFIG.with_head(head))
+  write_published(config, leaves, tmp_path / "out")
+  found_config, found = hf.open_model(tmp_path / "out")
+  assert found_config.architecture() == config.architecture()
+  assert found_config.head == config.head
+  same(found, leaves)
+
+
 def test_monologgs_enct5_is_an_encoder_read_at_its_first_token(tmp_path):
   head = HeadConfig(
     "sequence_classification", num_labels=3, widths=(), pooling="first"
   )
   config, leaves = random_leaves(CONFIG.with_head(head))
-  hf.to_pretrained(config, leaves, tmp_path)
   # As their repository writes it.
-  hf_models.edit_config(
-    tmp_path, fat5_jax=None, architectures=["EncT5ForSequenceClassification"]
+  write_published(
+    config,
+    leaves,
+    tmp_path,
+    fat5_jax={},
+    architectures=["EncT5ForSequenceClassification"],
   )
   found_config, found = hf.open_model(tmp_path)
   assert found_config.head.pooled == "first"
@@ -302,8 +329,13 @@ def test_enct5_there_and_back(problem, tmp_path):
   found_config, found = weights.open_params(source)
   assert found_config.head == head
   same(found, leaves)
-  with pytest.raises(UserError, match="--to enct5"):
-    hf.to_pretrained(config, leaves, tmp_path / "hf")
+  hf.to_pretrained(config, leaves, tmp_path / "hf")
+  found_config, found = weights.open_params(weights.find(str(tmp_path / "hf")))
+  assert found_config.architecture() == config.architecture()
+  assert found_config.head == config.head
+  same(found, leaves)
+  with pytest.raises(UserError, match="--to hf or enct5"):
+    flash_t5.to_folder(config, leaves, tmp_path / "flash")
 
 
 # ---- PEFT --------------------------------------------------------------------

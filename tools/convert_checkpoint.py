@@ -6,9 +6,12 @@
 SOURCE is found by looking: a folder of Hugging Face (T5, mT5, umT5, their
 heads, T5EncoderModel), FAT5, EncT5 or PEFT, a T5X checkpoint, a Mesh TensorFlow
 one, a run folder (MODEL_DIR, its latest checkpoint) or one checkpoint_<step>.
-DEST is written whole or not at all; then both are read again, compared tensor
-by tensor, and run on a few tokens. Tensors go one at a time: memory holds the
-largest and a shard of the output, not the model.
+The result is written to a folder beside DEST, read again by fat5_jax and
+compared there, tensor by tensor and on a few tokens, and only then takes DEST's
+place: what fails or is stopped leaves DEST as it was. Where torch is installed,
+the transformers that is there loads it too and says what it answers. Tensors go
+one at a time: memory holds the largest and a shard of the output, not the
+model.
 """
 
 from __future__ import annotations
@@ -16,9 +19,13 @@ from __future__ import annotations
 import argparse
 import ast
 import dataclasses
+import json
 import os
 import resource
+import signal
+import subprocess
 import sys
+import tempfile
 import time
 
 _FORMATS = ("fat5", "hf", "flash_t5", "enct5", "peft")
@@ -63,12 +70,19 @@ def main() -> int:
     help="take step and Adafactor's slots of a T5X or Mesh TensorFlow"
     " checkpoint along (--to fat5)",
   )
+  parser.add_argument(
+    "--no_transformers",
+    action="store_true",
+    help="do not load the export in transformers, though torch is installed",
+  )
   flags = parser.parse_args()
   os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
   from fat5_jax.errors import UserError
 
   begin = time.monotonic()
+  # As Ctrl-C: what is half written goes away.
+  signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
   try:
     convert(flags)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
@@ -76,13 +90,16 @@ def main() -> int:
   except UserError as e:
     print(f"error: {e}", file=sys.stderr)
     return 1
+  except KeyboardInterrupt:
+    print("stopped; the destination is as it was", file=sys.stderr)
+    return 130
   return 0
 
 
 def convert(flags) -> None:
   """See the module's docstring."""
-  from fat5_jax import weights
-  from fat5_jax.convert import enct5, flash_t5, formats, hf, lora, peft
+  from fat5_jax import checkpoints, weights
+  from fat5_jax.convert import folders, formats, lora
   from fat5_jax.errors import UserError
   from fat5_jax.models.config import HeadConfig
 
@@ -108,25 +125,41 @@ def convert(flags) -> None:
     to != "fat5" or source.kind not in ("t5x", "mesh_tf")
   ):
     raise UserError("--optimizer is for T5X and Mesh TensorFlow, --to fat5")
+  if to == "fat5" and os.path.isdir(dest) and checkpoints.steps(dest):
+    raise UserError(f"{dest}: holds checkpoints already")
+  if config.lora is not None and to not in ("fat5", "peft"):
+    print("LoRA is merged into the kernels")
+    config, leaves = lora.merged(config, leaves)
+  marks = {"marks": ()} if to == "fat5" else {}
+  with folders.whole_folder(dest, **marks) as target:
+    _write(source, config, leaves, target, to, flags)
+    said = [_compared(config, leaves, target, to)]
+    if to in ("hf", "enct5") and not flags.no_transformers:
+      said.append(_in_transformers(config, leaves, target))
+  print(f"{dest}: written as {formats.NAMES.get(to, to)}")
+  for line in filter(None, said):
+    print(line)
+
+
+def _write(source, config, leaves, dest, to, flags) -> None:
+  from fat5_jax.convert import enct5, flash_t5, hf, model_card, peft
+
   if to == "fat5":
     _to_fat5(source, config, leaves, dest, flags.optimizer)
-  elif to == "peft":
-    peft.to_peft(config, leaves, dest, _base_of(source))
-    print(f"{dest}: written as {formats.NAMES[to]}; its base is not in it")
-    _verify_adapter(config, leaves, dest)
     return
-  else:
-    write = {
-      "hf": hf.to_pretrained,
-      "flash_t5": flash_t5.to_folder,
-      "enct5": enct5.to_folder,
-    }[to]
-    if config.lora is not None:
-      print("LoRA is merged into the kernels")
-      config, leaves = lora.merged(config, leaves)
-    write(config, leaves, dest, flags.tokenizer or _tokenizer(source))
-  again_config, again = weights.open_params(weights.find(dest))
-  _verify(config, leaves, again_config, again, f"{dest}: written as {to};")
+  facts = {}
+  if source.kind == "fat5":
+    facts = model_card.facts_of_run(source.run_dir)
+  if to == "peft":
+    peft.to_peft(config, leaves, dest, _base_of(source), facts)
+    return
+  write = {
+    "hf": hf.to_pretrained,
+    "flash_t5": flash_t5.to_folder,
+    "enct5": enct5.to_folder,
+  }[to]
+  tokenizer = flags.tokenizer or _tokenizer(source)
+  write(config, leaves, dest, tokenizer, facts=facts)
 
 
 def _overrides(settings):
@@ -166,11 +199,8 @@ def _describe(config) -> str:
 
 
 def _to_fat5(source, config, leaves, dest, with_optimizer) -> None:
-  from fat5_jax import checkpoints, weights
-  from fat5_jax.errors import UserError
+  from fat5_jax import weights
 
-  if checkpoints.steps(dest):
-    raise UserError(f"{dest}: holds checkpoints already")
   vocabulary = None
   if source.kind == "fat5" or _has_tokenizer(source.run_dir):
     vocabulary = _vocabulary(source)
@@ -221,34 +251,51 @@ def _tokenizer(source):
   return source.run_dir if _has_tokenizer(source.run_dir) else None
 
 
-def _verify(config, leaves, again_config, again, what: str) -> None:
-  """Compares every tensor, then logits, one layer in memory at a time."""
+def _compared(config, leaves, folder, to) -> str:
+  """Compares every tensor, then logits, one layer in memory at a time; what was
+  compared, in words.
+
+  Raises:
+    UserError: if anything differs.
+  """
   import numpy as np
 
+  from fat5_jax import weights
+  from fat5_jax.convert import peft
   from fat5_jax.errors import UserError
 
+  what = "read again by fat5_jax"
+  if to == "peft":
+    what = "adapter and base read together by fat5_jax"
+    base = {k: x for k, x in leaves.items() if k[-1][:5] != "lora_"}
+    again_config, again = peft.from_peft(
+      folder, config.replace(lora=None), base
+    )
+  else:
+    again_config, again = weights.open_params(weights.find(folder))
   if leaves.keys() != again.keys():
-    raise UserError(f"{what} it does not hold the same parameters")
+    raise UserError(f"{what}: it does not hold the same parameters")
   for path, leaf in leaves.items():
     a, b = leaf.read(), again[path].read()
     if a.dtype != b.dtype or a.tobytes() != b.tobytes():
-      raise UserError(f"{what} {'/'.join(path)} is not the same")
-  found = _outputs(again_config, again)
-  difference = float(np.abs(_outputs(config, leaves) - found).max())
-  print(
-    f"{what} {len(again)} tensors equal bit for bit, largest difference in"
-    f" logits {difference:g}"
+      raise UserError(f"{what}: {'/'.join(path)} is not the same")
+  difference = np.abs(_outputs(config, leaves) - _outputs(again_config, again))
+  if difference.max() != 0:
+    raise UserError(f"{what}: it does not compute what the source does")
+  return (
+    f"{what}: {len(again)} tensors equal bit for bit, its outputs for 2 x 16"
+    " random tokens equal"
   )
-  if difference != 0:
-    raise UserError("the result does not compute what the source does")
 
 
-def _verify_adapter(config, leaves, dest) -> None:
-  from fat5_jax.convert import peft
+def _tokens(config):
+  """Inputs and targets, two rows of 16, each ended once."""
+  import numpy as np
 
-  base = {k: x for k, x in leaves.items() if k[-1][:5] != "lora_"}
-  again_config, again = peft.from_peft(dest, config.replace(lora=None), base)
-  _verify(config, leaves, again_config, again, "adapter and base together:")
+  rng = np.random.default_rng(0)
+  x, y = rng.integers(2, config.vocab_size, (2, 2, 16)).astype(np.int32)
+  x[:, -1] = config.eos_token_id
+  return x, y
 
 
 def _outputs(config, leaves):
@@ -259,8 +306,7 @@ def _outputs(config, leaves):
   from fat5_jax.convert import table
   from fat5_jax.models import factory
 
-  rng = np.random.default_rng(0)
-  x, y = rng.integers(2, config.vocab_size, (2, 2, 16)).astype(np.int32)
+  x, y = _tokens(config)
   model = factory.create(
     config.replace(
       dtype="float32", attention_implementation="reference", scan_layers=False
@@ -270,6 +316,108 @@ def _outputs(config, leaves):
   # Op by op, not compiled: a parameter is read when its layer runs.
   with jax.default_device(jax.devices("cpu")[0]):
     return np.asarray(model.apply({"params": table.LazyTree(leaves)}, *inputs))
+
+
+# A larger model is not loaded a second time, in another library.
+_LOADED_BYTES = 4 * 2**30
+# Run by another process, so that this one never has torch.
+_LOADS = """
+import json, sys
+try:
+  import torch, transformers
+except ImportError:
+  print(json.dumps(None))
+  raise SystemExit
+transformers.logging.set_verbosity_error()
+want = json.loads(sys.argv[1])
+name = "dtype" if transformers.__version__[0] > "4" else "torch_dtype"
+model = getattr(transformers, want["class"]).from_pretrained(
+  want["folder"], trust_remote_code=want["code"], **{name: torch.float32})
+inputs = {k: torch.tensor(v) for k, v in want["inputs"].items()}
+with torch.no_grad():
+  out = model(**inputs)
+if "start_logits" in out:
+  found = torch.stack([out.start_logits, out.end_logits], -1)
+else:
+  found = out["logits"] if "logits" in out else out["last_hidden_state"]
+print(json.dumps([transformers.__version__, found.tolist()]))
+"""
+
+
+def _in_transformers(config, leaves, folder) -> str:
+  """What the installed transformers makes of an export; "" without torch.
+
+  Raises:
+    UserError: if it does not load it, or answers otherwise.
+  """
+  import numpy as np
+
+  from fat5_jax.convert import hf_heads
+  from fat5_jax.errors import UserError
+
+  if sum(4 * _count(leaf) for leaf in leaves.values()) > _LOADED_BYTES:
+    return "not loaded in transformers: it would take more than 4 GiB"
+  x, y = _tokens(config)
+  inputs = {"input_ids": x.tolist()}
+  inputs["attention_mask"] = (x != config.pad_token_id).astype(int).tolist()
+  class_name, is_code = hf_heads.loaded_by(config)
+  if config.is_language_model:
+    inputs["decoder_input_ids"] = y.tolist()
+  want = {
+    "folder": folder,
+    "class": class_name,
+    "code": is_code,
+    "inputs": inputs,
+  }
+  # It runs the code of the folder that was written just now, and no other.
+  with tempfile.TemporaryDirectory() as cache:
+    own = {"HF_HUB_OFFLINE": "1", "USE_TF": "0", "HF_MODULES_CACHE": cache}
+    done = subprocess.run(
+      [sys.executable, "-c", _LOADS, json.dumps(want)],
+      env=os.environ | own,
+      stdin=subprocess.DEVNULL,
+      capture_output=True,
+      text=True,
+    )
+  if done.returncode:
+    raise UserError(
+      f"transformers does not load the export: {done.stderr[-800:]}\n"
+      "--no_transformers leaves this check out"
+    )
+  answer = json.loads(done.stdout.splitlines()[-1])
+  if answer is None:
+    return ""
+  version, found = answer
+  found, expected = np.array(found), _outputs(config, leaves)
+  if config.head is not None and config.head.kind == "embedding":
+    # The encoder alone: pooled, and of length one, as ours.
+    found = _pooled(found, config.head.pooled)
+  if (
+    config.model_type == "umt5"
+    and config.head is None
+    and not config.scales_decoder_outputs
+    and [5] <= [int(n) for n in version.split(".")[:2]] < [5, 24]
+  ):
+    return (
+      f"loaded by transformers {version}, which divides umT5's output by"
+      " sqrt(d_model) whatever config.json says: not compared"
+    )
+  error, size = np.abs(found - expected).max(), np.abs(expected).max()
+  text = (
+    f"loaded by transformers {version} ({class_name}): largest difference"
+    f" {error:.1e} from ours for 2 x 16 random tokens, where ours reach"
+    f" {size:.3g}"
+  )
+  if not error <= 1e-3 * size:
+    raise UserError(text)
+  return text
+
+
+def _pooled(x_BLM, how):
+  import numpy as np
+
+  x_BM = {"mean": x_BLM.mean(1), "first": x_BLM[:, 0], "eos": x_BLM[:, -1]}[how]
+  return x_BM / np.linalg.norm(x_BM, axis=-1, keepdims=True)
 
 
 if __name__ == "__main__":

@@ -9,13 +9,20 @@ A T5Model inside `transformer.`, whose decoder reads an embedding of its own:
 from __future__ import annotations
 
 from collections.abc import Mapping
-import dataclasses
 import os
 from typing import Any
 
 import numpy as np
 
-from fat5_jax.convert import hf, hf_heads, lora, table, tensor_files
+from fat5_jax.convert import (
+  folders,
+  hf,
+  hf_heads,
+  lora,
+  model_card,
+  table,
+  tensor_files,
+)
 from fat5_jax.convert.table import Leaf, Leaves
 from fat5_jax.errors import UserError
 from fat5_jax.models.config import HeadConfig, T5Config
@@ -26,25 +33,12 @@ _MULTI = "multi_label_classification"
 
 
 def _rows(config: T5Config) -> list[table.Row]:
-  head, emb = config.head, config.emb_dim
-  if head.hidden_widths(emb):
-    raise UserError(f"hackyon's EncT5 has no hidden layers {head.widths}")
-  found = [
-    dataclasses.replace(row, foreign=f"transformer.{row.foreign}")
-    for row in hf.body_rows(config)
-  ]
-  prompt = ("prompt_embedder", "embedding")
-  found.append(table.Row(_PROMPT, prompt, (head.prompts, emb)))
-  if head.problem_type == _MULTI:
-    name, path = "classification_head", ("classifier",)
-    found += [
-      table.Row(f"{name}.weights", (*path, "kernel"), (head.num_labels, emb)),
-      table.Row(f"{name}.biases", (*path, "bias"), (head.num_labels,)),
-    ]
-    return found
-  return found + hf_heads.dense(
-    "classification_head.out_proj", ("classifier",), emb, head.num_labels
-  )
+  head = config.head
+  if head.hidden_widths(config.emb_dim):
+    raise UserError(
+      f"hackyon's EncT5 has no hidden layers {head.widths}; write it --to hf"
+    )
+  return hf.rows(config)
 
 
 def is_enct5(config_json: Mapping[str, Any], tensors: Mapping[str, Leaf]):
@@ -62,7 +56,7 @@ def open_model(folder: str) -> tuple[T5Config, Leaves]:
   """
   path = os.path.join(folder, "config.json")
   config_json = tensor_files.read_json(path)
-  tensors = tensor_files.read_folder(folder)
+  tensors = hf_heads.without_guards(tensor_files.read_folder(folder))
   prompt = tensors.pop(_PROMPT_ALIAS, None)
   if prompt is not None and _PROMPT in tensors:
     if not np.array_equal(prompt.read(), tensors[_PROMPT].read()):
@@ -114,24 +108,36 @@ def to_folder(
   tokenizer: Any = None,
   *,
   max_shard_bytes: int = 10**9,
+  facts: Mapping[str, Any] | None = None,
 ) -> None:
-  """Writes a folder that hackyon's EncT5 loads; see hf.to_pretrained.
+  """Writes a folder that hackyon's EncT5 loads, and transformers 4.37 and 5 by
+  the file inside; arguments as in hf.to_pretrained.
 
   Raises:
-    UserError: if the model is no EncT5, or has hidden layers in its head.
+    UserError: if the model is no EncT5, has hidden layers in its head, or is a
+      umT5, whose position tables hackyon's has not.
   """
   if config.head is None or config.head.kind != "enct5":
     raise UserError("only an EncT5 can be written as one")
+  if config.relative_attention_per_layer:
+    raise UserError(
+      "hackyon's EncT5 has one position table for all layers, umT5 one each;"
+      " write it --to hf"
+    )
   config, leaves = lora.merged(config, table.as_leaves(params))
   tensors = table.to_foreign(_rows(config), leaves, "the parameters")
-  config_json = hf.hf_config(config.replace(head=None)) | {
+  config_json = hf.body_json(config) | {
     **hf_heads.labels_json(config.head),
+    **hf.dtype_json(tensors),
     "architectures": ["EncT5ForSequenceClassification"],
+    "auto_map": hf_heads.auto_map(config),
     "model_type": "enct5",
     "decoder_vocab_size": config.head.prompts,
     "tie_word_embeddings": False,
   }
-  del config_json["fat5_jax"]
-  hf.write_folder(
-    folder, {"config.json": config_json}, tensors, tokenizer, max_shard_bytes
-  )
+  files = {
+    "config.json": config_json,
+    "README.md": model_card.text(config, "enct5", facts),
+    hf_heads.CODE_FILE: hf_heads.code_text(),
+  }
+  folders.write_folder(folder, files, tensors, tokenizer, max_shard_bytes)

@@ -15,11 +15,23 @@ import os
 import re
 from typing import Any
 
-from fat5_jax.convert import hf, hf_heads, lora, table, tensor_files
+import numpy as np
+
+from fat5_jax.convert import (
+  folders,
+  hf,
+  hf_heads,
+  lora,
+  model_card,
+  table,
+  tensor_files,
+)
 from fat5_jax.convert.table import Leaf, Leaves
 from fat5_jax.errors import UserError
 from fat5_jax.models.config import T5Config
 
+# A name that T5 has and FAT5 has not; see hf_heads.py.
+_GUARD = "encoder.block.0.layer.0.layer_norm.weight"
 _ATTENTION = {
   "SelfAttention": "self_attention",
   "EncDecAttention": "cross_attention",
@@ -58,7 +70,7 @@ def flash_name(name: str) -> str:
 def _rows(config: T5Config) -> list[table.Row]:
   return [
     dataclasses.replace(row, foreign=flash_name(row.foreign))
-    for row in hf.rows(config)
+    for row in hf.rows(config, published=True)
   ]
 
 
@@ -75,7 +87,7 @@ def open_model(folder: str) -> tuple[T5Config, Leaves]:
   """
   path = os.path.join(folder, "config.json")
   flash = tensor_files.read_json(path)
-  tensors = tensor_files.read_folder(folder)
+  tensors = hf_heads.without_guards(tensor_files.read_folder(folder))
   config = _config(flash, tensors, path)
   model_rows = _rows(config)
   tensors = hf.without_aliases(tensors, "shared.weight", folder)
@@ -132,6 +144,7 @@ def to_folder(
   tokenizer: Any = None,
   *,
   max_shard_bytes: int = 10**9,
+  facts: Mapping[str, Any] | None = None,
 ) -> None:
   """Writes a FAT5 folder; arguments as in hf.to_pretrained.
 
@@ -152,7 +165,9 @@ def to_folder(
     raise UserError("FAT5 has one position table for all layers, umT5 one each")
   tensors = table.to_foreign(_rows(config), leaves, "the parameters")
   plain = config.replace(attention_scale=1.0, position_encoding="t5")
-  config_json = hf.hf_config(plain) | {
+  labels = {} if config.head is None else hf_heads.labels_json(config.head)
+  config_json = hf.body_json(plain) | {
+    **labels,
     "architectures": [
       _CLASSES.get(
         config.head and config.head.kind, "FlashT5ForConditionalGeneration"
@@ -168,6 +183,10 @@ def to_folder(
     "use_gelu_act": activation == "gelu",
     "tie_word_embeddings": config.logits_via_embedding,
   }
-  hf.write_folder(
-    folder, {"config.json": config_json}, tensors, tokenizer, max_shard_bytes
-  )
+  files = {
+    "config.json": config_json,
+    "README.md": model_card.text(config, "flash_t5", facts),
+  }
+  # FAT5's classes leave it unread, those of transformers refuse its shape.
+  tensors[_GUARD] = table.leaf_of(np.zeros(0, np.float32))
+  folders.write_folder(folder, files, tensors, tokenizer, max_shard_bytes)

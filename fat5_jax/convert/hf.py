@@ -10,16 +10,22 @@ own, and an export writes both what 4.x reads and what 5.x reads.
 from __future__ import annotations
 
 from collections.abc import Mapping
-import contextlib
 import dataclasses
 import logging
 import os
-import tempfile
 from typing import Any
 
 import numpy as np
 
-from fat5_jax.convert import hf_heads, lora, table, tensor_files, tokenizers
+from fat5_jax.convert import (
+  folders,
+  hf_heads,
+  lora,
+  model_card,
+  sentence_transformers,
+  table,
+  tensor_files,
+)
 from fat5_jax.convert.table import Leaf, Leaves
 from fat5_jax.errors import UserError
 from fat5_jax.models.config import HeadConfig, T5Config
@@ -44,6 +50,7 @@ _PROJECTIONS = {
   ("silu",): "silu",
 }
 _MODEL_TYPES = ("t5", "mt5", "umt5")
+_HF_BODY = "transformer."
 # Copies of `shared.weight` that older files hold beside it.
 _EMBEDDING_ALIASES = (
   "encoder.embed_tokens.weight",
@@ -55,18 +62,22 @@ _UNUSED = (
 )
 
 
-def rows(config: T5Config) -> list[table.Row]:
+def rows(config: T5Config, published: bool = False) -> list[table.Row]:
   """Every tensor of the model: HF name, our path, our shape.
 
+  Args:
+    config: of the model.
+    published: under FAT5's names of heads on the encoder; see hf_heads.py.
+
   Raises:
-    UserError: for a head that Hugging Face has no names for.
+    UserError: for a head that has no names there.
   """
-  prefix = hf_heads.prefix(config)
+  prefix = hf_heads.prefix(config, published)
   found = [
     dataclasses.replace(row, foreign=prefix + row.foreign)
     for row in body_rows(config)
   ]
-  return found + hf_heads.rows(config)
+  return found + hf_heads.rows(config, published)
 
 
 def body_rows(config: T5Config) -> list[table.Row]:
@@ -218,7 +229,9 @@ def _is_tied(config_json, tensors: Mapping[str, Leaf]) -> bool:
   """Whether the output projection is the embedding; see the module's head."""
   if "lm_head.weight" not in tensors:
     return True
-  if config_json.get("tie_word_embeddings") is False:
+  # Ours says so of a tied model that is not scaled, which 4.x has no words for.
+  said = config_json.get("fat5_jax", {}).get("logits_via_embedding", False)
+  if config_json.get("tie_word_embeddings") is False and not said:
     return False
   if "shared.weight" not in tensors:
     return False
@@ -235,17 +248,28 @@ def read_config(folder: str) -> T5Config:
   Raises:
     UserError: if the folder is not a T5 checkpoint.
   """
-  return _read_config(folder, tensor_files.read_folder(folder))
+  tensors = hf_heads.without_guards(tensor_files.read_folder(folder))
+  return _read_config(folder, tensors)
 
 
 def _read_config(folder: str, tensors: Mapping[str, Leaf]) -> T5Config:
   path = os.path.join(folder, "config.json")
   config_json = tensor_files.read_json(path)
-  config = config_from_json(config_json, path)
+  t5_json = config_json
+  if "t5" in config_json:
+    # A folder with a modelling file has the T5's own config inside.
+    inside = config_json["t5"]
+    t5_json = {**inside, "model_type": inside.get("family")}
+  config = config_from_json(t5_json, path)
   head = hf_heads.read(config_json, tensors, path)
+  tied = False
+  if head is None or head.kind == "language_model":
+    body = _HF_BODY if "t5" in config_json else ""
+    tied = _is_tied(
+      config_json, {k.removeprefix(body): x for k, x in tensors.items()}
+    )
   config = config.replace(
-    logits_via_embedding=head is None and _is_tied(config_json, tensors),
-    dtype=stored_dtype(tensors),
+    logits_via_embedding=tied, dtype=stored_dtype(tensors)
   )
   if head is None and not has_decoder(tensors):
     # T5EncoderModel.
@@ -279,10 +303,14 @@ def open_model(
   Raises:
     UserError: as in `from_pretrained`.
   """
-  tensors = tensor_files.read_folder(folder)
+  tensors = hf_heads.without_guards(tensor_files.read_folder(folder))
   config = _read_config(folder, tensors)
-  model_rows = rows(config)
-  tensors = without_aliases(tensors, model_rows[0].foreign, folder)
+  # FAT5's and monologg's have no `transformer.`, nor had our earlier exports.
+  published = not any(name.startswith(_HF_BODY) for name in tensors)
+  model_rows = rows(config, published)
+  if config.head is None or config.head.kind != "enct5":
+    # An EncT5's decoder has an embedding of its own.
+    tensors = without_aliases(tensors, model_rows[0].foreign, folder)
   if config.logits_via_embedding:
     tensors.pop("lm_head.weight", None)
   leaves = table.to_leaves(model_rows, tensors, folder)
@@ -346,6 +374,27 @@ def hf_config(config: T5Config) -> dict[str, Any]:
   """config.json of an export, right for transformers 4.37 and 5.
 
   Raises:
+    UserError: see `body_json`.
+  """
+  found = hf_heads.config_json(config, body_json(config))
+  if _is_tied_unscaled(config):
+    own = found.setdefault("fat5_jax", {})
+    own["logits_via_embedding"] = True
+  return found
+
+
+def _is_tied_unscaled(config: T5Config) -> bool:
+  return (
+    config.is_language_model
+    and config.logits_via_embedding
+    and not config.scales_decoder_outputs
+  )
+
+
+def body_json(config: T5Config) -> dict[str, Any]:
+  """What config.json says of the T5 itself, without its head.
+
+  Raises:
     UserError: for an activation that HF has no name for.
   """
   projection = _PROJECTIONS.get(config.mlp_activations)
@@ -361,7 +410,7 @@ def hf_config(config: T5Config) -> dict[str, Any]:
       " Write it with --to flash_t5"
     )
   name = projection.rpartition("-")[2]
-  return hf_heads.config_json(config) | {
+  return {
     "model_type": config.model_type,
     "vocab_size": config.vocab_size,
     "d_model": config.emb_dim,
@@ -391,13 +440,7 @@ def hf_config(config: T5Config) -> dict[str, Any]:
 
 
 def _warn_of_old_readers(config: T5Config) -> None:
-  if not config.is_language_model:
-    if not hf_heads.has_class(config):
-      logger.warning(
-        "transformers has no class for this head on the encoder alone:"
-        " T5EncoderModel loads the body of this folder, FAT5's code (--to"
-        " flash_t5) and fat5_jax all of it"
-      )
+  if hf_heads.form(config) == "code" or not config.is_language_model:
     return
   scaled, tied = config.scales_decoder_outputs, config.logits_via_embedding
   if scaled and not tied:
@@ -407,9 +450,9 @@ def _warn_of_old_readers(config: T5Config) -> None:
     )
   if config.model_type == "umt5" and not scaled:
     logger.warning(
-      "transformers 5 (seen up to 5.23) always scales umT5's output by"
+      "transformers 5 up to 5.23 always scales umT5's output by"
       " d_model**-0.5: logits there are smaller by that factor, generation"
-      " by greedy search is the same; 4.x is exact"
+      " by greedy search is the same; 4.x and 5.24 are exact"
     )
   if config.model_type == "mt5" and scaled:
     logger.warning("transformers 5 never scales mT5's output; 4.x does")
@@ -422,8 +465,12 @@ def to_pretrained(
   tokenizer: Any = None,
   *,
   max_shard_bytes: int = 10**9,
+  facts: Mapping[str, Any] | None = None,
 ) -> None:
-  """Writes a complete HF folder that stock transformers 4.37 and 5 load.
+  """Writes a complete HF folder that transformers 4.37 and 5 load.
+
+  A head that they have no class for brings one in a file, which they load with
+  `trust_remote_code=True`; the folder's README.md has the lines.
 
   Args:
     config: describes `params`.
@@ -434,6 +481,7 @@ def to_pretrained(
       files, a SentencePiece model file, an HF tokenizer, or a SeqIO
       vocabulary; None writes none.
     max_shard_bytes: a larger model is split into several files.
+    facts: what the model card says of the run; model_card.facts_of_run.
 
   Raises:
     UserError: if the parameters are not the config's (`-`/`+` list), the
@@ -443,68 +491,33 @@ def to_pretrained(
   config, leaves = lora.merged(config, leaves)
   tensors = table.to_foreign(rows(config), leaves, "the parameters")
   _warn_of_old_readers(config)
-  if (
-    config.is_language_model
-    and config.logits_via_embedding
-    and not config.scales_decoder_outputs
-  ):
+  form = hf_heads.form(config)
+  if _is_tied_unscaled(config) and form == "stock":
     # 4.x ties only models that it scales; a second copy is right everywhere.
     tensors["lm_head.weight"] = tensors["shared.weight"]
-  files = {"config.json": hf_config(config) | _dtype_json(tensors)}
+  files: dict[str, Any] = {
+    "config.json": hf_config(config) | dtype_json(tensors),
+    "README.md": model_card.text(config, f"hf_{form}", facts),
+  }
+  if form != "code":
+    tensors = hf_heads.guards(config, tensors)
+  if form != "stock":
+    files[hf_heads.CODE_FILE] = hf_heads.code_text()
   if config.is_language_model:
     files["generation_config.json"] = {
       "decoder_start_token_id": config.decoder_start_token_id,
       "eos_token_id": config.eos_token_id,
       "pad_token_id": config.pad_token_id,
     }
-  write_folder(folder, files, tensors, tokenizer, max_shard_bytes)
+    if form == "code":
+      # The modelling file has none.
+      files["generation_config.json"]["use_cache"] = False
+  elif config.head.kind == "embedding":
+    files |= sentence_transformers.files(config)
+  folders.write_folder(folder, files, tensors, tokenizer, max_shard_bytes)
 
 
-def _dtype_json(tensors: Mapping[str, Leaf]) -> dict[str, str]:
+def dtype_json(tensors: Mapping[str, Leaf]) -> dict[str, str]:
   dtype = next(iter(tensors.values())).dtype
   # 4.x reads torch_dtype, 5.x dtype.
   return {"torch_dtype": dtype, "dtype": dtype}
-
-
-@contextlib.contextmanager
-def whole_folder(folder: str):
-  """A new folder that takes the place of `folder` if nothing fails.
-
-  Raises:
-    UserError: if `folder` holds something else than an earlier export.
-  """
-  folder = os.path.abspath(folder)
-  if (
-    os.path.isdir(folder)
-    and os.listdir(folder)
-    and not any(
-      os.path.exists(os.path.join(folder, name))
-      for name in ("config.json", "adapter_config.json")
-    )
-  ):
-    raise UserError(f"{folder}: exists and is no Hugging Face folder")
-  parent = os.path.dirname(folder)
-  os.makedirs(parent, exist_ok=True)
-  with tempfile.TemporaryDirectory(dir=parent, prefix=".export-") as scratch:
-    target = os.path.join(scratch, "new")
-    os.mkdir(target)
-    yield target
-    if os.path.isdir(folder):
-      os.rename(folder, os.path.join(scratch, "old"))
-    os.rename(target, folder)
-
-
-def write_folder(
-  folder: str,
-  files: Mapping[str, Mapping[str, Any]],
-  tensors: Mapping[str, Leaf],
-  tokenizer: Any,
-  max_shard_bytes: int,
-) -> None:
-  """Writes JSON files, tensors and tokenizer, all of them or none."""
-  with whole_folder(folder) as target:
-    tensor_files.write_folder(tensors, target, max_shard_bytes)
-    for name, value in files.items():
-      tensor_files.write_json(os.path.join(target, name), value)
-    if tokenizer is not None:
-      tokenizers.write(tokenizer, target)

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 import os
 from typing import Any
 
-from fat5_jax.convert import hf, table, tensor_files
+from fat5_jax.convert import folders, hf, model_card, table, tensor_files
 from fat5_jax.convert.table import Leaves
 from fat5_jax.errors import UserError
 from fat5_jax.models.config import LoRAConfig, T5Config
@@ -27,10 +27,10 @@ _PLAIN = {
 }
 
 
-def _rows(config: T5Config) -> list[table.Row]:
+def _rows(config: T5Config, published: bool = False) -> list[table.Row]:
   """PEFT's name of every LoRA matrix, and of what trains beside them."""
   rank, found = config.lora.rank, []
-  base = hf.rows(config.replace(lora=None))
+  base = hf.rows(config.replace(lora=None), published)
   for row in base:
     module = _WRAPPER + row.foreign.removesuffix(".weight")
     *path, last = row.path
@@ -63,7 +63,11 @@ _TASKS = {
 
 
 def to_peft(
-  config: T5Config, params: Mapping[str, Any], folder: str, base: str = ""
+  config: T5Config,
+  params: Mapping[str, Any],
+  folder: str,
+  base: str = "",
+  facts: Mapping[str, Any] | None = None,
 ) -> None:
   """Writes an adapter folder that `peft.PeftModel.from_pretrained` loads.
 
@@ -72,6 +76,7 @@ def to_peft(
     params: its parameters; a head's own layers are written too.
     folder: created; replaced as a whole if it is an earlier export.
     base: name or path of the model that the adapter belongs to.
+    facts: what the model card says of the run; model_card.facts_of_run.
 
   Raises:
     UserError: if the model has no LoRA, or is none of Hugging Face's.
@@ -106,8 +111,9 @@ def to_peft(
     "modules_to_save": saved or None,
     "inference_mode": True,
   }
-  with hf.whole_folder(folder) as target:
-    tensor_files.write_json(os.path.join(target, CONFIG), adapter)
+  card = model_card.text(config, "peft", {**(facts or {}), "base": base})
+  with folders.whole_folder(folder) as target:
+    folders.write_files(target, {CONFIG: adapter, "README.md": card})
     tensor_files.write_safetensors(tensors, os.path.join(target, _WEIGHTS))
 
 
@@ -141,7 +147,9 @@ def from_peft(
     # Scales by alpha / sqrt(rank).
     alpha *= rank**0.5
   tensors = tensor_files.read_safetensors(os.path.join(folder, _WEIGHTS))
-  base = hf.rows(config)
+  # As the base is named; see hf.open_model.
+  published = not any(n.startswith(f"{_WRAPPER}transformer.") for n in tensors)
+  base = hf.rows(config, published)
   paths = {
     _WRAPPER + row.foreign.removesuffix(".weight"): row.path[:-1]
     for row in base
@@ -161,7 +169,7 @@ def from_peft(
     _targets(chosen, everything),
   )
   config = config.replace(lora=lora_config)
-  model_rows = _rows(config)
+  model_rows = _rows(config, published)
   own = {row.foreign for row in model_rows if row.path[-1][:5] != "lora_"}
   if not own & set(tensors):
     model_rows = [row for row in model_rows if row.foreign not in own]

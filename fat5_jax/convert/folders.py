@@ -1,0 +1,91 @@
+"""Export folders: written beside their place, put there whole or not at all."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+import contextlib
+import os
+import tempfile
+from typing import Any
+
+from fat5_jax.convert import tensor_files, tokenizers
+from fat5_jax.convert.table import Leaf
+from fat5_jax.errors import UserError
+
+# A folder that holds one of these is an earlier export.
+_MARKS = ("config.json", "adapter_config.json")
+
+
+@contextlib.contextmanager
+def whole_folder(folder: str, marks: tuple[str, ...] = _MARKS):
+  """A new folder that takes the place of `folder` if nothing fails.
+
+  Whoever writes it may also look at it there: what raises before the end leaves
+  `folder` as it was.
+
+  Args:
+    folder: where it will be.
+    marks: files that tell a folder that may be replaced; an empty one may be.
+
+  Raises:
+    UserError: if `folder` holds something else.
+  """
+  folder = os.path.abspath(folder)
+  _check_replaceable(folder, marks)
+  parent = os.path.dirname(folder)
+  os.makedirs(parent, exist_ok=True)
+  with tempfile.TemporaryDirectory(dir=parent, prefix=".export-") as scratch:
+    target = os.path.join(scratch, "new")
+    os.mkdir(target)
+    yield target
+    # Someone may have written there meanwhile.
+    _check_replaceable(folder, marks)
+    old = os.path.join(scratch, "old")
+    if os.path.isdir(folder):
+      os.rename(folder, old)
+    try:
+      os.rename(target, folder)
+    except BaseException:
+      if os.path.isdir(old):
+        os.rename(old, folder)
+      raise
+
+
+def _check_replaceable(folder: str, marks: tuple[str, ...]) -> None:
+  if not os.path.lexists(folder):
+    return
+  if not os.path.isdir(folder):
+    raise UserError(f"{folder}: exists and is no folder")
+  found = os.listdir(folder)
+  if found and not set(found) & set(marks):
+    what = "no Hugging Face folder" if marks else "not empty"
+    raise UserError(f"{folder}: exists and is {what}")
+
+
+def write_folder(
+  folder: str,
+  files: Mapping[str, Mapping[str, Any] | list[Any] | str],
+  tensors: Mapping[str, Leaf],
+  tokenizer: Any,
+  max_shard_bytes: int,
+) -> None:
+  """Writes JSON and text files, tensors and tokenizer, all of them or none."""
+  with whole_folder(folder) as target:
+    tensor_files.write_folder(tensors, target, max_shard_bytes)
+    write_files(target, files)
+    if tokenizer is not None:
+      tokenizers.write(tokenizer, target)
+
+
+def write_files(
+  folder: str, files: Mapping[str, Mapping[str, Any] | list[Any] | str]
+) -> None:
+  """Writes texts, and anything else as JSON, under their names in a folder."""
+  for name, value in files.items():
+    path = os.path.join(folder, name)
+    os.makedirs(os.path.dirname(path), exist_ok=True)
+    if isinstance(value, str):
+      with open(path, "w", encoding="utf-8") as file:
+        file.write(value)
+    else:
+      tensor_files.write_json(path, value)
