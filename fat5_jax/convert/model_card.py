@@ -168,6 +168,7 @@ def _front_matter(config, head, task, base, metrics) -> str:
 
 
 def _task_lines(task: Mapping[str, Any]) -> str:
+  task = {**task.get("arguments", {}), **task}
   rows = [
     (key, task[key])
     for key in ("name", "kind", "inputs", "targets", "label", "metrics")
