@@ -8,7 +8,8 @@ ORACLE := $(VENV)/oracle-4.37
 GPU_ENV := $(VENV)/gpu
 LIBTPU := $(VENV)/libtpu
 
-.PHONY: help install quickstart gpu-env test test-slow test-chips lint clean
+.PHONY: help install quickstart gpu-env test test-slow test-chips \
+  test-chips-ci lint clean
 
 help:
 	@echo "make quickstart  install into .venv, train a small T5, show results"
@@ -53,13 +54,17 @@ $(GPU_ENV): $(STAMP)
 gpu-env: $(GPU_ENV)
 
 test: $(STAMP) $(ORACLE)
-	$(BIN)/python -m pytest -n 2 tests -m 'not chips and not slow'
+	$(BIN)/python -m pytest -n 2 --dist loadgroup tests -m 'not chips and not slow'
 
 test-slow: $(STAMP)
 	$(BIN)/python -m pytest -n 2 tests -m slow
 
 test-chips: $(STAMP) $(LIBTPU) $(GPU_ENV)
 	$(BIN)/python -m pytest -n 2 tests -m chips -rs
+
+# One chip of each backend.
+test-chips-ci: $(STAMP) $(LIBTPU) $(GPU_ENV)
+	$(BIN)/python -m pytest -n 2 tests -m 'chips and not every_chip' -rs
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

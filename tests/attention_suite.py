@@ -51,7 +51,8 @@ CASES = {
   "odd, packed": Case(63, 100, batch=2, segments="packed"),
   "more queries than keys": Case(100, 63, causal=True, dtype="float32"),
   "1000 padded": Case(1000, 1000, segments="padded"),
-  "2047 causal": Case(2047, 2047, causal=True, heads=1),
+  # Several blocks with an odd end, in every implementation's blocks.
+  "703 causal": Case(703, 703, causal=True, heads=1),
   "other buckets, packed": Case(
     200, 333, buckets=(8, 20), segments="packed", dtype="float32"
   ),
@@ -88,7 +89,7 @@ def segment_ids(case, length, rng):
   return ids
 
 
-@functools.cache
+@functools.lru_cache(maxsize=2)
 def make_inputs(case: Case):
   """(arrays to differentiate, do, segment ids) as numpy, already rounded."""
   rng = np.random.default_rng(case.queries * 1000 + case.keys)
@@ -164,7 +165,7 @@ def position_gradient(case, position, ds_HQK):
   )
 
 
-@functools.cache
+@functools.lru_cache(maxsize=2)
 def oracle(case: Case):
   """([o, dq, dk, dv, dposition] in float64, the greatest score)."""
   (q, k, v, position), do, ids = make_inputs(case)
@@ -250,7 +251,7 @@ def naive_attention(case):
   return attention
 
 
-@functools.cache
+@functools.lru_cache(maxsize=2)
 def naive(case: Case):
   position = make_inputs(case)[0][3]
   bias = dense_bias(case, position).astype(np.float32)

@@ -7,6 +7,8 @@ import sys
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 os.environ["HF_HUB_OFFLINE"] = "1"
+# Two workers share two cores; torch's threads would spin for a third.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 if os.environ["JAX_PLATFORMS"] == "cpu":
   # Tests compile much and compute little.
   os.environ["XLA_FLAGS"] = (

@@ -57,6 +57,7 @@ def assert_memory_is_linear(report):
     assert row["temporary_bytes"] <= 1.1 * row["other_bytes"], report["target"]
 
 
+@pytest.mark.every_chip
 def test_compiles_for_every_tpu_in_linear_memory(tpu_python, tmp_path):
   chips = ("v4", "v5e", "v5p", "v6e", "v7x")
   for report in compiled(tmp_path, tpu_python, *chips, "--memory-only"):
@@ -71,7 +72,9 @@ def test_v5e_keeps_its_budget_of_bundles(tpu_python, tmp_path):
     assert len(tiles[part]) == 2 and max(tiles[part]) <= budget, tiles
 
 
-@pytest.mark.parametrize("chip", ["h100", "a100"])
+@pytest.mark.parametrize(
+  "chip", ["h100", pytest.param("a100", marks=pytest.mark.every_chip)]
+)
 def test_compiles_for_gpu_without_spills(chip, tmp_path):
   [report] = compiled(tmp_path, gpu_python(), chip)
   rows = {
@@ -122,7 +125,11 @@ jax.jit(jax.grad(loss, argnums=(0, 1, 2, 3))).lower(
 
 @pytest.mark.parametrize(
   "chip,implementation",
-  [("h100", "mosaic_gpu"), ("h100", "triton"), ("a100", "triton")],
+  [
+    ("h100", "mosaic_gpu"),
+    ("h100", "triton"),
+    pytest.param("a100", "triton", marks=pytest.mark.every_chip),
+  ],
 )
 def test_compiles_split_over_two_gpus(chip, implementation):
   result = subprocess.run(

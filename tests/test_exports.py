@@ -50,6 +50,9 @@ EVERY_FAMILY = (
   "embedding, mean",
   "EncT5, multi-label, hidden layer",
 )
+
+# One worker: its fixtures are made once.
+pytestmark = pytest.mark.xdist_group("exports")
 TEXTS = ["a text", "and another one, which is longer"]
 
 

@@ -87,9 +87,14 @@ if jax.default_backend() != "cpu":
     ("reference", "chunked", *on_chip[jax.default_backend()]),
     contextlib.nullcontext,
   )
-SUITE = [(i, name) for i in CONTEXTS for name in CASES]
+# All implementations of a case by one worker, which computes its oracle once.
+SUITE = [
+  pytest.param(i, name, marks=pytest.mark.xdist_group(name))
+  for name in CASES
+  for i in CONTEXTS
+]
 if half := os.environ.get("FAT5_JAX_HALF"):
-  SUITE = [x for x in SUITE if x[0] == "mosaic_gpu"][int(half) :: 2]
+  SUITE = [x for x in SUITE if x.values[0] == "mosaic_gpu"][int(half) :: 2]
 
 
 @pytest.fixture(autouse=True)

@@ -235,7 +235,15 @@ def test_the_memory_that_plan_foretells_is_what_a_run_takes(tmp_path):
 @pytest.mark.chips
 @pytest.mark.parametrize(
   "topology",
-  ["v5e:1x1", "v5e:2x2", "v4:2x2x1", "v5p:2x2x1", "v6e:2x2", "tpu7x:2x2x1"],
+  [
+    "v5e:1x1",
+    *(
+      pytest.param(topology, marks=pytest.mark.every_chip)
+      for topology in (
+        *("v5e:2x2", "v4:2x2x1", "v5p:2x2x1", "v6e:2x2", "tpu7x:2x2x1"),
+      )
+    ),
+  ],
 )
 def test_plan_compiles_for_every_tpu(tmp_path, tpu_python, topology):
   flags = (f"--topology={topology}", "--no_decode", "--json=p.json")
@@ -246,6 +254,7 @@ def test_plan_compiles_for_every_tpu(tmp_path, tpu_python, topology):
 
 
 @pytest.mark.chips
+@pytest.mark.every_chip
 def test_what_does_not_fit_is_told_with_lines_that_do(tmp_path, tpu_python):
   """A model of 2.9B on four v5e: parameters alone, whole, take 11 GiB."""
   gin = textwrap.dedent("""

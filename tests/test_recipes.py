@@ -21,7 +21,11 @@ PODS = {
   "mt5_xl_v6e.gin": (64, ["mt5_xl_v6e"]),
   "base_32k.gin": (8, ["base_32k_v5e", "base_32k_h100"]),
 }
-RECIPES = sorted({*os.listdir(os.path.join(ROOT, "gin", "recipes"))} - {*PODS})
+# Those that a test below trains.
+TRAINED = {"classify.gin", "enct5.gin", "tag.gin", "answer.gin", "embed.gin"}
+RECIPES = sorted(
+  {*os.listdir(os.path.join(ROOT, "gin", "recipes"))} - {*PODS} - TRAINED
+)
 SMALL = (
   "--gin.BATCH_SIZE=4",
   "--gin.DTYPE=float32",
@@ -32,6 +36,9 @@ SMALL = (
   # Compiles in half the time.
   "--gin.ATTENTION=reference",
 )
+
+# One worker: its fixtures are made once.
+pytestmark = pytest.mark.xdist_group("recipes")
 WORDS = "red green blue round square big small far near old".split()
 
 
@@ -206,6 +213,12 @@ def train(user, monkeypatch, capfd, recipe, name, *flags):
   ).err
 
 
+def frozen_parameters(user, name):
+  """How many the run's model-info.txt tells."""
+  text = (user / name / "model-info.txt").read_text()
+  return int(text.split("frozen: ")[1].split()[0].replace(",", ""))
+
+
 def metrics_of(user, name, task):
   path = user / name / "inference_eval" / f"{task}-metrics.jsonl"
   return [json.loads(line) for line in path.read_text().splitlines()]
@@ -214,6 +227,7 @@ def metrics_of(user, name, task):
 def test_classify(user, monkeypatch, capfd):
   text = train(user, monkeypatch, capfd, "classify.gin", "cls")
   assert "initialised: classifier/bias" in text
+  assert frozen_parameters(user, "cls") == 0
   found = metrics_of(user, "cls", "glue_sst2_classes")
   assert [row["step"] for row in found] == [2, 4]
   assert 0 <= found[0]["accuracy"] <= 100
@@ -326,11 +340,12 @@ def test_enct5_by_its_prompt_alone(user, monkeypatch, capfd):
     if path in before:
       assert np.array_equal(leaf.read(), before[path].read()), path
   info = (user / "enct5" / "model-info.txt").read_text()
-  assert info.count("frozen") > 20
+  assert info.count("frozen") > 20 and frozen_parameters(user, "enct5") > 0
 
 
 def test_tag(user, monkeypatch, capfd):
   train(user, monkeypatch, capfd, "tag.gin", "tags")
+  assert frozen_parameters(user, "tags") == 0
   assert "entity_f1" in metrics_of(user, "tags", "tagging")[0]
   (user / "words.txt").write_text("a red house\nold\n")
   out = run(
@@ -351,6 +366,7 @@ def test_tag(user, monkeypatch, capfd):
 
 def test_answer(user, monkeypatch, capfd):
   train(user, monkeypatch, capfd, "answer.gin", "qa")
+  assert frozen_parameters(user, "qa") == 0
   assert set(metrics_of(user, "qa", "spans")[0]) == {"step", "em", "f1"}
   out = run(
     user,
@@ -374,6 +390,7 @@ def test_answer(user, monkeypatch, capfd):
 def test_embed(user, monkeypatch, capfd):
   text = train(user, monkeypatch, capfd, "embed.gin", "embed")
   assert "training_eval/pairs" in text
+  assert frozen_parameters(user, "embed") == 0
   out = run(
     user,
     monkeypatch,

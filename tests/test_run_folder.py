@@ -58,6 +58,9 @@ PAIRS = """
 import fat5_jax.data.head_tasks as head_tasks
 import fat5_jax.data.sources as sources
 
+# One worker: its fixtures are made once.
+pytestmark = pytest.mark.xdist_group("run_folder")
+
 include 'heads/sequence_classification.gin'
 
 MIXTURE_OR_TASK_NAME = @head_tasks.classification()
