@@ -254,7 +254,6 @@ def test_plan_compiles_for_every_tpu(tmp_path, tpu_python, topology):
 
 
 @pytest.mark.chips
-@pytest.mark.every_chip
 def test_what_does_not_fit_is_told_with_lines_that_do(tmp_path, tpu_python):
   """A model of 2.9B on four v5e: parameters alone, whole, take 11 GiB."""
   gin = textwrap.dedent("""

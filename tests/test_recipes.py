@@ -21,8 +21,8 @@ PODS = {
   "mt5_xl_v6e.gin": (64, ["mt5_xl_v6e"]),
   "base_32k.gin": (8, ["base_32k_v5e", "base_32k_h100"]),
 }
-# Those that a test below trains.
-TRAINED = {"classify.gin", "enct5.gin", "tag.gin", "answer.gin", "embed.gin"}
+# Those that a test below trains with all of their parameters.
+TRAINED = {"classify.gin", "tag.gin", "answer.gin", "embed.gin"}
 RECIPES = sorted(
   {*os.listdir(os.path.join(ROOT, "gin", "recipes"))} - {*PODS} - TRAINED
 )

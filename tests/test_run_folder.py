@@ -14,6 +14,9 @@ import pytest
 from fat5_jax import cli
 import gin
 
+# One worker: its fixtures are made once.
+pytestmark = pytest.mark.xdist_group("run_folder")
+
 # A T5 so small that a run takes seconds, on bytes.
 MODEL = """
 from __gin__ import dynamic_registration
@@ -57,9 +60,6 @@ TASK_FEATURE_LENGTHS = {'inputs': 40, 'targets': 8}
 PAIRS = """
 import fat5_jax.data.head_tasks as head_tasks
 import fat5_jax.data.sources as sources
-
-# One worker: its fixtures are made once.
-pytestmark = pytest.mark.xdist_group("run_folder")
 
 include 'heads/sequence_classification.gin'
 
