@@ -15,15 +15,21 @@ from fat5_jax.data import features, pipeline, records, seqio_source, sources
 from fat5_jax.errors import UserError
 
 
-def check_same_task(model_dir: str, record: dict[str, Any]) -> None:
-  """Raises UserError if the folder holds a run on other data.
+def check_same_task(
+  model_dir: str, record: dict[str, Any], own_head: dict[str, Any] | None
+) -> None:
+  """Raises UserError if the folder holds a run on other data, or another head.
 
   What its labels mean, its metrics and its curves are those of one task.
   """
-  before = (checkpoints.read_model_json(model_dir) or {}).get("task")
+  found = checkpoints.read_model_json(model_dir) or {}
+  before = found.get("task")
   if before is None:
     return
   lines = records.difference(before, json.loads(json.dumps(record)))
+  if found.get("own_head") != own_head:
+    lines.append(f"  - head module {found.get('own_head')}")
+    lines.append(f"  + head module {own_head}")
   if lines:
     raise UserError(
       f"MODEL_DIR {model_dir} holds a run on other data (- there, + asked"
@@ -73,9 +79,7 @@ def own_head(source: weights.Source, head_module: str | None) -> Any:
   """
   from fat5_jax.models import factory
 
-  record = None
-  if source.kind == "fat5":
-    record = (checkpoints.read_model_json(source.run_dir) or {}).get("own_head")
+  record = weights.own_head_record(source)
   if record is None:
     if head_module is not None:
       raise UserError(

@@ -195,7 +195,7 @@ def train(
   model_dir = checkpoints.prepare_model_dir(model_dir)
   checkpoints.check_same_model(model_dir, config)
   record = train_dataset_cfg.record()
-  run_folder.check_same_task(model_dir, record)
+  run_folder.check_same_task(model_dir, record, own_head)
   _check_shared(model_dir)
   checkpointer = checkpoints.Checkpointer(model_dir, checkpoint_cfg.save)
 

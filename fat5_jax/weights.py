@@ -107,6 +107,14 @@ def find(path: str) -> Source:
   )
 
 
+def own_head_record(source: Source) -> dict[str, Any] | None:
+  """What a run folder says of a head module of a person's own, if it has one
+  (models.factory.own_head)."""
+  if source.kind != "fat5":
+    return None
+  return (checkpoints.read_model_json(source.run_dir) or {}).get("own_head")
+
+
 def read_config(source: Source) -> T5Config:
   """The T5Config of a checkpoint."""
   return open_params(source)[0]

@@ -4,9 +4,11 @@ import contextlib
 import io
 import json
 import os
+import runpy
 import shutil
 import sys
 
+from conftest import ROOT
 import flax.linen as nn
 import numpy as np
 import pytest
@@ -437,6 +439,13 @@ own_head_module.Own.width = 6
     "--gin.MODEL_DIR=own",
     "--gin.HEAD_MODULE=own_head_module:Own",
   )
+
+  # Nothing else can say what it computes.
+  tool = os.path.join(ROOT, "tools", "convert_checkpoint.py")
+  monkeypatch.setattr(sys, "argv", [tool, "own", "out", "--to", "hf"])
+  assert runpy.run_path(tool)["main"]() == 1
+  assert "a module of your own" in capfd.readouterr().err
+  assert not (user / "out").exists()
 
 
 def test_a_head_module_that_cannot_be_made_again_is_refused():

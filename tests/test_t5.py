@@ -13,6 +13,9 @@ from fat5_jax.models import layers
 from fat5_jax.models.config import T5Config
 from fat5_jax.models.t5 import Transformer
 
+# One worker compiles what they share.
+pytestmark = pytest.mark.xdist_group("t5")
+
 CONFIG = T5Config(
   vocab_size=67,
   emb_dim=24,

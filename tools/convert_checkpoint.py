@@ -113,6 +113,13 @@ def convert(flags) -> None:
   dest = os.path.abspath(os.path.expanduser(flags.dest))
   if os.path.exists(dest) and os.path.samefile(source.run_dir, dest):
     raise UserError(f"{dest}: source and destination are the same folder")
+  own_head = weights.own_head_record(source)
+  if own_head is not None:
+    raise UserError(
+      f"{source.run_dir}: its head is a module of your own"
+      f" ({own_head['module']}), which no other library has and whose logits"
+      " cannot be checked here. It stays a run of fat5_jax"
+    )
   config, leaves = weights.open_params(source, flags.encoder_only)
   if flags.encoder_only and config.is_language_model:
     config = config.with_head(HeadConfig("embedding"))
