@@ -48,6 +48,8 @@ class InferenceEvaluator:
     partitioner: Partitioner,
   ):
     self._config, self._model = config, model
+    head = model.config.head
+    self._has_tags = head is not None and head.kind == "token_classification"
     self._partitioner = partitioner
     self._folder = os.path.join(output_dir, "inference_eval")
     os.makedirs(self._folder, exist_ok=True)
@@ -107,6 +109,10 @@ class InferenceEvaluator:
       }
       placed = self._partitioner.to_devices(batch, 0, rows)
       values = np.asarray(self._predict(params, placed))
+      if self._has_tags:
+        # SeqIO makes one array of them all.
+        missing = max(width - values.shape[1], 0)
+        values = np.pad(values, ((0, 0), (0, missing)))
       found += [(int(i), x.tolist()) for (i, _), x in zip(group, values)]
     return found
 

@@ -67,7 +67,7 @@ class _Names(config_parser.ParserDelegate):
     return None
 
   def macro(self, macro_name):
-    self.macros.add(macro_name.split("/")[-1])
+    self.macros.add(macro_name)
 
 
 def _read(text: str, where: str) -> _Parsed:
@@ -85,9 +85,13 @@ def _read(text: str, where: str) -> _Parsed:
           (statement.filename, statement.location.line_num)
         )
       elif isinstance(statement, config_parser.BindingStatement):
-        if not statement.arg_name:
-          line = statement.location.line_num
-          parsed.sets.append((statement.selector, line))
+        scope, name, argument, _, location = statement
+        if not argument:
+          full = f"{scope}/{name}" if scope else name
+          parsed.sets.append((full, location.line_num))
+        elif name in ("gin.macro", "macro"):
+          # The long form of the same.
+          parsed.sets.append((scope, location.line_num))
   except (SyntaxError, tokenize.TokenError) as e:
     line = _line_of(e)
     shown = (text.splitlines() or [""])[min(line, text.count("\n") + 1) - 1]
@@ -133,7 +137,12 @@ class _GinFiles:
     if path in self.parsed:
       return path
     with open(path, encoding="utf-8") as file:
-      self.parsed[path] = _read(file.read(), path)
+      text = file.read()
+    if text.startswith("\ufeff"):
+      raise UserError(
+        f"{path} begins with a byte-order mark: save it as UTF-8 without one"
+      )
+    self.parsed[path] = _read(text, path)
     folder = os.path.dirname(path)
     if folder not in self.search_paths:
       self.search_paths.append(folder)
@@ -190,6 +199,12 @@ def _check_macros(files: _GinFiles, bindings: list[str]) -> None:
 
 def _suggest(name: str, macros: Iterable[str]) -> str:
   """What a person may have meant by a name that is no macro."""
+  scope, _, bare = name.rpartition("/")
+  if scope:
+    return (
+      f" A macro has no scope; what it is used for has: see where {bare} is"
+      f" bound, as in --gin.{scope}/pipeline.DatasetConfig.batch_size=8"
+    )
   by_folded = {macro.casefold(): macro for macro in macros}
   if name.casefold() in by_folded:
     return f" Did you mean {by_folded[name.casefold()]!r}?"
@@ -260,7 +275,7 @@ def parse(
     raise UserError(_explain_import(e)) from None
   except (
     *(ValueError, TypeError, SyntaxError),
-    *(RuntimeError, OSError, AttributeError),
+    *(RuntimeError, OSError, AttributeError, NameError),
   ) as e:
     raise UserError(_explain(str(e))) from None
   _check_required(function, may_be_unset)

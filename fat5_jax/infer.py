@@ -160,6 +160,7 @@ def _own_task(source, vocabulary, path: str) -> tuple[Any, int | None]:
     )
     return None, None
   task = records.build(record, vocabulary)
+  task.source.read_like = record["source"].get("arguments", {})
   columns = task.source.columns
   if _is_text(path):
     if len(columns) != 1:
@@ -171,8 +172,8 @@ def _own_task(source, vocabulary, path: str) -> tuple[Any, int | None]:
         * (record["kind"] == "text_to_text")
       )
   else:
-    _, first = next(iter(sources.read_file(path)), ("", {}))
-    if "inputs" in first and not set(columns) & set(first):
+    _, first = next(_rows_of_file(path, task), ("", {}))
+    if "inputs" in first and not _asks(task, first):
       console.say(
         f"{path} has a column inputs, not {' and '.join(columns)}: its texts"
         " are taken as whole inputs, the task's template is not filled"
@@ -182,26 +183,57 @@ def _own_task(source, vocabulary, path: str) -> tuple[Any, int | None]:
   return task, lengths.get("inputs")
 
 
+def _asks(task: seqio.Task, row: sources.Row) -> bool:
+  """Whether a row has what the task asks about, under any of its names."""
+  if any(sources.has_column(row, name) for name in task.source.columns):
+    return True
+  try:
+    task.source.question(row)
+  except UserError:
+    return False
+  return True
+
+
+def _rows_of_file(
+  path: str, own: seqio.Task | None
+) -> Iterator[sources.LocatedRow]:
+  """A file's rows, read as the task's own files are."""
+  how = {} if own is None else own.source.read_like
+  options = {k: how[k] for k in ("quoting", "delimiter") if k in how}
+  columns = how.get("columns")
+  # A file without header has those of any split that has none.
+  if isinstance(columns, dict):
+    columns = next((c for c in columns.values() if c), None)
+  if columns and own is not None:
+    _, first = next(iter(sources.read_file(path, **options)), ("", {}))
+    if not _asks(own, first):
+      options["columns"] = columns
+  return iter(sources.read_file(path, **options))
+
+
 def _is_text(path: str) -> bool:
   return path == "-" or os.path.splitext(path)[1] in ("", ".txt")
 
 
 def _texts(
-  rows: Iterable[sources.LocatedRow], own: seqio.Task | None
+  rows: Iterable[sources.LocatedRow],
+  own: seqio.Task | None,
+  pairs: bool = False,
 ) -> Iterator[dict[str, str]]:
-  """What a model is asked about each row: `inputs`, and `second` of a pair."""
+  """What a model is asked about each row: `inputs`, and `second` of `pairs`."""
+  keys = ("inputs", "second") if pairs else ("inputs",)
   for where, row in rows:
     try:
       if own is not None:
         yield {"inputs": own.source.question(row)["inputs"]}
         continue
-      for key in ("inputs", "second") if "second" in row else ("inputs",):
+      for key in keys:
         text = sources.column(row, key)
         if not isinstance(text, str) or not text.strip():
           raise UserError(f"column {key!r} is {text!r}, not a text")
     except UserError as e:
       raise UserError(f"{where}: {e}") from None
-    yield {key: row[key] for key in ("inputs", "second") if key in row}
+    yield {key: row[key] for key in keys}
 
 
 def _counted(rows: Iterable[Any], count: Iterator[int]) -> Iterator[Any]:
@@ -284,7 +316,7 @@ def _head_records(
         _, first = next(iter(sources.read_file(path)), ("", {}))
         pairs = "second" in first
       task = predictions.task_of_rows(
-        head, lambda: _texts(rows(), own), vocabulary, pairs
+        head, lambda: _texts(rows(), own, pairs), vocabulary, pairs
       )
   return predictions.predict_task(
     model, params, partitioner, task, split, batch_size, max_input_length, told
@@ -308,7 +340,7 @@ def _input_rows(
 ) -> Iterator[sources.LocatedRow]:
   """The rows of an input; a line of text is the column that is asked about."""
   if not _is_text(path):
-    yield from sources.read_file(path)
+    yield from _rows_of_file(path, own)
     return
   if path == "-":
     lines = enumerate((line.rstrip("\r\n") for line in sys.stdin), 1)

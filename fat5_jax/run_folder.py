@@ -53,16 +53,27 @@ def base_of(
 _SETTING = re.compile(r"^([\w./]+) = (.*)$", re.MULTILINE)
 
 
+def _short(value: str | None) -> str:
+  value = value or "unset"
+  return value if len(value) <= 60 else f"{value[:57]}..."
+
+
+def _settings(config_text: str) -> dict[str, str]:
+  """Names and values; gin wraps long ones over several indented lines."""
+  text = re.sub(r"\\?\n[ \t]+", " ", config_text)
+  return {k: " ".join(v.split()) for k, v in _SETTING.findall(text)}
+
+
 def tell_changes(model_dir: str, config_text: str) -> None:
   """Says in a line what differs from the settings that the run had."""
   path = os.path.join(model_dir, "config.gin")
   if not os.path.exists(path):
     return
   with open(path, encoding="utf-8") as file:
-    before = dict(_SETTING.findall(file.read()))
-  now = dict(_SETTING.findall(config_text))
+    before = _settings(file.read())
+  now = _settings(config_text)
   changed = [
-    f"{key} {before.get(key, 'unset')} -> {now.get(key, 'unset')}"
+    f"{key} {_short(before.get(key))} -> {_short(now.get(key))}"
     for key in sorted({*before, *now})
     if before.get(key) != now.get(key) and key != "MODEL_DIR"
   ]

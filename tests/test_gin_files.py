@@ -125,6 +125,8 @@ def refused(files=("recipes/quickstart.gin",), bindings=()):
     ("batch_size = 8", "Did you mean 'BATCH_SIZE'?"),
     ("skip_bad_rows = True", "tasks.text_to_text.skip_bad_rows"),
     ("TRAIN_STEP = 10", "Did you mean 'TRAIN_STEPS'?"),
+    ("train/BATCH_SIZE = 7", "A macro has no scope"),
+    ("BATCH_SIZEE/gin.macro.value = 8", "'BATCH_SIZEE'"),
     ("my_own_name = 1", "unknown gin name 'my_own_name'"),
     ("train/batch_sise = 1", "batch_sise"),
     ("HEAD_WIDTHS = (8,)", "no gin file of this run uses HEAD_WIDTHS"),

@@ -1,6 +1,7 @@
 """A run folder belongs to one run, and tells eval and infer what it asks."""
 
 import contextlib
+import functools
 import io
 import json
 import os
@@ -269,6 +270,64 @@ def test_seed_none_in_a_data_set_is_the_runs_seed(user, capfd, monkeypatch):
   assert seen == [7]
 
 
+def test_code_is_known_by_what_it_does_not_by_where_it_lies(user):
+  """Tasks of SeqIO's own, functions, and objects that are called."""
+  import seqio
+
+  from fat5_jax.data import records, sources
+
+  def prefix(dataset, text):
+    return dataset.map(lambda x: text + x)
+
+  def record(file="train.tsv", text="say: "):
+    name = "own_seqio_task"
+    seqio.TaskRegistry.remove(name)
+    task = seqio.TaskRegistry.add(
+      name,
+      source=seqio.TextLineDataSource({"train": file}),
+      preprocessors=[functools.partial(prefix, text=text)],
+      output_features={"targets": seqio.Feature(seqio.ByteVocabulary())},
+    )
+    return json.loads(json.dumps(records.describe(task)))
+
+  assert not records.difference(record(), record())
+  assert records.difference(record(), record(text="ask: "))
+  (user / "other.tsv").write_text("a\n")
+  assert records.difference(record(), record("other.tsv"))
+
+  def closing_over(value):
+    return lambda: value
+
+  class Called:
+    def __init__(self, value):
+      self.value = value
+
+    def __call__(self):
+      return self.value
+
+  name = sources.code_name
+  for make in (closing_over, Called):
+    assert name(make("a")) == name(make("a")) != name(make("b"))
+    assert " at 0x" not in name(make("a"))
+  one, other = lambda x: x + 1, lambda x: x + 2
+  assert name(one) != name(other)
+  # Names in a record are not those of what may change.
+  for key in ("metrics", "path", "data_dir"):
+    before = {"mixture": {key: {"factory": "a", "metrics": ["x"]}}}
+    assert records.difference(before, {"mixture": {key: {"factory": "b"}}})
+    now = {"mixture": {key: {"factory": "a", "metrics": ["y"]}}}
+    assert not records.difference(before, now)
+
+
+def test_a_change_in_a_long_value_is_told(tmp_path, capfd):
+  from fat5_jax import run_folder
+
+  wrapped = "a.b = \\\n    {'x': 1.0,\n     'y': %s}\nTRAIN_STEPS = 2\n"
+  (tmp_path / "config.gin").write_text(wrapped % "2.0")
+  run_folder.tell_changes(str(tmp_path), wrapped % "3.0")
+  assert "changed since: a.b" in capfd.readouterr().err
+
+
 # ---- infer and eval ask as training did --------------------------------------
 
 
@@ -337,6 +396,47 @@ def test_the_folder_alone_is_evaluated(user, capfd, name):
     status=1,
   ).err
   assert "Did you mean 'validation'?" in wrong
+
+
+def test_a_file_is_read_as_the_training_read_its_own(user, capfd):
+  for file in ("train", "dev"):
+    rows = (user / f"{file}.tsv").read_text().replace("\t", ";")
+    (user / f"{file}.csv").write_text(rows.replace("number 0", '"say ""0"""'))
+  splits = {"train": "train.csv", "validation": "dev.csv"}
+  run(
+    capfd,
+    "train",
+    "--gin_file=text.gin",
+    "--gin.MODEL_DIR=semicolons",
+    f"--gin.sources.Files.splits={splits}",
+    "--gin.sources.Files.delimiter=';'",
+    "--gin.TRAIN_STEPS=1",
+    "--gin.EVAL_SPLIT=None",
+  )
+  done = run(
+    capfd,
+    "infer",
+    "--gin.MODEL_DIR=semicolons",
+    "--gin.INPUT=dev.csv",
+    "--gin.MAX_OUTPUT_LENGTH=2",
+  )
+  assert lines_of(done)[0]["inputs"] == 'say say "0" loudly'
+
+
+def test_nested_columns_are_asked_about_beside_a_column_inputs(user):
+  import seqio
+
+  from fat5_jax import infer
+  from fat5_jax.data import sources, tasks
+
+  task = tasks.text_to_text(
+    sources.Function({"train": lambda: []}),
+    "say {doc.text}",
+    "{b}",
+    seqio.ByteVocabulary(),
+  )
+  assert infer._asks(task, {"doc": {"text": "x"}, "inputs": "extra"})
+  assert not infer._asks(task, {"inputs": "extra"})
 
 
 def test_a_long_row_is_predicted_alone(user, capfd):

@@ -358,3 +358,68 @@ def test_a_folder_of_hf_with_tokenizer_json_alone_predicts(tmp_path):
   for text in ("red square", "blue  redround", "unknown zebra"):
     ids = tokenizer(text, add_special_tokens=False).input_ids
     assert found.encode(text) == ids, text
+
+
+def test_a_number_that_is_no_label_is_not_taken_for_a_place():
+  rows = [{"a": "x", "label": 0}]
+  with pytest.raises(UserError, match="label '0' is neither"):
+    rows_of(classes(rows, label_names=("1", "2", "3")))
+  (row,) = rows_of(classes(rows, label_names=("no", "yes")))
+  assert list(row["targets"]) == [0]
+  with pytest.raises(UserError, match="is neither"):
+    rows_of(classes([{"a": "x", "label": "²"}], label_names=("no", "yes")))
+
+
+def test_zeros_and_ones_are_no_list_of_labels():
+  many = classes(
+    [{"a": "x", "label": [1, 1, 0]}],
+    label_names=("p", "q", "r"),
+    problem_type="multi_label_classification",
+  )
+  with pytest.raises(UserError, match="a column of 0 and 1 a label"):
+    rows_of(many)
+
+
+@pytest.mark.parametrize("name", ["mrpc", "stsb", "qqp"])
+def test_a_question_of_glue_needs_no_label_under_either_name(name, tmp_path):
+  from fat5_jax.data import glue
+
+  task = glue.find(name)
+  folder = tmp_path / task.folder
+  folder.mkdir()
+  columns = [*task.features.values(), task.label_column]
+  (folder / "train.tsv").write_text("\t".join(columns) + "\n")
+  for built in (
+    tasks.glue(name, BYTES, str(tmp_path)),
+    head_tasks.glue(name, BYTES, str(tmp_path)),
+  ):
+    official = dict.fromkeys(task.features.values(), "x")
+    ours = dict.fromkeys(task.features, "x")
+    asked = [
+      built.source.question(row)
+      for row in (ours, official, official | {task.label_column: "?"})
+    ]
+    assert asked[0] == asked[1] == asked[2]
+    with pytest.raises(UserError, match="holds nothing, not text|is empty"):
+      built.source.question(dict.fromkeys(task.features))
+
+
+def test_an_answer_with_a_format_can_be_asked_for():
+  task = text_task([], "{a}", "{b:.1f}")
+  assert task.source.question({"a": "x"})["inputs"] == "x"
+
+
+def test_a_tokenizer_json_that_adds_tokens_is_refused(tmp_path):
+  path = tmp_path / "tokenizer.json"
+  token = {"id": 3, "content": "[SEP]", "special": True}
+  pieces = [["<pad>", 0], ["</s>", 0], ["<unk>", 0]]
+  path.write_text(
+    json.dumps(
+      {
+        "added_tokens": [token],
+        "model": {"type": "Unigram", "unk_id": 2, "vocab": pieces},
+      }
+    )
+  )
+  with pytest.raises(UserError, match="adds the token"):
+    tokenizer_json.vocabulary(str(path))

@@ -140,6 +140,9 @@ def source(
 
   def rename(row_fn):
     def value(row, ours, theirs):
+      # A question's blank label stands under our name, beside the official.
+      if ours == "label" and ours in row:
+        return row[ours]
       if theirs in row:
         return row[theirs]
       if ours == "label" and "index" in row:

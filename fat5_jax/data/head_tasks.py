@@ -141,7 +141,6 @@ def classification(
       blank = [0] * size if size > 1 else 0
     if label_columns:
       return row | dict.fromkeys(label_columns, 0)
-    # A task of GLUE knows its label under two names.
     return row | {label: blank}
 
   def format_row(row):
@@ -332,7 +331,10 @@ def tagging(
   def words_of(row):
     found = sources.column(row, words)
     # A person's own rows may hold a sentence.
-    return found.split() if isinstance(found, str) else list(map(str, found))
+    found = found.split() if isinstance(found, str) else list(found)
+    if any(word is None or isinstance(word, (list, dict)) for word in found):
+      raise UserError(f"column {words!r}: {found!r} are no words")
+    return list(map(str, found))
 
   def format_row(row):
     row_words = words_of(row)
@@ -420,9 +422,9 @@ def spans(
   """
 
   def format_row(row):
-    context = str(sources.column(row, "context"))
+    context = preprocessors.text_of(row, "context")
     answer = preprocessors.first_answer(row, context)
-    question = vocabulary.encode(str(sources.column(row, "question")).strip())
+    question = vocabulary.encode(preprocessors.text_of(row, "question").strip())
     ids, begin, end = features.encode_with_offsets(vocabulary, context)
     first = last = -1
     if answer is not None:

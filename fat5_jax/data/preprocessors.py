@@ -17,6 +17,16 @@ from fat5_jax.data.sources import Row, RowFn, column
 from fat5_jax.errors import UserError
 
 
+class Unanswered(str):
+  """Stands for an answer that is not known, in whatever format."""
+
+  def __new__(cls):
+    return super().__new__(cls, "?")
+
+  def __format__(self, form: str) -> str:
+    return "?"
+
+
 def fields(text: str) -> list[str]:
   """The columns that a template names.
 
@@ -88,6 +98,19 @@ def _value_of(row: Row, name: str, names: Sequence[str] | None) -> Any:
   return value
 
 
+def text_of(row: Row, name: str) -> str:
+  """A column that holds text, or a number; it may be empty.
+
+  Raises:
+    UserError: for anything else, which would be asked about as Python shows it.
+  """
+  value = column(row, name)
+  if value is None or isinstance(value, (Mapping, list, tuple, np.ndarray)):
+    what = "nothing" if value is None else f"a {type(value).__name__}"
+    raise UserError(f"column {name!r} holds {what}, not text")
+  return str(value)
+
+
 def template(
   inputs: str,
   targets: str,
@@ -127,7 +150,9 @@ def label_reader(
       return names.index(text)
     if text in ("-1", "-100"):
       return -1
-    if text.isdigit() and int(text) < size:
+    # Where the names are numbers themselves, another number is no label.
+    numbered = any(name.lstrip("-").isdecimal() for name in names)
+    if text.isdecimal() and int(text) < size and not numbered:
       return int(text)
     raise UserError(
       f"label {text!r} is neither one of {', '.join(names)} nor a class number"
@@ -142,7 +167,13 @@ def label_reader(
     if problem_type == "single_label_classification":
       return [class_of(value)]
     if problem_type == "multi_label_classification":
-      found = {class_of(part) for part in many(value)}
+      parts = many(value)
+      if len(parts) > 1 and len(set(map(str, parts))) < len(parts):
+        raise UserError(
+          f"labels {value!r} repeat: name each label that holds once (a column"
+          " of 0 and 1 a label: label = ('first', 'second'))"
+        )
+      found = {class_of(part) for part in parts}
       return [float(i in found) for i in range(size)]
     numbers = [value] if size == 1 else many(value)
     if len(numbers) != size:
@@ -171,7 +202,7 @@ def glue(
         f"label {label!r} is neither one of {', '.join(label_names)} nor a"
         " class number"
       )
-    parts = [f"{key}: {column(row, key)}" for key in sorted(features)]
+    parts = [f"{key}: {text_of(row, key)}" for key in sorted(features)]
     return {"inputs": " ".join([name, *parts]), "targets": classes[label]}
 
   return format_row
@@ -186,8 +217,8 @@ def stsb(row: Row) -> Row:
   rounded = np.round(score * np.float32(5)) / np.float32(5)
   return {
     "inputs": (
-      f"stsb sentence1: {column(row, 'sentence1')}"
-      f" sentence2: {column(row, 'sentence2')}"
+      f"stsb sentence1: {text_of(row, 'sentence1')}"
+      f" sentence2: {text_of(row, 'sentence2')}"
     ),
     "targets": f"{rounded:.1f}",
   }
@@ -240,8 +271,8 @@ def squad(row: Row) -> Row:
   if not answers:
     raise UserError("no answer")
   answers = [pad_punctuation(answer) for answer in answers]
-  question = pad_punctuation(column(row, "question"))
-  context = pad_punctuation(column(row, "context"))
+  question = pad_punctuation(text_of(row, "question"))
+  context = pad_punctuation(text_of(row, "context"))
   return {
     "inputs": _collapse_spaces(f"question: {question} context: {context}"),
     "targets": answers[0],
@@ -281,7 +312,7 @@ def summarize(article: str, summary: str) -> RowFn:
 
   def format_row(row: Row) -> Row:
     return {
-      "inputs": f"summarize: {column(row, article)}",
+      "inputs": f"summarize: {text_of(row, article)}",
       "targets": column(row, summary),
     }
 

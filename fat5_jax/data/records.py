@@ -12,6 +12,7 @@ import functools
 import hashlib
 import importlib
 import inspect
+import re
 from typing import Any
 
 import seqio
@@ -25,7 +26,11 @@ _FACTORIES: dict[str, Callable[..., seqio.Task]] = {}
 _NOT_RECORDED = ("vocabulary", "output_vocabulary", "source", "rename")
 # What may differ between two records of the same data: where it lies, how it
 # is scored, how long its rows may be.
-_MAY_CHANGE = ("path", "data_dir", "metrics", "lengths", "own_code")
+_TOP_MAY_CHANGE = ("data_dir", "metrics", "lengths", "own_code")
+_MAY_CHANGE = re.compile(
+  r"^arguments\.(data_dir|metrics)$"
+  r"|^source\.(files\.[^.]+|content)\.\d+\.path$"
+)
 # Prints this many lines of a difference, then a count.
 _LISTED = 20
 
@@ -73,7 +78,7 @@ def _plain(value: Any, own_code: list[str]) -> Any:
   if isinstance(value, (list, tuple)):
     return [_plain(item, own_code) for item in value]
   if callable(value):
-    name = f"{value.__module__}:{getattr(value, '__qualname__', value)}"
+    name = sources.code_name(value)
     own_code.append(name)
     return name
   if value is None or isinstance(value, (str, int, float, bool)):
@@ -97,8 +102,10 @@ def describe(task: seqio.Task | seqio.Mixture) -> dict[str, Any]:
     found["columns"] = list(task.source.columns)
     found["source"] = task.source.rows_source.record()
   else:
-    found["source"] = {"seqio": type(task.source).__name__}
-    found["preprocessors"] = [_step_name(step) for step in task.preprocessors]
+    found["source"] = _seqio_source(task.source)
+    found["preprocessors"] = [
+      sources.code_name(step) for step in task.preprocessors
+    ]
     found["metrics"] = [metric.__name__ for metric in task.metric_fns]
   found["vocabulary"] = {
     key: _vocabulary(feature.vocabulary)
@@ -108,8 +115,29 @@ def describe(task: seqio.Task | seqio.Mixture) -> dict[str, Any]:
   return found
 
 
-def _step_name(step: Any) -> str:
-  return getattr(getattr(step, "func", step), "__name__", type(step).__name__)
+def _seqio_source(source: seqio.DataSourceInterface) -> dict[str, Any]:
+  """A source of SeqIO's own: its files, or the data set that it names."""
+  found: dict[str, Any] = {
+    "seqio": type(source).__name__,
+    "splits": sorted(source.splits),
+  }
+  for key in ("_split_to_filepattern", "_dataset_fn"):
+    if getattr(source, key, None) is not None:
+      value = getattr(source, key)
+      found[key.strip("_")] = (
+        sources.code_name(value) if callable(value) else _plain(value, [])
+      )
+  patterns = getattr(source, "_split_to_filepattern", None)
+  if isinstance(patterns, Mapping):
+    del found["split_to_filepattern"]
+    found["files"] = {
+      split: [sources.file_record(path) for path in sources.expand(pattern)]
+      for split, pattern in patterns.items()
+    }
+  dataset = getattr(source, "tfds_dataset", None)
+  if dataset is not None:
+    found["tfds"] = str(dataset.name)
+  return found
 
 
 def _vocabulary(vocabulary: seqio.Vocabulary) -> dict[str, Any]:
@@ -122,7 +150,7 @@ def _vocabulary(vocabulary: seqio.Vocabulary) -> dict[str, Any]:
 
 def difference(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
   """What two records do not agree on, as `-` and `+` lines."""
-  before, now = _flat(before), _flat(now)
+  before, now = _compared(before), _compared(now)
   lines = []
   for key in sorted({*before, *now}):
     if before.get(key) != now.get(key):
@@ -136,8 +164,26 @@ def difference(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
 
 def fingerprint(record: Mapping[str, Any]) -> str:
   """A hash of what `difference` compares."""
-  text = repr(sorted(_flat(record).items()))
+  text = repr(sorted(_compared(record).items()))
   return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def _compared(record: Mapping[str, Any]) -> dict[str, Any]:
+  """What two records of the same data agree on, by its place in them."""
+  tops = {k: v for k, v in record.items() if k not in _TOP_MAY_CHANGE}
+  if "mixture" in tops:
+    subs = tops.pop("mixture").items()
+    parts = {f"mixture {name}": _compared(sub) for name, sub in subs}
+    return _flat(tops) | {
+      f"{name}.{key}": value
+      for name, part in parts.items()
+      for key, value in part.items()
+    }
+  return {
+    key: value
+    for key, value in _flat(tops).items()
+    if not _MAY_CHANGE.search(key)
+  }
 
 
 def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
@@ -152,8 +198,9 @@ def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
     return {prefix: list(value) if isinstance(value, tuple) else value}
   found = {}
   for key, item in items:
-    if key not in _MAY_CHANGE:
-      found |= _flat(item, f"{prefix}.{key}" if prefix else str(key))
+    # A name may hold a dot.
+    part = str(key).replace(".", "_")
+    found |= _flat(item, f"{prefix}.{part}" if prefix else part)
   return found
 
 

@@ -89,6 +89,8 @@ class SeqioSource(seqio.DataSource):
   Attributes:
     columns: those that a question needs, without its answer.
     record: the task as plain data (records.py); set by its factory.
+    read_like: how its files are read, of sources.read_file, where rows to be
+      asked about shall be read so too.
   """
 
   def __init__(
@@ -107,6 +109,7 @@ class SeqioSource(seqio.DataSource):
     self._unanswered = unanswered
     self.columns = tuple(columns)
     self.record: dict[str, Any] = {}
+    self.read_like: dict[str, Any] = {}
     super().__init__(splits=tuple(source.splits), caching_permitted=False)
 
   @property

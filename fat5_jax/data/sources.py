@@ -169,8 +169,8 @@ def read_file(
   )
 
 
-# Larger files are known by three of their parts.
-_WHOLE_HASH_BYTES = 1 << 26
+# Larger files are known by 64 of their parts.
+_WHOLE_HASH_BYTES = 1 << 32
 
 
 def file_record(path: str) -> dict[str, Any]:
@@ -196,8 +196,8 @@ def _hash(path: str, size: int, changed: int) -> str:
       while block := file.read(1 << 20):
         found.update(block)
     else:
-      for start in (0, size // 2, size - (1 << 20)):
-        file.seek(start)
+      for part in range(64):
+        file.seek((size - (1 << 20)) * part // 63)
         found.update(file.read(1 << 20))
   return found.hexdigest()[:16]
 
@@ -426,7 +426,14 @@ class HuggingFace:
       return found | {"dataset": self._path}
     # A folder is known by what it holds.
     inside = os.path.join(glob.escape(self._path), "**", "*")
-    files = filter(os.path.isfile, sorted(glob.glob(inside, recursive=True)))
+    files = [
+      file
+      for file in sorted(glob.glob(inside, recursive=True))
+      # The library leaves caches beside the data.
+      if os.path.isfile(file)
+      and not os.path.basename(file).startswith(("cache-", "tmp"))
+      and not file.endswith(".lock")
+    ]
     return found | {"content": [file_record(file) for file in files]}
 
   def describe(self, split: str) -> str:
@@ -518,7 +525,7 @@ class Function:
   def record(self) -> dict[str, Any]:
     return {
       "kind": "Function",
-      "functions": {s: _name_of(f) for s, f in self.splits.items()},
+      "functions": {s: code_name(f) for s, f in self.splits.items()},
     }
 
   def describe(self, split: str) -> str:
@@ -528,13 +535,51 @@ class Function:
     return 0
 
 
-def _name_of(function: Any) -> str:
+def code_name(function: Any) -> str:
+  """A function, or a callable object, by its name and a hash of what it does.
+
+  The hash covers its byte code, the plain values that it closes over, and an
+  object's fields: never an address, which is another in every process.
+  """
   if isinstance(function, functools.partial):
-    given = [*map(repr, function.args)]
-    given += [f"{k}={v!r}" for k, v in function.keywords.items()]
-    return f"{_name_of(function.func)}({', '.join(given)})"
-  module = getattr(function, "__module__", "")
-  return f"{module}:{getattr(function, '__qualname__', type(function))}"
+    given = [*map(_seen, function.args)]
+    given += [f"{k}={_seen(v)}" for k, v in sorted(function.keywords.items())]
+    return f"{code_name(function.func)}({', '.join(given)})"
+  code = getattr(function, "__code__", None)
+  owner = function if code is not None else type(function)
+  name = f"{owner.__module__}:{owner.__qualname__}"
+  if code is not None:
+    cells = [_seen(c.cell_contents) for c in function.__closure__ or ()]
+    parts = [code.co_code.hex(), *map(_seen, code.co_consts), *cells]
+  else:
+    fields = getattr(function, "__dict__", {})
+    parts = [f"{key}={_seen(value)}" for key, value in sorted(fields.items())]
+  digest = hashlib.sha256("\0".join(parts).encode()).hexdigest()[:8]
+  return f"{name}#{digest}"
+
+
+def _seen(value: Any) -> str:
+  """A value by what it is, without addresses."""
+  if isinstance(value, (str, int, float, bool, bytes, type(None))):
+    return repr(value)
+  if isinstance(value, (list, tuple)):
+    return f"[{', '.join(map(_seen, value))}]"
+  if isinstance(value, Mapping):
+    return (
+      f"{{{', '.join(f'{_seen(k)}: {_seen(v)}' for k, v in value.items())}}}"
+    )
+  if callable(value) and hasattr(value, "__code__"):
+    return code_name(value)
+  return type(value).__qualname__
+
+
+def has_column(row: Row, name: str) -> bool:
+  """Whether `column` finds one."""
+  try:
+    column(row, name)
+  except UserError:
+    return False
+  return True
 
 
 def column(row: Row, name: str) -> Any:

@@ -118,7 +118,8 @@ def text_to_text(
     preprocessors.template(inputs, targets, names),
     vocabulary,
     columns=asked,
-    unanswered=lambda row: row | dict.fromkeys(answers, "?"),
+    unanswered=lambda row: row
+    | dict.fromkeys(answers, preprocessors.Unanswered()),
     output_vocabulary=output_vocabulary,
     postprocess=postprocess,
     metrics=metrics,

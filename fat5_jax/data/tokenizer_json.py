@@ -53,7 +53,10 @@ def vocabulary(path: str) -> seqio.SentencePieceVocabulary:
       file.write(content)
     os.replace(file.name, target)
   result = seqio.SentencePieceVocabulary(target, extra_ids)
-  _check(result, path)
+  try:
+    _check(result, path)
+  except RuntimeError as e:
+    raise UserError(f"{path}: SentencePiece refuses its pieces: {e}") from None
   return result
 
 
@@ -71,6 +74,12 @@ def _model(found: dict[str, Any], path: str) -> tuple[bytes, int]:
     )
   pieces = model["vocab"]
   added = {token["content"]: token for token in found.get("added_tokens") or ()}
+  for text in added:
+    if text not in _SPECIAL and not _SENTINEL.match(text):
+      raise UserError(
+        f"{path}: it adds the token {text!r}, which SentencePiece would not"
+        " find in a text as it does. Set VOCABULARY in gin"
+      )
   pieces = pieces + [
     [token["content"], 0.0]
     for token in sorted(added.values(), key=lambda token: token["id"])
@@ -120,6 +129,16 @@ def _parts(node: dict[str, Any] | None) -> list[dict[str, Any]]:
   return [node]
 
 
+def _is_spaces(replace: dict[str, Any]) -> bool:
+  """Whether a Replace takes runs of spaces for one."""
+  pattern = replace.get("pattern", {}).get("Regex", "")
+  return replace.get("content") in (" ", "▁") and pattern in (" {2,}", " +")
+
+
+# What T5's tokenizers add to their pieces, beside the sentinels.
+_SPECIAL = ("<pad>", "</s>", "<unk>", "<s>")
+
+
 def _set_normalizer(spec, found: dict[str, Any], path: str) -> None:
   spec.add_dummy_prefix = False
   spec.remove_extra_whitespaces = False
@@ -132,7 +151,9 @@ def _set_normalizer(spec, found: dict[str, Any], path: str) -> None:
       spec.name = "precompiled"
       charsmap = part["precompiled_charsmap"]
       spec.precompiled_charsmap = base64.b64decode(charsmap)
-    elif kind in ("WhitespaceSplit", "Strip", "Replace"):
+    elif kind in ("WhitespaceSplit", "Strip") or (
+      kind == "Replace" and _is_spaces(part)
+    ):
       # Each takes runs of spaces for one.
       spec.remove_extra_whitespaces = True
     elif kind == "Metaspace":
