@@ -104,7 +104,8 @@ class InferenceEvaluator:
         if key in group[0][1]
       }
       batch = {
-        key: x[:, : min(length, width)]
+        # A length that every mesh divides.
+        key: np.pad(x, ((0, 0), (0, max(length - width, 0))))[:, :length]
         for key, x in pipeline.fill_rows(batch, rows).items()
       }
       placed = self._partitioner.to_devices(batch, 0, rows)
@@ -112,7 +113,7 @@ class InferenceEvaluator:
       if self._has_tags:
         # SeqIO makes one array of them all.
         missing = max(width - values.shape[1], 0)
-        values = np.pad(values, ((0, 0), (0, missing)))
+        values = np.pad(values, ((0, 0), (0, missing)))[:, :width]
       found += [(int(i), x.tolist()) for (i, _), x in zip(group, values)]
     return found
 

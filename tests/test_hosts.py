@@ -249,12 +249,12 @@ def test_four_hosts_train_lose_one_and_go_on_as_two(folder):
   results = folder / "whole/eval/inference_eval/tiny-metrics.jsonl"
   found = json.loads(results.read_text().splitlines()[-1])
   assert found["exact_match"] == one[12, "inference_eval/tiny", "exact_match"]
-  (folder / "lines.txt").write_text("say number 1\nsay number 2\nsay\n")
+  (folder / "lines.txt").write_text("number 1\nnumber 2\n3\n")
   flags = ("--gin.INPUT=lines.txt", "--gin.OUTPUT=out.jsonl")
   Run(folder, "infer", 2, "--gin.MODEL_DIR=whole", *flags).succeeds()
   rows = (folder / "out.jsonl").read_text().splitlines()
   assert [json.loads(r)["inputs"] for r in rows] == [
-    *("say number 1", "say number 2", "say")
+    *("say number 1", "say number 2", "say 3")
   ]
 
 
