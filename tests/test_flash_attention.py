@@ -9,7 +9,7 @@ import sys
 import types
 
 from attention_suite import CASES, Case, check, gradients, kernel_attention
-from conftest import ROOT
+from conftest import with_devices
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -241,11 +241,8 @@ for check in (True, False):
 
 
 def test_under_shard_map_the_gradient_of_a_shared_table_is_summed():
-  environment = os.environ | {
-    "XLA_FLAGS": "--xla_force_host_platform_device_count=2",
-    "PYTHONPATH": ROOT,
-  }
-  subprocess.run([sys.executable, "-c", SHARDED], env=environment, check=True)
+  program = [sys.executable, "-c", SHARDED]
+  subprocess.run(program, env=with_devices(2), check=True)
 
 
 @pytest.mark.parametrize("implementation", ["reference", "chunked"])

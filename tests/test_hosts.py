@@ -9,7 +9,7 @@ import subprocess
 import sys
 import time
 
-from conftest import ROOT
+from conftest import with_devices
 import numpy as np
 import pytest
 from test_train import TINY, assert_equal_bit_for_bit, final_state
@@ -156,11 +156,6 @@ class Run:
 
   def __init__(self, folder, name, count, *flags):
     address = free_address()
-    environment = os.environ | {
-      "PYTHONPATH": ROOT,
-      "XLA_FLAGS": "--xla_force_host_platform_device_count=2"
-      " --xla_backend_optimization_level=0",
-    }
     self.logs = [folder / f"{name}.{count}.{i}.log" for i in range(count)]
     self.processes = [
       subprocess.Popen(
@@ -170,7 +165,7 @@ class Run:
           *(f"--process_index={i}", *flags),
         ],
         cwd=folder,
-        env=environment,
+        env=with_devices(2),
         stdout=subprocess.DEVNULL,
         stderr=log.open("w"),
       )

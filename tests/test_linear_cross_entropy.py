@@ -1,10 +1,9 @@
 """The chunked loss is the loss of whole logits, and so are its gradients."""
 
-import os
 import subprocess
 import sys
 
-from conftest import ROOT
+from conftest import with_devices
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -136,8 +135,5 @@ for check in (True, False):
 
 
 def test_a_sharded_vocabulary_gives_the_same():
-  environment = os.environ | {
-    "XLA_FLAGS": "--xla_force_host_platform_device_count=2",
-    "PYTHONPATH": ROOT,
-  }
-  subprocess.run([sys.executable, "-c", SHARDED], env=environment, check=True)
+  program = [sys.executable, "-c", SHARDED]
+  subprocess.run(program, env=with_devices(2), check=True)

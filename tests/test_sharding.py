@@ -1,10 +1,9 @@
 """The table of parameters, and what eight devices make of it."""
 
-import os
 import subprocess
 import sys
 
-from conftest import ROOT
+from conftest import ROOT, with_devices
 import jax
 import pytest
 
@@ -68,7 +67,7 @@ def run_on_eight_devices(*options):
   done = subprocess.run(
     [sys.executable, "-m", "pytest", "tests/on_eight_devices.py", *options],
     cwd=ROOT,
-    env=os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=8"},
+    env=with_devices(8),
     capture_output=True,
     text=True,
   )

@@ -173,9 +173,7 @@ def test_a_killed_run_goes_on_to_the_same_bits(folder):
     evaluated["exact_match"]
     == json.loads(lines.splitlines()[-1])["exact_match"]
   )
-  done = run(
-    folder, "infer", "--gin.MODEL_DIR=run", input="say a\nsay b\nsay c\n"
-  )
+  done = run(folder, "infer", "--gin.MODEL_DIR=run", input="a\nb\nc\n")
   assert done.returncode == 0, done.stderr
   rows = [json.loads(line) for line in done.stdout.splitlines()]
   assert [row["inputs"] for row in rows] == ["say a", "say b", "say c"]
