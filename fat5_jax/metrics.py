@@ -173,7 +173,9 @@ def plot(rows: Iterable[tuple[int, str, str, float]], path: str) -> None:
     ("accuracy of targets or labels", "accuracy"),
     ("learning rate", "learning_rate"),
   ]
-  figure, axes = plt.subplots(2, 2, figsize=(11, 7), layout="constrained")
+  # Fixed margins: a layout that is solved for would draw everything twice.
+  figure, axes = plt.subplots(2, 2, figsize=(11, 7))
+  figure.subplots_adjust(0.06, 0.07, 0.98, 0.95, wspace=0.15, hspace=0.28)
   for axis, (title, metric) in zip(axes.flat, panels):
     for (dataset, name), (xs, ys) in curves.items():
       if name == metric and not dataset.startswith("inference_eval"):

@@ -107,7 +107,8 @@ def hf_head(class_name, folder, num_labels=3, **changes):
   """A random HF head, saved and read."""
   torch.manual_seed(0)
   config = transformers.T5Config(
-    **hf_models._DIMS | dict(num_layers=2, feed_forward_proj="gated-gelu"),
+    **hf_models._DIMS,
+    feed_forward_proj="gated-gelu",
     num_labels=num_labels,
     **changes,
   )
