@@ -115,27 +115,39 @@ def _line_of(error: Exception) -> int:
 
 
 class _GinFiles:
-  """The gin files of a run: found, and their includes followed."""
+  """The gin files of a run: found, and their includes followed.
+
+  `texts` are what gin shall read: each file's, by path, its includes by path
+  too, since gin would look for a name in the same folders for every file.
+  """
 
   def __init__(self, search_paths: list[str]):
-    self.search_paths = search_paths
+    self._search_paths = search_paths
     self.parsed: dict[str, _Parsed] = {}
+    self.texts: dict[str, str] = {}
 
-  def find(self, name: str, asked_by: str = "") -> str:
-    for folder in ["", *self.search_paths]:
-      path = os.path.join(folder, name)
-      if os.path.isfile(path):
-        return os.path.abspath(path)
+  def _find(self, name: str, includer: str, asked_by: str) -> str:
+    """What lies beside the file that asks is found before any other."""
+    beside = os.path.dirname(includer)
+    for folder in [beside, "", *self._search_paths]:
+      path = os.path.abspath(os.path.join(folder, name))
+      # recipes/lora.gin includes lora.gin.
+      if os.path.isfile(path) and path != includer:
+        return path
     known = [os.path.relpath(path, root) for root, path in _shipped()]
     raise UserError(
       f"{asked_by}gin file {name!r} not found.{nearest(name, known)} Looked"
-      f" in: {', '.join(self.search_paths)}"
+      f" in: {', '.join(filter(None, [beside, *self._search_paths]))}"
     )
 
-  def add(self, name: str, asked_by: str = "") -> str:
-    path = self.find(name, asked_by)
-    if path in self.parsed:
+  def add(self, name: str, includer: str = "", line: int = 0) -> str:
+    """Reads a file and all that it includes; its path."""
+    asked_by = f"{includer}, line {line}: " if includer else ""
+    path = self._find(name, includer, asked_by)
+    if path in self.texts:
       return path
+    if path in self.parsed:
+      raise UserError(f"{asked_by}{path} includes this file")
     with open(path, encoding="utf-8") as file:
       text = file.read()
     if text.startswith("\ufeff"):
@@ -144,10 +156,12 @@ class _GinFiles:
       )
     self.parsed[path] = _read(text, path)
     folder = os.path.dirname(path)
-    if folder not in self.search_paths:
-      self.search_paths.append(folder)
-    for included, line in self.parsed[path].includes:
-      self.add(included, f"{path}, line {line}: ")
+    if folder not in self._search_paths:
+      self._search_paths.append(folder)
+    lines = text.splitlines()
+    for included, n in self.parsed[path].includes:
+      lines[n - 1] = f"include {self.add(included, path, n)!r}"
+    self.texts[path] = "\n".join([*lines, ""])
     return path
 
 
@@ -224,15 +238,17 @@ def _parameters(function) -> list[str]:
 
 
 @contextlib.contextmanager
-def _files_alone():
-  """gin takes files from folders alone.
+def _reading(texts: dict[str, str]):
+  """gin reads these files, by their paths, and no others.
 
-  It would also look for `models/t5.gin` in a Python package `models`, and take
-  any folder of that name where the command is run for one.
+  Its own readers would also look for `models/t5.gin` in a Python package
+  `models`, and take any folder of that name where the command is run for one.
   """
   # gin has no public way to take a reader away.
   readers = gin_config._FILE_READERS
-  gin_config._FILE_READERS = readers[:1]
+  gin_config._FILE_READERS = [
+    (lambda path: io.StringIO(texts[path]), texts.__contains__)
+  ]
   try:
     yield
   finally:
@@ -262,10 +278,8 @@ def parse(
   found = _GinFiles([*GIN_ROOTS, os.path.abspath(os.curdir), *search_paths])
   paths = [found.add(name) for name in files]
   _check_macros(found, bindings)
-  for folder in found.search_paths:
-    gin.add_config_file_search_path(folder)
   try:
-    with _files_alone():
+    with _reading(found.texts):
       gin.parse_config_files_and_bindings(
         paths, bindings, skip_unknown=False, finalize_config=False
       )

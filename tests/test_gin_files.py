@@ -208,6 +208,34 @@ def test_recipes_parse_where_folders_have_the_names_of_gins(
     )
 
 
+def test_each_file_includes_what_lies_beside_it(tmp_path, monkeypatch):
+  """Two folders with a file of one name: both count, and neither is here."""
+  for folder, steps, rows in (("one", 7, 2), ("two", 9, 3), ("", 1, 1)):
+    (tmp_path / folder).mkdir(exist_ok=True)
+    (tmp_path / folder / "common.gin").write_text(
+      f"TRAIN_STEPS = {steps}\nBATCH_SIZE = {rows}\n"
+    )
+  base = "include 'runs/pretrain.gin'\n"
+  own = "include 'common.gin'  # its own\n"
+  (tmp_path / "one" / "run.gin").write_text(base + own)
+  (tmp_path / "two" / "run.gin").write_text(own)
+  monkeypatch.chdir(tmp_path)
+  for files, steps in (
+    (["one/run.gin", "two/run.gin"], 9),
+    (["one/run.gin"], 7),
+  ):
+    gin.clear_config()
+    gin_files.parse(files, ["MODEL_DIR = 'run'"], [], "none")
+    assert gin.query_parameter("TRAIN_STEPS/gin.macro.value") == steps
+
+
+def test_files_that_include_each_other_are_named(tmp_path):
+  (tmp_path / "a.gin").write_text("include 'b.gin'\n")
+  (tmp_path / "b.gin").write_text("\ninclude 'a.gin'\n")
+  told = refused([str(tmp_path / "a.gin")])
+  assert f"{tmp_path}/b.gin, line 2: {tmp_path}/a.gin includes this" in told
+
+
 def test_a_gin_file_of_t5x_is_told_from_ours(tmp_path):
   path = tmp_path / "theirs.gin"
   path.write_text(
