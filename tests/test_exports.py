@@ -491,6 +491,16 @@ def test_a_model_card_says_what_the_run_folder_knows(tmp_path):
   assert "train | loss" not in body
 
 
+def test_a_card_asks_in_the_words_of_the_task(tmp_path):
+  asked = {"inputs": ["it is {claim}", "because {reason}"]}
+  body = card_of_run(tmp_path, task={"name": "x", "arguments": asked})
+  assert "first = ['it is {claim}']\nsecond = ['because {reason}']\n" in body
+  assert "tokenizer(first, second, padding=True" in body
+  asked = {"inputs": "say {text} loudly"}
+  body = card_of_run(tmp_path, task={"name": "x", "arguments": asked})
+  assert "texts = ['say {text} loudly']\nbatch = tokenizer(texts, " in body
+
+
 def test_the_base_is_what_model_json_says_and_a_path_is_no_name(tmp_path):
   text = card_of_run(tmp_path, base="/models/mine")
   front = yaml.safe_load(text.split("---\n")[1])

@@ -119,7 +119,10 @@ def text(
     + " Written by fat5_jax.",
     _task_lines(task),
     _labels(head),
-    "## In transformers\n\n" + _usage(config, head, format_name, base),
+    "## In transformers\n\n"
+    + _usage(config, head, format_name, base).replace(
+      _TEXTS, _texts_asked(task)
+    ),
     _OURS.format(
       base=" --base BASE" if format_name == "peft" else "",
       options=f", base={base!r}" if format_name == "peft" else "",
@@ -179,6 +182,24 @@ def _task_lines(task: Mapping[str, Any]) -> str:
   return "## Task\n\n" + _table(("what", "value"), rows)
 
 
+def _texts_asked(task: Mapping[str, Any]) -> str:
+  """The example's texts, in the words that the task puts around them."""
+  inputs = task.get("arguments", {}).get("inputs")
+  parts = [inputs] if isinstance(inputs, str) else list(inputs or ())
+  if not parts or parts == ["{text}"]:
+    return _TEXTS
+  names = ["texts"] if len(parts) == 1 else ["first", "second"][: len(parts)]
+  lines = [f"{name} = [{part!r}]" for name, part in zip(names, parts)]
+  return "\n".join(
+    [
+      "# The braces are columns, filled in as in training.",
+      *lines,
+      f"batch = tokenizer({', '.join(names)}, padding=True,"
+      ' return_tensors="pt")\n',
+    ]
+  )
+
+
 def _labels(head: HeadConfig) -> str:
   if head.kind in ("language_model", "embedding"):
     return ""
@@ -233,18 +254,23 @@ config, leaves = weights.open_params(weights.find("/models/this"))
 model, params = factory.create(config), table.read_all(leaves)
 ```"""
 
-_LOAD = """```python
+_TEXTS = """texts = ["a text", "and another one, which is longer"]
+batch = tokenizer(texts, padding=True, return_tensors="pt")
+"""
+_LOAD = (
+  """```python
 {first}import torch
 from transformers import {class_name}, AutoTokenizer
 
 folder = "/models/this"  # where this folder is; transformers 4: no dots
-tokenizer = AutoTokenizer.from_pretrained(folder)
+tokenizer = AutoTokenizer.from_pretrained(folder{options})
 model = {class_name}.from_pretrained(folder{options})
-texts = ["a text", "and another one, which is longer"]
-batch = tokenizer(texts, padding=True, return_tensors="pt")
-with torch.no_grad():
+"""
+  + _TEXTS
+  + """with torch.no_grad():
   {result}
 {more}```"""
+)
 _TRUST = ", trust_remote_code=True"
 _CODE = """transformers has no class for this model. `modeling_fat5_jax.py`
 in this folder is one, and `trust_remote_code=True` uses it (tested with 4.37.1
