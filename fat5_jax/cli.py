@@ -270,9 +270,19 @@ def main(command: str, arguments: list[str] | None = None) -> int:
     if message is None:
       raise
     print(f"error: {message}", file=sys.stderr)
+    if arguments is None:
+      # A row that TensorFlow still reads ahead needs Python, and Python's end
+      # would wait for it.
+      _end_now()
     return 1
   _leave_other_hosts()
   return 0
+
+
+def _end_now() -> None:
+  sys.stdout.flush()
+  sys.stderr.flush()
+  os._exit(1)
 
 
 def _user_message(error: BaseException) -> str | None:
@@ -311,9 +321,7 @@ def _leave_other_hosts(
   else:
     print(f"error: host {hosts.everyone.index}: {message}", file=sys.stderr)
   hosts.everyone.leave((message or repr(error)).splitlines()[0])
-  sys.stdout.flush()
-  sys.stderr.flush()
-  os._exit(1)
+  _end_now()
 
 
 def _without_gin_trail(message: str) -> str:

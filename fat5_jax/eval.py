@@ -52,7 +52,6 @@ class InferenceEvaluator:
     self._has_tags = head is not None and head.kind == "token_classification"
     self._partitioner = partitioner
     self._folder = os.path.join(output_dir, "inference_eval")
-    os.makedirs(self._folder, exist_ok=True)
     task = config.task()
     # SeqIO's evaluator takes a name.
     tasks.register(task)
@@ -73,6 +72,7 @@ class InferenceEvaluator:
         log_dir=self._folder,
         async_compute_metrics=False,
       )
+    os.makedirs(self._folder, exist_ok=True)
     if self._evaluator.eval_tasks:
       pipeline.check_task(config, model.config)
       max_length = None

@@ -1,5 +1,7 @@
 """Shared by all tests: a CPU, strict shapes, and paths to optional data."""
 
+import ctypes
+import gc
 import importlib.metadata
 import importlib.util
 import os
@@ -25,6 +27,37 @@ if os.environ["JAX_PLATFORMS"] == "cpu":
 import pytest
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(config, items):
+  """Tests of a group share fixtures: apart, each worker makes its own."""
+  if config.getoption("loadgroup", False):
+    for item in items:
+      if item.get_closest_marker("xdist_group") and "@" not in item.nodeid:
+        raise pytest.UsageError("pytest-xdist does not group with this pytest")
+
+
+_kept = 0
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_runtest_teardown(item, nextitem):
+  """Frees compiled programs before a worker holds gigabytes of them."""
+  global _kept
+  if _resident() > max(1600, _kept + 300):
+    sys.modules["jax"].clear_caches()
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)
+    _kept = _resident()
+
+
+def _resident() -> int:
+  """MiB of this process; 0 where the system does not tell."""
+  if not os.path.exists("/proc/self/statm"):
+    return 0
+  with open("/proc/self/statm") as file:
+    return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE") >> 20
 
 
 def with_devices(count: int) -> dict[str, str]:

@@ -1,6 +1,7 @@
 """Heads against their oracles: Hugging Face's, and FAT5's documented maths."""
 
 import dataclasses
+import functools
 
 import hf_models
 import jax
@@ -45,16 +46,29 @@ def init(config, **options):
   model = factory.create(config, **options)
   tokens = jnp.zeros((1, 4), jnp.int32)
   inputs = [tokens] * (2 if model.config.is_language_model else 1)
-  params = model.init(jax.random.key(0), *inputs)["params"]
-  key = jax.random.key(1)
+  shapes = jax.eval_shape(model.init, jax.random.key(0), *inputs)["params"]
+  rng = np.random.default_rng(1)
 
-  def stir(path, x):
-    name = str(path)
-    if "bias" in name or "lora_b" in name or "rel_embedding" in name:
-      return x + 0.3 * jax.random.normal(key, x.shape)
-    return x
+  def made(path, x):
+    name = str(path[-1])
+    value = rng.normal(size=x.shape).astype(np.float32)
+    if "scale" in name:
+      return 1 + 0.1 * value
+    if "kernel" in name or "lora_a" in name:
+      return value * np.float32(x.shape[0] ** -0.5)
+    return 0.3 * value if "bias" in name or "lora_b" in name else value
 
-  return model, jax.tree_util.tree_map_with_path(stir, params)
+  return model, jax.tree_util.tree_map_with_path(made, shapes)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _compiled(config, params, inputs):
+  return factory.create(config).apply({"params": params}, *inputs)
+
+
+def apply(model, params, *inputs):
+  """What the model computes, compiled once a shape."""
+  return np.asarray(_compiled(model.config, params, inputs))
 
 
 def text(rows=4, length=21, eos_counts=(1, 2, 1, 1), seed=0):
@@ -155,7 +169,7 @@ def test_hf_sequence_classification(problem, num_labels, tmp_path):
   )
   output.loss.backward()
   model = factory.create(config)
-  close(model.apply({"params": params}, x), output.logits.detach())
+  close(apply(model, params, x), output.logits.detach())
   loss, grads = loss_and_grads(model, params, batch_of(x, labels))
   close(loss, output.loss.item())
   same_grads(config, grads, theirs)
@@ -174,7 +188,7 @@ def test_hf_token_classification(tmp_path):
   )
   output.loss.backward()
   model = factory.create(config)
-  logits = model.apply({"params": params}, x)
+  logits = apply(model, params, x)
   close(logits[x != 0], output.logits.detach()[torch.tensor(x != 0)])
   loss, grads = loss_and_grads(model, params, batch_of(x, labels))
   close(loss, output.loss.item())
@@ -194,7 +208,7 @@ def test_hf_question_answering(tmp_path):
   )
   output.loss.backward()
   model = factory.create(config)
-  logits = model.apply({"params": params}, x)
+  logits = apply(model, params, x)
   close(logits[..., 0], output.start_logits.detach())
   close(logits[..., 1], output.end_logits.detach())
   loss, grads = loss_and_grads(model, params, batch_of(x, spans))
@@ -258,7 +272,7 @@ def test_fat5_sequence_classification(pooling, encoder):
   expected = linear(
     params["classifier"], torch.tanh(linear(params["head"]["dense_0"], h))
   )
-  close(model.apply({"params": params}, x), expected.detach())
+  close(apply(model, params, x), expected.detach())
   labels = np.array([0, 2, IGNORED, 1])
   loss, _ = loss_and_grads(model, params, batch_of(x, labels))
   close(
@@ -273,7 +287,7 @@ def test_fat5_token_classification(encoder):
   model, params = with_body(config, head, params)
   x = text()
   expected = linear(params["classifier"], encoded(theirs, x)).detach()
-  found = model.apply({"params": params}, x)
+  found = apply(model, params, x)
   close(found[x != 0], expected[torch.tensor(x != 0)])
 
 
@@ -302,7 +316,7 @@ def test_sentence_embeddings_are_the_normalised_mean(encoder):
   x = text()
   h = pooled_by_hand(encoded(theirs, x), x, "mean")
   close(
-    model.apply({"params": params}, x),
+    apply(model, params, x),
     torch.nn.functional.normalize(h, dim=-1).detach(),
   )
 
@@ -315,8 +329,8 @@ def test_embeddings_learn_to_find_their_partner_in_the_batch(encoder):
   x[3], y[3] = 0, 0
   batch = {"encoder_input_tokens": x, "decoder_target_tokens": y}
   loss, grads = loss_and_grads(model, params, batch)
-  a = np.asarray(model.apply({"params": params}, x[:3]))
-  b = np.asarray(model.apply({"params": params}, y[:3]))
+  a = np.asarray(apply(model, params, x[:3]))
+  b = np.asarray(apply(model, params, y[:3]))
   scores = torch.tensor(20 * a @ b.T)
   expected = torch.nn.functional.cross_entropy(scores, torch.arange(3))
   close(loss, expected.item())
@@ -347,11 +361,9 @@ def test_padding_changes_nothing(head):
   model, params = init(CONFIG, head=head)
   x = text()
   wide = np.pad(x, ((0, 0), (0, 9)))
-  together = model.apply({"params": params}, wide)
+  together = apply(model, params, wide)
   for i in (1, 2):
-    expected = model.apply(
-      {"params": params}, x[i : i + 1, : (x[i] != 0).sum()]
-    )
+    expected = apply(model, params, x[i : i + 1, : (x[i] != 0).sum()])
     found = together[i : i + 1]
     if head.kind in ("token_classification", "question_answering"):
       found = found[:, : expected.shape[1]]
@@ -366,7 +378,7 @@ def test_a_row_of_padding_alone_is_finite(head):
   def total(params):
     return model.apply({"params": params}, x).sum()
 
-  value, grads = jax.value_and_grad(total)(params)
+  value, grads = jax.jit(jax.value_and_grad(total))(params)
   assert np.isfinite(value)
   assert all(np.isfinite(g).all() for g in jax.tree.leaves(grads))
 
@@ -378,8 +390,8 @@ def test_layers_looped_and_scanned_agree():
     model, params = init(CONFIG, head=head)
     scanned = factory.create(CONFIG.replace(scan_layers=True), head)
     close(
-      scanned.apply({"params": stack_layers(params)}, text()),
-      model.apply({"params": params}, text()),
+      apply(scanned, jax.jit(stack_layers)(params), text()),
+      apply(model, params, text()),
       1e-5,
     )
 
@@ -419,7 +431,7 @@ def test_layers_on_the_language_model_head_train_through_the_chunked_loss():
     "decoder_loss_weights": (y != 0).astype(np.int32),
   }
   loss, grads = loss_and_grads(model, params, batch)
-  logits = model.apply({"params": params}, x, batch["decoder_input_tokens"], y)
+  logits = apply(model, params, x, batch["decoder_input_tokens"], y)
   loss_BL, _ = losses.cross_entropy(logits, y)
   close(loss, losses.weighted_sum(loss_BL, y != 0) / (y != 0).sum())
   assert np.abs(grads["head"]["dense_0"]["kernel"]).max() > 0
@@ -444,9 +456,7 @@ def test_lora_apart_and_merged_compute_the_same(targets):
   plain, leaves = lora.merged(config, table.as_leaves(params))
   merged = table.read_all(leaves)
   assert not any("lora" in str(k) for k in leaves) and plain.lora is None
-  run = lambda config, params: factory.create(config).apply(
-    {"params": params}, x, y
-  )
+  run = lambda config, params: apply(factory.create(config), params, x, y)
   close(run(plain, merged), run(config, params), 1e-5)
   without = jax.tree_util.tree_map_with_path(
     lambda p, v: v * 0 if "lora_b" in str(p) else v, params
@@ -467,8 +477,8 @@ def test_fresh_lora_changes_nothing():
   flat = {
     k: v for k, v in table.flatten(params).items() if k[-1][:5] != "lora_"
   }
-  base = factory.create(CONFIG).apply({"params": table.nest(flat)}, x, y)
-  np.testing.assert_array_equal(model.apply({"params": params}, x, y), base)
+  base = apply(factory.create(CONFIG), table.nest(flat), x, y)
+  np.testing.assert_array_equal(apply(model, params, x, y), base)
 
 
 def test_lora_dropout_is_on_its_own_branch_alone():
