@@ -7,6 +7,7 @@ the differences are written there (docs/exports.md is one).
 """
 
 import datetime
+import functools
 import itertools
 import json
 import os
@@ -15,6 +16,7 @@ import subprocess
 
 from conftest import ROOT
 import exports
+import jax
 import numpy as np
 import pytest
 import seqio
@@ -381,7 +383,8 @@ def test_a_language_model_generates_what_ours_does(version, exported, answered):
       continue
     params = table.read_all(one["leaves"])
     x = one["x"]
-    ours = decoding.generate(factory.create(config), params, x, 8)
+    generate = functools.partial(decoding.generate, factory.create(config))
+    ours = jax.jit(generate, static_argnums=2)(params, x, 8)
     for result in jobs[key]["loaded"].values():
       found = np.array(result["generated"])[:, 1:]
       assert np.array_equal(found, np.asarray(ours)[:, : found.shape[1]]), key

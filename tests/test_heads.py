@@ -473,7 +473,7 @@ def test_lora_apart_and_merged_compute_the_same(targets):
 def test_fresh_lora_changes_nothing():
   model = factory.create(CONFIG, lora=LoRAConfig())
   x, y = hf_models.tokens()
-  params = model.init(jax.random.key(0), x, y)["params"]
+  params = jax.jit(model.init)(jax.random.key(0), x, y)["params"]
   flat = {
     k: v for k, v in table.flatten(params).items() if k[-1][:5] != "lora_"
   }

@@ -11,6 +11,9 @@ from fat5_jax import checkpoints, optimizers
 from fat5_jax.convert import table
 from fat5_jax.errors import UserError
 
+stack = jax.jit(checkpoints.stack_layers)
+unstack = jax.jit(checkpoints.unstack_layers)
+
 
 def random_tree(seed, layers=3):
   rng = np.random.default_rng(seed)
@@ -29,11 +32,12 @@ def random_tree(seed, layers=3):
 
 def run(optimizer, params, steps=4, scale=lambda i: 10.0 ** (i - 2)):
   state = optimizer.init(params)
+  update = jax.jit(optimizer.update)
   for i in range(steps):
     grads = jax.tree.map(lambda x, i=i: x * scale(i), random_tree(i + 10))
     if "layers" in params["encoder"]:
-      grads = checkpoints.stack_layers(grads)
-    updates, state = optimizer.update(grads, state, params)
+      grads = stack(grads)
+    updates, state = update(grads, state, params)
     params = optax.apply_updates(params, updates)
   return params, state
 
@@ -58,10 +62,10 @@ def test_adafactor_keeps_rows_and_columns_only():
 def test_scanned_layers_train_as_a_loop_does(beta1):
   optimizer = optimizers.adafactor(0.01, beta1=beta1)
   looped, loop_state = run(optimizer, random_tree(0))
-  scanned, scan_state = run(optimizer, checkpoints.stack_layers(random_tree(0)))
+  scanned, scan_state = run(optimizer, stack(random_tree(0)))
   for a, b in (
-    (looped, checkpoints.unstack_layers(scanned)),
-    (loop_state, checkpoints.unstack_layers(scan_state)),
+    (looped, unstack(scanned)),
+    (loop_state, unstack(scan_state)),
   ):
     assert jax.tree.structure(a) == jax.tree.structure(b)
     for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b)):
@@ -94,12 +98,12 @@ def small_t5(rng, d=130, i=140, f=160, layers=2):
 
 def as_float32(flat, scan):
   tree = table.nest({k: jnp.asarray(x, jnp.float32) for k, x in flat.items()})
-  return checkpoints.stack_layers(tree) if scan else tree
+  return stack(tree) if scan else tree
 
 
 def assert_close(tree, expected, tolerance=1e-5):
   """Against each tensor's largest element."""
-  found = table.flatten(checkpoints.unstack_layers(tree))
+  found = table.flatten(unstack(tree))
   assert found.keys() == expected.keys()
   for path, wanted in expected.items():
     error = np.abs(np.asarray(found[path], np.float64) - wanted).max()
@@ -204,7 +208,7 @@ def test_a_nan_is_skipped_as_t5x_skips_it(scan):
   assert_close(ours, params)
   for k in finite:
     for slot in ("m", "v", "v_row", "v_col"):
-      tree = checkpoints.unstack_layers(getattr(state[0], slot))
+      tree = unstack(getattr(state[0], slot))
       found = table.flatten(tree)[k]
       assert_close({"x": found}, {("x",): slots[k][slot]})
   # Without the switch the parameter is lost.
@@ -227,6 +231,7 @@ def test_factor_rules_are_those_of_t5x_s_scanned_layers(scan):
     logical_factor_rules=optimizers.standard_logical_factor_rules(),
   )
   state = optimizer.init(ours)
+  update = jax.jit(optimizer.update)
   theirs = t5x_adafactor.scanned(params, HEAD_DIM)
   kinds = {
     k: t5x_adafactor.standard_kinds(k, x.shape) for k, x in theirs.items()
@@ -240,7 +245,7 @@ def test_factor_rules_are_those_of_t5x_s_scanned_layers(scan):
   assert slots[query]["v_col"].shape == (3, 2, 4)
   for n in range(20):
     grads = {k: rng.normal(size=x.shape) ** 3 for k, x in params.items()}
-    updates, state = optimizer.update(as_float32(grads, scan), state, ours)
+    updates, state = update(as_float32(grads, scan), state, ours)
     ours = optax.apply_updates(ours, updates)
     grads = t5x_adafactor.scanned(grads, HEAD_DIM)
     for k in theirs:
@@ -249,11 +254,11 @@ def test_factor_rules_are_those_of_t5x_s_scanned_layers(scan):
         beta1=0.9,
         weight_decay_rate=0.01,
       )
-  found = table.flatten(checkpoints.unstack_layers(ours))
+  found = table.flatten(unstack(ours))
   found = {k: np.asarray(x) for k, x in found.items()}
   assert_close(table.nest(t5x_adafactor.scanned(found, HEAD_DIM)), theirs)
   wo = ("encoder", "layers_1", "mlp", "wo", "kernel")
-  tree = checkpoints.unstack_layers(state[0].v)
+  tree = unstack(state[0].v)
   assert table.flatten(tree)[wo].shape == (1,), "factored, small as it is"
   embedding = state[0].v["token_embedder"]["embedding"]
   assert embedding.shape == (150, 24), (
@@ -293,6 +298,7 @@ def test_hyper_parameters_by_pattern(scan):
     beta1=by_name((r"query", 0.9), ("kernel$", 0.5)),
   )
   state = optimizer.init(ours)
+  update = jax.jit(optimizer.update)
   own = {
     k: dict(
       scaled=k[-1] in ("scale", "embedding"),
@@ -310,7 +316,7 @@ def test_hyper_parameters_by_pattern(scan):
   }
   for n in range(5):
     grads = {k: rng.normal(size=x.shape) for k, x in params.items()}
-    updates, state = optimizer.update(as_float32(grads, scan), state, ours)
+    updates, state = update(as_float32(grads, scan), state, ours)
     ours = optax.apply_updates(ours, updates)
     for k in params:
       params[k], slots[k] = t5x_adafactor.update(

@@ -598,7 +598,8 @@ def test_two_tasks_of_one_name_are_each_scored_as_themselves(user):
     str(user / "scored"),
     Partitioner(devices=jax.devices()[:1]),
   )
-  evaluator.evaluate(steps.init_params(model, 0), 1)
+  params = jax.jit(steps.init_params, static_argnums=(0, 1))(model, 0)
+  evaluator.evaluate(params, 1)
   path = user / "scored/inference_eval/text_to_text-000001.jsonl"
   targets = [json.loads(line)["target"] for line in path.open()]
   assert targets == ["first", "first"]

@@ -19,7 +19,7 @@ HEAD = HeadConfig("enct5", num_labels=3)
 
 def setup(pattern=None, frozen=None, lora=None, **multipliers):
   model = factory.create(CONFIG, HEAD, lora)
-  params = steps.init_params(model, 0)
+  params = jax.jit(steps.init_params, static_argnums=(0, 1))(model, 0)
   chosen = trainable.choose(params, pattern, frozen)
   optimizer = optimizers.adamw(0.01, **multipliers)
   moving, _ = trainable.split(params, chosen)
@@ -152,7 +152,9 @@ def test_a_pattern_that_does_nothing_is_an_error(pattern, frozen, match):
 
 
 def test_scanned_layers_go_together_or_say_so():
-  params = stack_layers(steps.init_params(factory.create(CONFIG, HEAD), 0))
+  params = jax.eval_shape(
+    lambda: stack_layers(steps.init_params(factory.create(CONFIG, HEAD), 0))
+  )
   chosen = trainable.choose(params, r"layers_\d+/mlp", None)
   assert ("encoder", "layers", "mlp", "wo", "kernel") in chosen
   with pytest.raises(UserError, match="SCAN_LAYERS"):
