@@ -29,7 +29,25 @@ def run(*arguments):
   )
 
 
-def test_there_and_back_with_the_tokenizer(shared_data, tmp_path):
+@pytest.fixture
+def tool():
+  spec = importlib.util.spec_from_file_location("convert_checkpoint", TOOL)
+  module = importlib.util.module_from_spec(spec)
+  spec.loader.exec_module(module)
+  return module
+
+
+def convert(tool, monkeypatch, *arguments, flags=("--no_transformers",)):
+  arguments = [TOOL, *map(str, arguments), *flags]
+  monkeypatch.setattr(sys, "argv", arguments)
+  # A test's handlers are no command's.
+  monkeypatch.setattr(tool.signal, "signal", lambda *_: None)
+  return tool.main()
+
+
+def test_there_and_back_with_the_tokenizer(
+  shared_data, tool, monkeypatch, capsys, tmp_path
+):
   import transformers
   from transformers import AutoTokenizer
 
@@ -38,10 +56,12 @@ def test_there_and_back_with_the_tokenizer(shared_data, tmp_path):
   config, params = hf.from_pretrained(tmp_path / "theirs")
   hf.to_pretrained(config, params, tmp_path / "hf", tokenizer=spiece)
 
-  done = run(tmp_path / "hf", tmp_path / "run")
-  assert done.returncode == 0, done.stderr
-  assert "read again by fat5_jax: " in done.stdout
-  assert "transformers" not in done.stdout
+  arguments = (tmp_path / "hf", tmp_path / "run")
+  status = convert(tool, monkeypatch, *arguments, flags=())
+  said = capsys.readouterr()
+  assert status == 0, said.err
+  assert "read again by fat5_jax: " in said.out
+  assert "transformers" not in said.out
   done = run(tmp_path / "run", tmp_path / "again", "--to", "hf")
   assert done.returncode == 0, done.stderr
   assert "tensors equal bit for bit" in done.stdout
@@ -58,40 +78,24 @@ def test_there_and_back_with_the_tokenizer(shared_data, tmp_path):
   ]
 
 
-def test_a_folder_of_something_else_is_said_to_be_so(tmp_path):
-  done = run(tmp_path, tmp_path / "out")
-  assert done.returncode == 1
-  assert "neither a Hugging Face folder" in done.stderr
-  assert "Traceback" not in done.stderr
+def test_a_folder_of_something_else_is_said_to_be_so(
+  tool, monkeypatch, capsys, tmp_path
+):
+  assert convert(tool, monkeypatch, tmp_path, tmp_path / "out") == 1
+  assert "neither a Hugging Face folder" in capsys.readouterr().err
   assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("to", ["hf", "fat5"])
-def test_a_destination_in_use_is_left_alone(to, tmp_path):
+def test_a_destination_in_use_is_left_alone(to, tool, monkeypatch, tmp_path):
   hf_models.make("t5_1_0", tmp_path / "hf")
   (tmp_path / "out").mkdir()
   (tmp_path / "out" / "notes.txt").write_text("mine")
   if to == "fat5":
     (tmp_path / "out" / "checkpoint_5").mkdir()
-  done = run(tmp_path / "hf", tmp_path / "out", "--to", to)
-  assert done.returncode == 1 and "Traceback" not in done.stderr
+  arguments = (tmp_path / "hf", tmp_path / "out", "--to", to)
+  assert convert(tool, monkeypatch, *arguments) == 1
   assert (tmp_path / "out" / "notes.txt").read_text() == "mine"
-
-
-@pytest.fixture
-def tool():
-  spec = importlib.util.spec_from_file_location("convert_checkpoint", TOOL)
-  module = importlib.util.module_from_spec(spec)
-  spec.loader.exec_module(module)
-  return module
-
-
-def convert(tool, monkeypatch, *arguments):
-  arguments = [TOOL, *map(str, arguments), "--no_transformers"]
-  monkeypatch.setattr(sys, "argv", arguments)
-  # A test's handlers are no command's.
-  monkeypatch.setattr(tool.signal, "signal", lambda *_: None)
-  return tool.main()
 
 
 def source_for(to, folder):
