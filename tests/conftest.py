@@ -52,20 +52,8 @@ def pytest_runtest_teardown(item, nextitem):
   """Frees compiled programs before a worker holds gigabytes of them."""
   global _kept
   if _resident() > max(1600, _kept + 300):
-    import time
-
-    t = time.perf_counter()
-    a = _resident()
     sys.modules["jax"].clear_caches()
-    t1 = time.perf_counter()
     gc.collect()
-    print(
-      "CLEARED",
-      a,
-      t1 - t,
-      time.perf_counter() - t1,
-      file=open("/tmp/cleared.log", "a"),
-    )
     ctypes.CDLL(None).malloc_trim(0)
     _kept = _resident()
 

@@ -48,7 +48,9 @@ def user(tmp_path_factory):
   folder = tmp_path_factory.mktemp("user")
   spec = hf_models.FAMILIES["t5_1_1"]
   hf_models.FAMILIES["bytes"] = hf_models.dataclasses.replace(
-    spec, changes=spec.changes | {"vocab_size": 384}
+    spec,
+    changes=spec.changes
+    | {"vocab_size": 384, "num_layers": 1, "num_decoder_layers": 2},
   )
   hf_models.make("bytes", folder / "theirs")
   del hf_models.FAMILIES["bytes"]
