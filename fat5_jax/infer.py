@@ -129,7 +129,8 @@ def infer(
       own,
       told,
     )
-    lines = predictions.write(_counted(found, count), output_format, head)
+    found = _counted(found, count)
+    lines = predictions.write(found, output_format, head, told.index)
   if dry_run:
     console.say(f"dry run: {source.path} and its vocabulary are fine")
     return
@@ -340,7 +341,9 @@ def _input_rows(
 ) -> Iterator[sources.LocatedRow]:
   """The rows of an input; a line of text is the column that is asked about."""
   if not _is_text(path):
-    yield from _rows_of_file(path, own)
+    for where, row in _rows_of_file(path, own):
+      told.index.append(row.get("index"))
+      yield where, row
     return
   if path == "-":
     lines = enumerate((line.rstrip("\r\n") for line in sys.stdin), 1)

@@ -37,6 +37,8 @@ class Told:
   cut: int = 0
   tokens: int = 0
   unknown: int = 0
+  # Column `index` of the rows of a file, None where they have none.
+  index: list[Any] = dataclasses.field(default_factory=list)
 
   def add_tokens(self, ids: Sequence[int], unknown_id: int | None) -> None:
     self.tokens += len(ids)
@@ -267,9 +269,19 @@ def forms(head: HeadConfig | None) -> tuple[str, ...]:
 
 
 def write(
-  records: Iterable[Record], form: str, head: HeadConfig
+  records: Iterable[Record],
+  form: str,
+  head: HeadConfig,
+  index: Sequence[Any] = (),
 ) -> Iterator[str]:
-  """Lines of a file in one of `forms(head)`; glue is a submission."""
+  """Lines of a file in one of `forms(head)`; glue is a submission.
+
+  Its rows are named by `index`, which fills while the records come; where that
+  is empty, or None throughout, they are numbered.
+
+  Raises:
+    UserError: if some of `index` are None.
+  """
   if form == "jsonl":
     for record in records:
       yield json.dumps(record, ensure_ascii=False) + "\n"
@@ -285,13 +297,13 @@ def write(
     named = "entailment" in head.label_names
     for i, record in enumerate(records):
       value = record["prediction"]
+      number = index[i] if index else None
+      if index and (number is None) != (index[0] is None):
+        raise UserError(f"row {i + 1}: some rows have a column index, not all")
       if not named and "label" in record:
         value = record["label"]
-      yield (
-        f"{i}\t{value:.3f}\n"
-        if isinstance(value, float)
-        else (f"{i}\t{value}\n")
-      )
+      text = f"{value:.3f}" if isinstance(value, float) else value
+      yield f"{i if number is None else number}\t{text}\n"
   else:
     clean = lambda x: str(x).replace("\t", " ").replace("\n", " ")
     for i, record in enumerate(records):

@@ -24,6 +24,7 @@ import yaml
 
 from fat5_jax import decoding, weights
 from fat5_jax.convert import hf, hf_heads, model_card, table
+from fat5_jax.data import records, tasks
 from fat5_jax.models import factory
 from fat5_jax.models.config import HeadConfig
 
@@ -498,14 +499,26 @@ def test_a_model_card_says_what_the_run_folder_knows(tmp_path):
   assert "train | loss" not in body
 
 
-def test_a_card_asks_in_the_words_of_the_task(tmp_path):
-  asked = {"inputs": ["it is {claim}", "because {reason}"]}
-  body = card_of_run(tmp_path, task={"name": "x", "arguments": asked})
-  assert "first = ['it is {claim}']\nsecond = ['because {reason}']\n" in body
-  assert "tokenizer(first, second, padding=True" in body
-  asked = {"inputs": "say {text} loudly"}
-  body = card_of_run(tmp_path, task={"name": "x", "arguments": asked})
-  assert "texts = ['say {text} loudly']\nbatch = tokenizer(texts, " in body
+@pytest.mark.parametrize(
+  "name,lines",
+  [
+    ("glue_sst2_v002", "texts = ['sst2 sentence: {sentence}']\n"),
+    (
+      "glue_rte_classes",
+      "first = ['{sentence1}']\nsecond = ['{sentence2}']\n",
+    ),
+    (
+      "squad_v010_allanswers",
+      "texts = ['question: {question} context: {context}']\n",
+    ),
+    ("squad_spans", "first = ['{question}']\nsecond = ['{context}']\n"),
+  ],
+)
+def test_a_card_asks_in_the_words_of_the_task(name, lines, tmp_path):
+  task = tasks.resolve(name, seqio.ByteVocabulary(125), str(tmp_path))
+  text = card_of_run(tmp_path, task=records.describe(task))
+  names = "first, second" if "first" in lines else "texts"
+  assert f"{lines}batch = tokenizer({names}, padding=True" in text
 
 
 def test_the_base_is_what_model_json_says_and_a_path_is_no_name(tmp_path):

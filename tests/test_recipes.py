@@ -274,6 +274,18 @@ def test_classify(user, monkeypatch, capfd):
   lines = (user / "SST-2.tsv").read_text().splitlines()
   assert lines[0] == "index\tprediction" and len(lines) == 25
   assert all(line.split("\t")[1] in "01" for line in lines[1:])
+  # A part of it keeps its numbers.
+  (user / "part.tsv").write_text("index\tsentence\n17\tred\n3\tround\n")
+  out = run(
+    user,
+    monkeypatch,
+    capfd,
+    "infer",
+    "--gin.MODEL_DIR=cls",
+    "--gin.INPUT=part.tsv",
+    "--gin.OUTPUT_FORMAT=glue",
+  ).out
+  assert [x.split("\t")[0] for x in out.splitlines()] == ["index", "17", "3"]
 
   # A classifier of its own kind goes on from it, its head anew where asked.
   shapes = table.read_all(

@@ -120,9 +120,7 @@ def text(
     _task_lines(task),
     _labels(head),
     "## In transformers\n\n"
-    + _usage(config, head, format_name, base).replace(
-      _TEXTS, _texts_asked(task)
-    ),
+    + _in_words(_usage(config, head, format_name, base), task, head),
     _OURS.format(
       base=" --base BASE" if format_name == "peft" else "",
       options=f", base={base!r}" if format_name == "peft" else "",
@@ -174,7 +172,7 @@ def _task_lines(task: Mapping[str, Any]) -> str:
   task = {**task.get("arguments", {}), **task}
   rows = [
     (key, task[key])
-    for key in ("name", "kind", "inputs", "targets", "label", "metrics")
+    for key in ("name", "kind", "asks", "inputs", "targets", "label", "metrics")
     if task.get(key) not in (None, "", [], ())
   ]
   if not rows:
@@ -182,22 +180,23 @@ def _task_lines(task: Mapping[str, Any]) -> str:
   return "## Task\n\n" + _table(("what", "value"), rows)
 
 
-def _texts_asked(task: Mapping[str, Any]) -> str:
-  """The example's texts, in the words that the task puts around them."""
-  inputs = task.get("arguments", {}).get("inputs")
+def _in_words(usage: str, task: Mapping[str, Any], head: HeadConfig) -> str:
+  """The lines of use with texts as the task words them, a pair as two."""
+  inputs = task.get("asks") or task.get("arguments", {}).get("inputs")
   parts = [inputs] if isinstance(inputs, str) else list(inputs or ())
+  if head.kind == "embedding":
+    parts = parts[:1]
   if not parts or parts == ["{text}"]:
-    return _TEXTS
+    return usage
   names = ["texts"] if len(parts) == 1 else ["first", "second"][: len(parts)]
   lines = [f"{name} = [{part!r}]" for name, part in zip(names, parts)]
-  return "\n".join(
-    [
-      "# The braces are columns, filled in as in training.",
-      *lines,
-      f"batch = tokenizer({', '.join(names)}, padding=True,"
-      ' return_tensors="pt")\n',
-    ]
-  )
+  lines = [
+    "# Columns stand in braces; put there what a row has in them.",
+    *lines,
+    f"batch = tokenizer({', '.join(names)}, padding=True, return_tensors='pt')",
+  ]
+  usage = usage.replace(_TEXTS, "\n".join([*lines, ""]))
+  return usage.replace(_SENTENCES, f"[{parts[0]!r}]")
 
 
 def _labels(head: HeadConfig) -> str:
@@ -206,7 +205,7 @@ def _labels(head: HeadConfig) -> str:
   names = enumerate(hf_heads.label_names_of(head))
   found = "## Outputs\n\n" + _table(("index", "label"), names)
   if head.kind in ("sequence_classification", "enct5"):
-    found += f"\n\nThey are a `{head.problem_type}`'s."
+    found += f"\n\n`problem_type`: `{head.problem_type}`."
   return found
 
 
@@ -254,7 +253,8 @@ config, leaves = weights.open_params(weights.find("/models/this"))
 model, params = factory.create(config), table.read_all(leaves)
 ```"""
 
-_TEXTS = """texts = ["a text", "and another one, which is longer"]
+_SENTENCES = '["a text", "and another one, which is longer"]'
+_TEXTS = f"""texts = {_SENTENCES}
 batch = tokenizer(texts, padding=True, return_tensors="pt")
 """
 _LOAD = (
@@ -306,6 +306,7 @@ _ANSWERS = {
   "regression": "",
 }
 _TAGS = (
+  "# One a piece; a word has that of its first piece.\n"
   "labels = [\n  [model.config.id2label[i] for i in row] for row in"
   " logits.argmax(-1).tolist()\n]\n"
 )
@@ -401,7 +402,7 @@ def _embedding_usage(config, head) -> str:
 from sentence_transformers import SentenceTransformer
 
 model = SentenceTransformer("/models/this")  # where this folder is
-embeddings = model.encode(["a text", "and another one, which is longer"])
+embeddings = model.encode({_SENTENCES})
 ```
 
 Or the encoder alone:

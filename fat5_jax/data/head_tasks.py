@@ -345,7 +345,8 @@ def tagging(
     for word, tag in zip(row_words, row_tags):
       if isinstance(tag, str) and tag not in numbers:
         raise UserError(
-          f"tag {tag!r} of word {word!r} is none of {', '.join(tag_names)}"
+          f"tag {tag!r} of word {word!r} is none of {', '.join(tag_names)}."
+          " tagging.tag_names = (...) names all that may occur"
         )
       # A word that the vocabulary drops still has a tag to predict.
       ids = vocabulary.encode(word) or [vocabulary.unk_id]

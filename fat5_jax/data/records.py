@@ -26,7 +26,7 @@ _FACTORIES: dict[str, Callable[..., seqio.Task]] = {}
 _NOT_RECORDED = ("vocabulary", "output_vocabulary", "source", "rename")
 # What may differ between two records of the same data: where it lies, how it
 # is scored, how long its rows may be.
-_TOP_MAY_CHANGE = ("data_dir", "metrics", "lengths", "own_code")
+_TOP_MAY_CHANGE = ("data_dir", "metrics", "lengths", "own_code", "asks")
 _MAY_CHANGE = re.compile(
   r"^arguments\.(data_dir|metrics)$"
   r"|^source\.(files\.[^.]+|content)\.\d+\.path$"
@@ -100,6 +100,7 @@ def describe(task: seqio.Task | seqio.Mixture) -> dict[str, Any]:
   if isinstance(task.source, seqio_source.SeqioSource):
     found |= task.source.record
     found["columns"] = list(task.source.columns)
+    found["asks"] = _asks(task.source)
     found["source"] = task.source.rows_source.record()
   else:
     found["source"] = _seqio_source(task.source)
@@ -113,6 +114,27 @@ def describe(task: seqio.Task | seqio.Mixture) -> dict[str, Any]:
     if not isinstance(feature.vocabulary, seqio.PassThroughVocabulary)
   }
   return found
+
+
+def _asks(source: seqio_source.SeqioSource) -> list[str]:
+  """The text, or the pair, that is asked about a row: `{column}` in words.
+
+  Empty where a row of words is no row of the task's.
+  """
+  # Words that survive what a task does to punctuation.
+  words = {name: f"Column{i}Here" for i, name in enumerate(source.columns)}
+  try:
+    example = source.question(dict(words))
+  except Exception:  # A row function may be anybody's.
+    return []
+  text = (example or {}).get(
+    "inputs", (example or {}).get("inputs_pretokenized")
+  )
+  if not isinstance(text, str):
+    return []
+  for name, word in words.items():
+    text = text.replace(word, f"{{{name}}}")
+  return text.split(" </s> ")
 
 
 def _seqio_source(source: seqio.DataSourceInterface) -> dict[str, Any]:

@@ -13,7 +13,7 @@ import numpy as np
 import seqio
 import tensorflow as tf
 
-from fat5_jax.data.sources import LocatedRow, Row, RowFn
+from fat5_jax.data.sources import LocatedRow, Row, RowFn, column
 from fat5_jax.errors import UserError
 
 logger = logging.getLogger("fat5_jax")
@@ -123,7 +123,14 @@ class SeqioSource(seqio.DataSource):
     Raises:
       UserError: if it has not the columns that a question needs.
     """
-    return self._row_fn(self._unanswered(dict(row)))
+    try:
+      return self._row_fn(self._unanswered(dict(row)))
+    except UserError as e:
+      if str(e).startswith("no column"):
+        # Told with the columns that are there, not with a stand-in's.
+        for name in self.columns:
+          column(row, name)
+      raise
 
   def asking(self, rows: Callable[[], Iterable[LocatedRow]]) -> SeqioSource:
     """This source with questions in the place of its rows, in split ROWS."""
