@@ -515,6 +515,16 @@ def test_a_model_card_says_what_the_run_folder_knows(tmp_path):
   ],
 )
 def test_a_card_asks_in_the_words_of_the_task(name, lines, tmp_path):
+  glue = {"SST-2": "sentence\tlabel\na\t1\n"}
+  glue["RTE"] = "index\tsentence1\tsentence2\tlabel\n0\ta\tb\tentailment\n"
+  for folder, rows in glue.items():
+    (tmp_path / folder).mkdir()
+    for split in ("train", "dev", "test"):
+      (tmp_path / folder / f"{split}.tsv").write_text(rows)
+  answers = {"text": ["a"], "answer_start": [0]}
+  row = {"id": "1", "question": "a", "context": "a", "answers": answers}
+  for split in ("train", "validation"):
+    (tmp_path / f"{split}.jsonl").write_text(json.dumps(row))
   task = tasks.resolve(name, seqio.ByteVocabulary(125), str(tmp_path))
   text = card_of_run(tmp_path, task=records.describe(task))
   names = "first, second" if "first" in lines else "texts"
