@@ -281,6 +281,8 @@ def train(
       f"the run is at step {step}, past TRAIN_STEPS = {last_step}; steps of"
       " the checkpoint count, so raise it or use TRAIN_STEPS_RELATIVE"
     )
+  if step == last_step and own_step is not None:
+    console.say(f"nothing is left to train: TRAIN_STEPS is {last_step}")
   evaluator = None
   if infer_eval_dataset_cfg is not None:
     evaluator = InferenceEvaluator(

@@ -149,7 +149,14 @@ def convert(flags) -> None:
 
 
 def _write(source, config, leaves, dest, to, flags) -> None:
-  from fat5_jax.convert import enct5, flash_t5, hf, model_card, peft
+  from fat5_jax.convert import (
+    enct5,
+    flash_t5,
+    hf,
+    model_card,
+    peft,
+    tokenizers,
+  )
 
   if to == "fat5":
     _to_fat5(source, config, leaves, dest, flags.optimizer)
@@ -157,15 +164,17 @@ def _write(source, config, leaves, dest, to, flags) -> None:
   facts = {}
   if source.kind == "fat5":
     facts = model_card.facts_of_run(source.run_dir)
+  tokenizer = flags.tokenizer or _tokenizer(source)
   if to == "peft":
     peft.to_peft(config, leaves, dest, _base_of(source), facts)
+    if tokenizer is not None:
+      tokenizers.write(tokenizer, dest)
     return
   write = {
     "hf": hf.to_pretrained,
     "flash_t5": flash_t5.to_folder,
     "enct5": enct5.to_folder,
   }[to]
-  tokenizer = flags.tokenizer or _tokenizer(source)
   write(config, leaves, dest, tokenizer, facts=facts)
 
 

@@ -421,11 +421,16 @@ def _adapter_usage(head, base: str) -> str:
       "This adapter belongs to a model with a head; transformers has no class"
       " that puts one on a bare T5 in this way. `--to hf` writes both, merged."
     )
+  answer = "tokens = model.generate(**batch, max_new_tokens=32)"
+  if head.kind != "language_model":
+    answer = "logits = model(**batch).logits"
   return f"""```python
 # peft
 from peft import PeftModel
-from transformers import {auto_class}
+from transformers import {auto_class}, AutoTokenizer
 
 base = {auto_class}.from_pretrained({base or "BASE"!r})
 model = PeftModel.from_pretrained(base, "/models/this")
+tokenizer = AutoTokenizer.from_pretrained("/models/this")
+{_TEXTS}{answer}
 ```"""
