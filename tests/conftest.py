@@ -51,7 +51,7 @@ _kept = 0
 def pytest_runtest_teardown(item, nextitem):
   """Frees compiled programs before a worker holds gigabytes of them."""
   global _kept
-  if _resident() > max(1600, _kept + 300):
+  if _resident() > max(1400, _kept + 200):
     sys.modules["jax"].clear_caches()
     gc.collect()
     ctypes.CDLL(None).malloc_trim(0)
