@@ -45,6 +45,8 @@ CHECKPOINT_PERIOD = 3
 STATS_PERIOD = 2
 DTYPE = 'float32'
 DROPOUT_RATE = 0.1
+# Compiles in half the time.
+ATTENTION = 'reference'
 
 config.T5Config:
   emb_dim = 16
