@@ -360,7 +360,10 @@ def test_a_column_of_the_template_is_filled_into_it(user, capfd):
   assert "template is not filled" in done.err
   (user / "wrong.jsonl").write_text('{"txt": "say it"}\n')
   text = run(capfd, "infer", *flags, "--gin.INPUT=wrong.jsonl", status=1).err
-  assert "wrong.jsonl, row 1: no column 'text'. Columns: txt\n" in text
+  assert (
+    "wrong.jsonl, row 1: no column 'text'. Did you mean 'txt'? Columns: txt\n"
+    in text
+  )
 
 
 def test_a_classifier_of_pairs_is_asked_by_its_columns(user, capfd):
