@@ -11,6 +11,7 @@ written by host 0.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+import contextlib
 import dataclasses
 import functools
 import json
@@ -362,4 +363,17 @@ class Checkpointer:
     self._manager.wait_until_finished()
 
   def close(self) -> None:
+    """Waits for what is being saved."""
     self._manager.close()
+
+  def __enter__(self) -> Checkpointer:
+    return self
+
+  def __exit__(self, kind, error, trace) -> None:
+    if error is None:
+      self.close()
+    elif jax.process_count() == 1:
+      # The error is what a person wants to hear. Other hosts, of which one may
+      # have failed, are not waited for.
+      with contextlib.suppress(Exception):
+        self.close()

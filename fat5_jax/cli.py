@@ -69,7 +69,8 @@ def _parser(command: str) -> argparse.ArgumentParser:
     default=[],
     metavar="FILE",
     help="gin file, repeatable, later ones win; looked for in the shipped"
-    " gin folder, here, and in --gin_search_paths",
+    " gin folder, here, and in --gin_search_paths (what it includes: beside it"
+    " first)",
   )
   parser.add_argument(
     "--gin_bindings",

@@ -158,10 +158,11 @@ class _GinFiles:
     folder = os.path.dirname(path)
     if folder not in self._search_paths:
       self._search_paths.append(folder)
-    lines = text.splitlines()
+    # As the parser counts them: a text may hold other separators of lines.
+    lines = text.split("\n")
     for included, n in self.parsed[path].includes:
       lines[n - 1] = f"include {self.add(included, path, n)!r}"
-    self.texts[path] = "\n".join([*lines, ""])
+    self.texts[path] = "\n".join(lines)
     return path
 
 

@@ -98,6 +98,8 @@ def infer(
     own, window = _own_task(source, vocabulary, input or "-")
     max_input_length = max_input_length or window
   count, told = itertools.count(), predictions.Told()
+  if output_format == "glue":
+    told.index = []
   if model.config.is_language_model:
     rows = (
       _task_rows(dataset_cfg)
@@ -342,7 +344,8 @@ def _input_rows(
   """The rows of an input; a line of text is the column that is asked about."""
   if not _is_text(path):
     for where, row in _rows_of_file(path, own):
-      told.index.append(row.get("index"))
+      if told.index is not None:
+        told.index.append(row.get("index"))
       yield where, row
     return
   if path == "-":

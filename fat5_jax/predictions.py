@@ -37,8 +37,9 @@ class Told:
   cut: int = 0
   tokens: int = 0
   unknown: int = 0
-  # Column `index` of the rows of a file, None where they have none.
-  index: list[Any] = dataclasses.field(default_factory=list)
+  # Column `index` of a file's rows, where somebody wants it; None where a row
+  # has none.
+  index: list[Any] | None = None
 
   def add_tokens(self, ids: Sequence[int], unknown_id: int | None) -> None:
     self.tokens += len(ids)
@@ -272,12 +273,12 @@ def write(
   records: Iterable[Record],
   form: str,
   head: HeadConfig,
-  index: Sequence[Any] = (),
+  index: Sequence[Any] | None = None,
 ) -> Iterator[str]:
   """Lines of a file in one of `forms(head)`; glue is a submission.
 
-  Its rows are named by `index`, which fills while the records come; where that
-  is empty, or None throughout, they are numbered.
+  Its rows are named by `index`, which fills while the records come; where there
+  is none, or None throughout, they are numbered.
 
   Raises:
     UserError: if some of `index` are None.

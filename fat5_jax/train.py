@@ -282,7 +282,7 @@ def train(
       " the checkpoint count, so raise it or use TRAIN_STEPS_RELATIVE"
     )
   if step == last_step and own_step is not None:
-    console.say(f"nothing is left to train: TRAIN_STEPS is {last_step}")
+    console.say(f"nothing is left to train: step {step} is the last")
   evaluator = None
   if infer_eval_dataset_cfg is not None:
     evaluator = InferenceEvaluator(
@@ -415,7 +415,7 @@ def train(
     progress.resume()
     waited += time.monotonic() - begin
 
-  with hosts.StopSignal() as stop:
+  with checkpointer, hosts.StopSignal() as stop:
     if own_step is None:
       save()
     elif (
@@ -453,7 +453,6 @@ def train(
     if not stop.received and last_evaluated != step:
       run_evaluation()
     checkpointer.wait()
-    checkpointer.close()
   if stop.received:
     log.close()
     console.say(

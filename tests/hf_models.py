@@ -82,11 +82,12 @@ FAMILIES = {
 }
 
 
-def make(family: str, folder, seed: int = 0, **save_options):
+def make(family: str, folder, seed: int = 0, **changes):
   """A random model saved to `folder`; the model, in eval mode."""
   spec = FAMILIES[family]
   torch.manual_seed(seed)
-  config = getattr(transformers, spec.config)(**{**_DIMS, **spec.changes})
+  sizes = {**_DIMS, **spec.changes, **changes}
+  config = getattr(transformers, spec.config)(**sizes)
   model = getattr(transformers, spec.model)(config).eval()
   with torch.no_grad():
     if not spec.tied:
@@ -105,7 +106,7 @@ def make(family: str, folder, seed: int = 0, **save_options):
       elif name == "shared.weight" and spec.tied:
         # A tied model with a large embedding only repeats its last token.
         parameter.mul_(0.2)
-  model.save_pretrained(folder, **save_options)
+  model.save_pretrained(folder)
   return model
 
 

@@ -227,8 +227,7 @@ def test_greedy_decoding_on_a_mesh_gives_the_same_tokens(mesh):
 
 
 def test_fsdp_leaves_a_device_an_eighth_of_the_state():
-  partitioner = Partitioner(mesh=MESHES["fsdp"])
-  state = Program(factory.create(CONFIG), partitioner, ADAMW).init_state()
+  _, state = train(CONFIG, MESHES["fsdp"], ADAMW, steps=1)
   for tree in (state.params, state.opt_state):
     for path, x in jax.tree_util.tree_leaves_with_path(tree):
       here = x.addressable_shards[0].data.size

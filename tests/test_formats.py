@@ -352,9 +352,8 @@ def test_a_peft_round_trip_loads_in_peft_with_the_same_logits(kind, tmp_path):
     theirs = hf_models.make("t5_1_1", tmp_path / "hf")
     targets = ["q", "v", "wo"]
   else:
-    sizes = hf_models._DIMS
     theirs = transformers.T5ForTokenClassification(
-      transformers.T5Config(**sizes, num_labels=3)
+      transformers.T5Config(**hf_models._DIMS, num_labels=3)
     )
     theirs.save_pretrained(tmp_path / "hf")
     targets = ["q", "k"]

@@ -218,7 +218,8 @@ def test_each_file_includes_what_lies_beside_it(tmp_path, monkeypatch):
   base = "include 'runs/pretrain.gin'\n"
   own = "include 'common.gin'  # its own\n"
   (tmp_path / "one" / "run.gin").write_text(base + own)
-  (tmp_path / "two" / "run.gin").write_text(own)
+  # A text may hold what other languages take for the end of a line.
+  (tmp_path / "two" / "run.gin").write_text(f"# a\u2028b\x0cc\n{own}")
   monkeypatch.chdir(tmp_path)
   for files, steps in (
     (["one/run.gin", "two/run.gin"], 9),

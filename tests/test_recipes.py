@@ -46,14 +46,8 @@ WORDS = "red green blue round square big small far near old".split()
 def user(tmp_path_factory):
   """What a user has: a byte-level T5 in HF's format, and files of data."""
   folder = tmp_path_factory.mktemp("user")
-  spec = hf_models.FAMILIES["t5_1_1"]
-  hf_models.FAMILIES["bytes"] = hf_models.dataclasses.replace(
-    spec,
-    changes=spec.changes
-    | {"vocab_size": 384, "num_layers": 1, "num_decoder_layers": 2},
-  )
-  hf_models.make("bytes", folder / "theirs")
-  del hf_models.FAMILIES["bytes"]
+  sizes = dict(vocab_size=384, num_layers=1, num_decoder_layers=2)
+  hf_models.make("t5_1_1", folder / "theirs", **sizes)
   config, leaves = hf.open_model(folder / "theirs")
   hf.to_pretrained(config, leaves, folder / "t5", seqio.ByteVocabulary(125))
 

@@ -45,8 +45,6 @@ CHECKPOINT_PERIOD = 3
 STATS_PERIOD = 2
 DTYPE = 'float32'
 DROPOUT_RATE = 0.1
-# Compiles in half the time.
-ATTENTION = 'reference'
 
 config.T5Config:
   emb_dim = 16
@@ -388,6 +386,37 @@ def test_a_nan_names_step_and_parameter_and_keeps_the_checkpoint(fails, folder):
   assert checkpoints.steps(folder / "run") == [0]
 
 
+def test_what_was_being_saved_is_whole_after_a_bad_row(
+  fails, folder, monkeypatch
+):
+  """The command ends at once, so the run waits for its checkpoint."""
+  from fat5_jax.data import pipeline
+  from fat5_jax.errors import UserError
+
+  original, close, closed = (
+    pipeline.train_batches,
+    checkpoints.Checkpointer.close,
+    [],
+  )
+
+  def three(*args, **kwargs):
+    batches = original(*args, **kwargs)
+    for _ in range(3):
+      yield next(batches)
+    raise UserError("rows.tsv, row 9: bad")
+
+  def closing(self):
+    close(self)
+    closed.append(sorted(os.listdir(folder / "run")))
+
+  monkeypatch.setattr(pipeline, "train_batches", three)
+  monkeypatch.setattr(checkpoints.Checkpointer, "close", closing)
+  flags = ("--gin.CHECKPOINT_PERIOD=1", "--gin.EVAL_PERIOD=0")
+  assert "rows.tsv, row 9: bad" in fails(*TRAIN, *flags)
+  (names,) = closed
+  assert "checkpoint_3" in names and not any("tmp" in name for name in names)
+
+
 def test_plain_text_on_the_command_line_needs_no_quotes():
   quote = cli._quote_plain_text
   assert quote("/tmp/run") == "'/tmp/run'"
@@ -483,6 +512,8 @@ include 'tiny.gin'
 train_script.train.train_eval_dataset_cfg = None
 train_script.train.infer_eval_dataset_cfg = None
 STATS_PERIOD = 1
+# Compiles in half the time.
+ATTENTION = 'reference'
 """
   )
 

@@ -186,16 +186,16 @@ def _in_words(usage: str, task: Mapping[str, Any], head: HeadConfig) -> str:
   parts = [inputs] if isinstance(inputs, str) else list(inputs or ())
   if head.kind == "embedding":
     parts = parts[:1]
-  if not parts or parts == ["{text}"]:
+  names = {1: ("texts",), 2: ("first", "second")}.get(len(parts))
+  if names is None:
     return usage
-  names = ["texts"] if len(parts) == 1 else ["first", "second"][: len(parts)]
-  lines = [f"{name} = [{part!r}]" for name, part in zip(names, parts)]
   lines = [
     "# Columns stand in braces; put there what a row has in them.",
-    *lines,
-    f"batch = tokenizer({', '.join(names)}, padding=True, return_tensors='pt')",
+    *(f"{name} = [{part!r}]" for name, part in zip(names, parts)),
+    f"batch = tokenizer({', '.join(names)}, padding=True,"
+    ' return_tensors="pt")\n',
   ]
-  usage = usage.replace(_TEXTS, "\n".join([*lines, ""]))
+  usage = usage.replace(_TEXTS, "\n".join(lines))
   return usage.replace(_SENTENCES, f"[{parts[0]!r}]")
 
 
