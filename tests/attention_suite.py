@@ -39,6 +39,10 @@ class Case:
   q_offset: int = 0
   traced_offset: bool = False
   scale: float = 1.0
+  # T5 does not divide by sqrt(dim): its scores reach thousands. Their greatest
+  # is about `scores`, around `level`.
+  scores: float = 4.0
+  level: float = 0.0
 
   @property
   def bidirectional(self):
@@ -48,13 +52,24 @@ class Case:
 CASES = {
   "one query, one key": Case(1, 1),
   "one query, many keys": Case(1, 300, q_offset=299, causal=True),
-  "odd, packed": Case(63, 100, batch=2, segments="packed"),
+  "odd, packed, scores to 10": Case(
+    63, 100, batch=2, segments="packed", scores=10
+  ),
   "more queries than keys": Case(100, 63, causal=True, dtype="float32"),
-  "1000 padded": Case(1000, 1000, segments="padded"),
+  "1000 padded, scores to 10,000": Case(
+    1000, 1000, segments="padded", scores=10_000
+  ),
   # Several blocks with an odd end, in every implementation's blocks.
-  "703 causal": Case(703, 703, causal=True, heads=1),
-  "other buckets, packed": Case(
-    200, 333, buckets=(8, 20), segments="packed", dtype="float32"
+  "703 causal, scores to 1,500": Case(
+    703, 703, causal=True, heads=1, scores=1_500
+  ),
+  "other buckets, packed, float32 scores to 1,500": Case(
+    200,
+    333,
+    buckets=(8, 20),
+    segments="packed",
+    dtype="float32",
+    scores=1_500,
   ),
   "offset": Case(130, 333, q_offset=203, causal=True, segments="padded"),
   "traced offset": Case(130, 300, q_offset=77, traced_offset=True, causal=True),
@@ -65,7 +80,9 @@ CASES = {
   "heads of 256": Case(260, 130, dim=256, segments="packed"),
   "no position": Case(200, 260, position=None, segments="padded"),
   "no position, causal": Case(260, 260, position=None, causal=True),
-  "distance vector": Case(300, 200, position="vector"),
+  "distance vector, scores about -5,000": Case(
+    300, 200, position="vector", level=-5_000
+  ),
   "alibi": Case(200, 300, position="alibi"),
   "alibi, causal, offset": Case(
     200, 300, position="alibi", causal=True, q_offset=90, segments="padded"
@@ -94,15 +111,20 @@ def make_inputs(case: Case):
   """(arrays to differentiate, do, segment ids) as numpy, already rounded."""
   rng = np.random.default_rng(case.queries * 1000 + case.keys)
 
-  def array(length, heads):
+  def array(length, heads, size=1.0, first=None):
     x = rng.normal(size=(case.batch, length, heads, case.dim))
-    # Scores of size one, whatever the head dimension.
-    x = x * (case.dim**-0.25)
+    # Products of size one, whatever the head dimension.
+    x = x * (case.dim**-0.25) * size
+    if first:
+      x[..., 0] = first
     return np.array(jnp.asarray(x, case.dtype).astype(jnp.float32))
 
   kv_heads = case.kv_heads or case.heads
-  q, do = array(case.queries, case.heads), array(case.queries, case.heads)
-  k, v = array(case.keys, kv_heads), array(case.keys, kv_heads)
+  # The greatest of that many normal numbers is about four deviations away.
+  size, level = math.sqrt(case.scores / 4), math.sqrt(abs(case.level))
+  q = array(case.queries, case.heads, size, math.copysign(level, case.level))
+  k = array(case.keys, kv_heads, size, level)
+  do, v = array(case.queries, case.heads), array(case.keys, kv_heads)
   shape = {
     None: (case.heads, 1),
     "buckets": (case.heads, case.buckets[0]),

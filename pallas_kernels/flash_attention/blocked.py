@@ -229,11 +229,13 @@ def make_segments(q_BQ, kv_BK, plan: Plan) -> Segments:
 class Kernels(NamedTuple):
   """One implementation; under vmap its calls run one after the other.
 
-  forward(q, k, v, bias, segments, shift, phase, plan, need_lse) gives
-  (o_BQHD, lse_BHQ), with lse the base-2 logarithm of the sum of
-  2^(score / log 2), or None. backward(q, k, v, bias, segments, shift, phase,
-  lse_BHQ, delta_BHQ, do, plan, need_dbias) gives (dq, dk, dv, Bias or None).
-  q, k, v, do are (B, L, H, D) with lengths that divide by the blocks.
+  forward(q, k, v, bias, segments, shift, phase, plan, for_gradient) gives
+  (o_BQHD, rest_BQHD, lse_BHQ): rest is what rounding took from a 16-bit o, lse
+  the logarithm of the sum of e^score; both are None unless
+  `for_gradient`. backward(q, k, v, bias, segments, shift, phase, lse_BHQ,
+  delta_BHQ, k_mean_BHD, do, plan, need_dbias) gives (dq, dk, dv, Bias or None);
+  k_mean is None for float32. q, k, v, do are (B, L, H, D) with lengths that
+  divide by the blocks.
   """
 
   forward: Callable
@@ -251,8 +253,8 @@ class Kernels(NamedTuple):
 def _attention(kernels, plan, q, k, v, bias, segments, q_offset):
   shift, phase = jnp.divmod(q_offset, plan.unit)
   cut = cut_bias(bias, phase, plan) if plan.biased else None
-  o, _ = kernels.run_forward(
-    q, k, v, cut, segments, shift, phase, plan=plan, need_lse=False
+  o, *_ = kernels.run_forward(
+    q, k, v, cut, segments, shift, phase, plan=plan, for_gradient=False
   )
   return o
 
@@ -266,26 +268,27 @@ def _attention_forward(kernels, plan, q, k, v, bias, segments, q_offset):
   )
   shift, phase = jnp.divmod(q_offset, plan.unit)
   cut = cut_bias(bias, phase, plan) if plan.biased else None
-  o, lse = kernels.run_forward(
-    q, k, v, cut, segments, shift, phase, plan=plan, need_lse=True
+  o, rest, lse = saveable(
+    kernels.run_forward(
+      q, k, v, cut, segments, shift, phase, plan=plan, for_gradient=True
+    )
   )
-  o, lse = saveable(o, lse)
   mark = () if need_dbias else None
-  return o, (q, k, v, bias, segments, q_offset, o, lse, mark)
+  return o, (q, k, v, bias, segments, q_offset, o, rest, lse, mark)
 
 
 def _attention_backward(kernels, plan, residuals, do):
-  q, k, v, bias, segments, q_offset, o, lse, mark = residuals
+  q, k, v, bias, segments, q_offset, o, rest, lse, mark = residuals
   if isinstance(do, jax.custom_derivatives.SymbolicZero):
     do = jnp.zeros_like(o)
   shift, phase = jnp.divmod(q_offset, plan.unit)
   cut = transpose = None
   if plan.biased:
     cut, transpose = jax.vjp(lambda b: cut_bias(b, phase, plan), bias)
-  # sum_k p dp, one number a row (FlashAttention, algorithm 4).
-  delta_BHQ = jnp.einsum(
-    "bqhd,bqhd->bhq", do.astype(jnp.float32), o.astype(jnp.float32)
-  )
+  delta_BHQ = jnp.swapaxes(row_delta(do, o, rest), 1, 2)
+  k_mean_BHD = None
+  if k.dtype != jnp.float32:
+    k_mean_BHD = mean_key(k, None if segments is None else segments.kv_BK, 1)
   dq, dk, dv, dcut = kernels.run_backward(
     q,
     k,
@@ -296,6 +299,7 @@ def _attention_backward(kernels, plan, residuals, do):
     phase,
     lse,
     delta_BHQ,
+    k_mean_BHD,
     do.astype(q.dtype),
     plan=plan,
     need_dbias=mark is not None and plan.biased,
@@ -309,13 +313,50 @@ def _attention_backward(kernels, plan, residuals, do):
 _attention.defvjp(_attention_forward, _attention_backward, symbolic_zeros=True)
 
 
-def saveable(o, lse):
-  """Both named "attention", for a policy of jax.checkpoint that saves them.
+def saveable(results):
+  """All named "attention", for a policy of jax.checkpoint that saves them.
 
-  The backward pass then needs no second forward pass; they are as large as the
-  queries.
+  The backward pass then needs no second forward pass; `o` and what rounding
+  took from it are as large as the queries each.
   """
-  return checkpoint_name(o, "attention"), checkpoint_name(lse, "attention")
+  return jax.tree.map(lambda x: checkpoint_name(x, "attention"), results)
+
+
+def rounded(x, dtype):
+  """(float32 x in `dtype`, what rounding took from it or None, likewise).
+
+  T5's scores reach thousands, where one key takes nearly all of the softmax.
+  There dP and its mean, delta, all but cancel in dS = P (dP - delta), and a
+  delta from a bfloat16 o would leave its rounding in their place.
+  """
+  if dtype == jnp.float32:
+    return x, None
+  high = x.astype(dtype)
+  return high, (x - high.astype(jnp.float32)).astype(dtype)
+
+
+def row_delta(do, o, rest):
+  """float32 sum_k p dp, one number a row (FlashAttention, algorithm 4)."""
+  o = o.astype(jnp.float32)
+  if rest is not None:
+    o += rest.astype(jnp.float32)
+  return jnp.sum(do.astype(jnp.float32) * o, axis=-1)
+
+
+def mean_key(k, kv_segment_ids_BK, axis: int):
+  """float32: the mean of the keys that are no padding, along `axis`.
+
+  A row of dS sums to zero, so dq = dS k = dS (k - any one vector). In 16 bits
+  that sum is not quite zero, and keys that share a direction, as those of T5
+  with all scores near -5,000, would multiply what is left.
+  """
+  k = k.astype(jnp.float32)
+  if kv_segment_ids_BK is None:
+    return k.mean(axis=axis)
+  real_BK = (kv_segment_ids_BK != 0).astype(jnp.float32)
+  count_B = jnp.maximum(real_BK.sum(axis=1), 1.0)
+  real = jnp.expand_dims(real_BK, [a for a in (1, 2, 3) if a != axis])
+  return (k * real).sum(axis=axis) / count_B[:, None, None]
 
 
 def unsupported(q_BQHD, bias) -> str | None:

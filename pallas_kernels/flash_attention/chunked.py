@@ -15,7 +15,13 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels.flash_attention import relative_bias
-from pallas_kernels.flash_attention.blocked import pad_to, saveable
+from pallas_kernels.flash_attention.blocked import (
+  mean_key,
+  pad_to,
+  rounded,
+  row_delta,
+  saveable,
+)
 from pallas_kernels.flash_attention.positions import FullBias
 from pallas_kernels.manual_axes import vary_together
 
@@ -217,24 +223,27 @@ def _forward(q, k, v, bias, q_seg, kv_seg, q_offset, causal, scale, bq, bk):
     )
     visible = l > 0
     safe_l = jnp.where(visible, l, 1.0)
-    o = (o / safe_l[..., None]).astype(q.dtype)
-    return o, jnp.where(visible, m + jnp.log(safe_l), 0.0)
+    o, rest = rounded(o / safe_l[..., None], q.dtype)
+    return o, rest, jnp.where(visible, m + jnp.log(safe_l), 0.0)
+
+  def joined(x_NBHQ):
+    x_BHNQ = jnp.moveaxis(x_NBHQ, 0, 2)
+    return x_BHNQ.reshape(batch, heads, queries, *x_BHNQ.shape[4:])
 
   if nq == 1:
-    o, lse = query_block(0)
+    found = query_block(0)
   else:
-    o_blocks, lse_blocks = jax.lax.map(query_block, jnp.arange(nq))
-    o = jnp.moveaxis(o_blocks, 0, 2).reshape(q.shape)
-    lse = jnp.moveaxis(lse_blocks, 0, 2).reshape(batch, heads, queries)
-  o, lse = saveable(o, lse)
-  return o, (q, k, v, bias, q_seg, kv_seg, q_offset, o, lse)
+    blocks = jax.lax.map(query_block, jnp.arange(nq))
+    found = jax.tree.map(joined, blocks)
+  o, rest, lse = saveable(found)
+  return o, (q, k, v, bias, q_seg, kv_seg, q_offset, o, rest, lse)
 
 
 def _backward(causal, scale, bq, bk, residuals, do):
-  q, k, v, bias, q_seg, kv_seg, q_offset, o, lse = residuals
+  q, k, v, bias, q_seg, kv_seg, q_offset, o, rest, lse = residuals
   nq, nk = q.shape[2] // bq, k.shape[2] // bk
-  # sum_k p dp, one number a row (FlashAttention, algorithm 4).
-  delta = jnp.sum(do.astype(jnp.float32) * o.astype(jnp.float32), axis=-1)
+  delta = row_delta(do, o, rest)
+  k_mean = None if k.dtype == jnp.float32 else mean_key(k, kv_seg, 2)
 
   def product(expression, a, b):
     return jnp.einsum(
@@ -273,6 +282,9 @@ def _backward(causal, scale, bq, bk, residuals, do):
       ds_low = (ds * scale).astype(q.dtype)
       dk_j += product("bhqk,bhqd->bhkd", ds_low, q_i)
       dq_i = _block(dq, i, bq, 2) + product("bhqk,bhkd->bhqd", ds_low, k_j)
+      if k_mean is not None:
+        sums = ds_low.astype(jnp.float32).sum(axis=-1)
+        dq_i -= sums[..., None] * k_mean[:, :, None]
       dq = jax.lax.dynamic_update_slice_in_dim(dq, dq_i, i * bq, 2)
       return dq, dbias, dk_j, dv_j
 

@@ -13,7 +13,7 @@ from jax.experimental import pallas as pl
 import jax.numpy as jnp
 
 from pallas_kernels.flash_attention import blocked
-from pallas_kernels.flash_attention.blocked import LOG2E, Plan
+from pallas_kernels.flash_attention.blocked import Plan
 from pallas_kernels.flash_attention.relative_bias import diagonal_sums, toeplitz
 
 
@@ -90,18 +90,18 @@ def _extent(seen_BXY, start_BY, stop_BY):
 
 
 def bias_operands(bias, plan: Plan, *, transposed=False):
-  """Tiles (H, T, bq, bk) or transposed, and (H, 2) constants, base 2."""
+  """Tiles (H, T, bq, bk) or transposed, and (H, 2) constants."""
   if not plan.biased:
     return {}
   heads, tiles, length = bias.diagonals_HTL.shape
-  flat = bias.diagonals_HTL.reshape(-1, length) * LOG2E
+  flat = bias.diagonals_HTL.reshape(-1, length)
   if transposed:
     flat = toeplitz(flat[:, ::-1], plan.bk, plan.bq)
   else:
     flat = toeplitz(flat, plan.bq, plan.bk)
   return {
     "tiles": flat.reshape(heads, tiles, *flat.shape[1:]),
-    "constants": bias.constants_H22[:, :, 0] * LOG2E,
+    "constants": bias.constants_H22[:, :, 0],
   }
 
 

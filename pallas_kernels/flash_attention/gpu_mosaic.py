@@ -46,6 +46,7 @@ ROWS = 64  # Of one warpgroup: M of wgmma.
 WARPGROUPS = 2
 BLOCK = ROWS * WARPGROUPS
 STAGES = 2
+COPIES = 8  # Of a row sum that wgmma takes: its least N.
 _COMPUTE_REGISTERS, _LOAD_REGISTERS = 240, 24
 _LOWEST = -1e30
 _TILE = plgpu.Layout.WGMMA
@@ -63,6 +64,15 @@ def _across(x_R, columns: int):
 def _down(x_C, rows: int):
   """A value a column, for a whole tile."""
   return lax.broadcast_in_dim(x_C, (rows, x_C.shape[0]), [1])
+
+
+def _scaled(s, plan):
+  return s if plan.scale == 1.0 else s * plan.scale
+
+
+def _exp(s, top):
+  """e^(s - top): a multiply-add of each s, and top rounded once a row."""
+  return jnp.exp2(s * LOG2E - top * LOG2E)
 
 
 def _zeros(*shape):
@@ -87,24 +97,31 @@ def _products(*pairs):
   return pl.run_scoped(run, *(plgpu.ACC(s, jnp.float32) for s in shapes))
 
 
-def _add_product(total, left, right, staging=None, then=lambda: None):
-  """total + left @ right, left in registers; `then` runs meanwhile."""
+def _add_products(totals, left, rights, staging=None, then=lambda: None):
+  """Each total + left @ right, left in registers; `then` runs meanwhile."""
   if INTERPRETED:
     staging[...] = left
     plgpu.commit_smem()
 
-    def run(accumulator):
-      plgpu.wgmma(accumulator, staging, right)
+    def run(*accumulators):
+      for accumulator, right in zip(accumulators, rights):
+        plgpu.wgmma(accumulator, staging, right)
       then()
-      return accumulator[...]
+      return tuple(accumulator[...] for accumulator in accumulators)
 
-    return total + pl.run_scoped(run, plgpu.ACC(total.shape, jnp.float32))
+    scopes = (plgpu.ACC(x.shape, jnp.float32) for x in totals)
+    return tuple(map(jnp.add, totals, pl.run_scoped(run, *scopes)))
 
-  def run(accumulator):
-    plgpu.wgmma(accumulator, left, right)
+  def run(accumulators):
+    for accumulator, right in zip(accumulators, rights):
+      plgpu.wgmma(accumulator, left, right)
     then()
 
-  return pl.run_state(run)(plgpu.ACC.init(total))
+  return pl.run_state(run)(tuple(map(plgpu.ACC.init, totals)))
+
+
+def _add_product(total, left, right, staging=None):
+  return _add_products((total,), left, (right,), staging)[0]
 
 
 def _slot(t):
@@ -185,7 +202,7 @@ def _masked(s, r, b, i, j, row_ids, column_ids):
   return lax.cond(whole, lambda s: s, mask, s)
 
 
-def _forward(q, k, v, bias, segments, shift, phase, *, plan, need_lse):
+def _forward(q, k, v, bias, segments, shift, phase, *, plan, for_gradient):
   del phase  # It is in the tiles.
   batch, queries, heads, dim = q.shape
   nq, nk = queries // BLOCK, k.shape[1] // BLOCK
@@ -205,8 +222,10 @@ def _forward(q, k, v, bias, segments, shift, phase, *, plan, need_lse):
         plgpu.barrier_arrive(r["turn"])
         plgpu.barrier_wait(r["turn"])
 
-      plgpu.copy_gmem_to_smem(r["q"].at[b, rows, h], q_s, r["q_ready"].at[wg])
-      plgpu.barrier_wait(r["q_ready"].at[wg])
+      ready = r["q_ready"].at[wg]
+      plgpu.copy_gmem_to_smem(r["q"].at[b, rows, h], q_s, ready)
+      plgpu.copy_gmem_to_smem(r["ones"], r["ones_s"].at[wg], ready)
+      plgpu.barrier_wait(ready)
       if plan.biased:
         before, after = r["constants"][h, 0], r["constants"][h, 1]
       pl.when(total > 0)(lambda: plgpu.barrier_wait(r["k_ready"].at[0]))
@@ -232,20 +251,22 @@ def _forward(q, k, v, bias, segments, shift, phase, *, plan, need_lse):
         if plan.masked:
           q_ids, kv_ids = r["q_ids"].at[b, rows], r["kv_ids"].at[b, columns]
           s = _masked(s, r, b, i, j, q_ids, kv_ids)
-        unit = plan.scale * LOG2E
+        s = _scaled(s, plan)
         if near:
-          s = s * unit + tile
+          s += tile
           m_new = jnp.maximum(m, s.max(axis=1))
-          p = jnp.exp2(s - _across(m_new, part))
+          p = _exp(s, _across(m_new, part))
         else:
           # Softmax does not see a constant: it moves the maximum instead.
+          # Not max(m, top + c) - c, which is not top: see README.md.
           c = jnp.where(j < span.near, before, after) if plan.biased else 0.0
-          m_new = jnp.maximum(m, s.max(axis=1) * unit + c)
-          p = jnp.exp2(s * unit - _across(m_new - c, part))
-        shrink = jnp.exp2(m - m_new)
-        l = l * shrink + p.sum(axis=1)
-        o = o * _across(shrink, dim)
+          base = jnp.maximum(m - c, s.max(axis=1))
+          m_new = base + c
+          p = _exp(s, _across(base, part))
+        shrink = jnp.exp2((m - m_new) * LOG2E)
         p = p.astype(q.dtype)
+        l = l * _across(shrink, COPIES)
+        o = o * _across(shrink, dim)
         # Keeps the compiler from moving softmax into the other's turn.
         o, l, m_new, p = lax.optimization_barrier((o, l, m_new, p))
         plgpu.barrier_arrive(r["turn"])
@@ -258,14 +279,16 @@ def _forward(q, k, v, bias, segments, shift, phase, *, plan, need_lse):
           )
 
         staging = r["p_s"].at[wg] if INTERPRETED else None
-        o = _add_product(o, p, r["v_s"].at[slot], staging, next_keys)
+        # The sum of what is multiplied: a key that takes all gives o = v.
+        rights = r["v_s"].at[slot], r["ones_s"].at[wg].T
+        o, l = _add_products((o, l), p, rights, staging, next_keys)
         plgpu.barrier_arrive(r["v_free"].at[slot])
         return o, m_new, l
 
       lowest = plgpu.layout_cast(
         jnp.full((ROWS,), _LOWEST, jnp.float32), _PER_ROW
       )
-      carry = _zeros(ROWS, dim), lowest, _zeros(ROWS)
+      carry = _zeros(ROWS, dim), lowest, _zeros(ROWS, COPIES)
       start = 0
       if plan.biased:
         start = span.near_count * parts
@@ -274,16 +297,23 @@ def _forward(q, k, v, bias, segments, shift, phase, *, plan, need_lse):
         start, total, functools.partial(step, False), carry
       )
       pl.when(wg == 0)(in_turn)
+      l = l.max(axis=1)  # All the same.
       seen = l > 0
       l = jnp.where(seen, l, 1.0)
-      q_s[...] = (o * _across(1.0 / l, dim)).astype(q.dtype)
-      if need_lse:
-        lse = jnp.where(seen, m + jnp.log(l) * LOG2E, 0.0)
+      o, rest = blocked.rounded(o * _across(1.0 / l, dim), q.dtype)
+      q_s[...] = o
+      if for_gradient:
+        lse = jnp.where(seen, m + jnp.log(l), 0.0)
         r["lse_s"].at[wg][...] = lse
       plgpu.commit_smem()
       plgpu.copy_smem_to_gmem(q_s, r["o"].at[b, rows, h])
-      if need_lse:
+      if for_gradient:
         plgpu.copy_smem_to_gmem(r["lse_s"].at[wg], r["lse"].at[b, h, rows])
+        # The same memory again, once it is read.
+        plgpu.wait_smem_to_gmem(0)
+        q_s[...] = rest
+        plgpu.commit_smem()
+        plgpu.copy_smem_to_gmem(q_s, r["rest"].at[b, rows, h])
       plgpu.wait_smem_to_gmem(0)
 
     def load():
@@ -315,7 +345,8 @@ def _forward(q, k, v, bias, segments, shift, phase, *, plan, need_lse):
 
   matrix = _shared(q.dtype)
   outputs = {"o": jax.ShapeDtypeStruct(q.shape, q.dtype)}
-  if need_lse:
+  if for_gradient:
+    outputs["rest"] = outputs["o"]
     outputs["lse"] = jax.ShapeDtypeStruct((batch, heads, queries), jnp.float32)
   out = _call(
     "flash_attention_forward",
@@ -325,6 +356,7 @@ def _forward(q, k, v, bias, segments, shift, phase, *, plan, need_lse):
       "q": q,
       "k": k,
       "v": v,
+      "ones": jnp.ones((COPIES, part), q.dtype),
       "spans": key_spans(plan, segments, shift, batch, nq, nk),
       "shift": shift[None],
       **bias_operands(bias, plan),
@@ -335,11 +367,12 @@ def _forward(q, k, v, bias, segments, shift, phase, *, plan, need_lse):
       "q_s": matrix(WARPGROUPS, ROWS, dim),
       "k_s": matrix(STAGES, part, dim),
       "v_s": matrix(STAGES, part, dim),
+      "ones_s": matrix(WARPGROUPS, COPIES, part),
       "lse_s": plgpu.SMEM((WARPGROUPS, ROWS), jnp.float32)
-      if need_lse
+      if for_gradient
       else None,
       "p_s": matrix(WARPGROUPS, ROWS, part) if INTERPRETED else None,
-      "q_ready": plgpu.Barrier(num_barriers=WARPGROUPS),
+      "q_ready": plgpu.Barrier(num_arrivals=2, num_barriers=WARPGROUPS),
       "k_ready": _arrivals(1),
       "v_ready": _arrivals(1),
       "k_free": _arrivals(WARPGROUPS),
@@ -347,7 +380,7 @@ def _forward(q, k, v, bias, segments, shift, phase, *, plan, need_lse):
       "turn": plgpu.Barrier(num_arrivals=WARPGROUPS),
     },
   )
-  return out["o"], out.get("lse")
+  return out["o"], out.get("rest"), out.get("lse")
 
 
 def _dq(operands, plan, need_dbias):
@@ -372,6 +405,7 @@ def _dq(operands, plan, need_dbias):
       ready = r["rows_ready"].at[wg]
       plgpu.copy_gmem_to_smem(r["q"].at[b, rows, h], q_s, ready)
       plgpu.copy_gmem_to_smem(r["do"].at[b, rows, h], do_s, ready)
+      plgpu.copy_gmem_to_smem(r["ones"], r["ones_s"].at[wg], ready)
       lse = _read(r["statistics"].at[b, h, 0, rows], _PER_ROW)
       delta = _read(r["statistics"].at[b, h, 1, rows], _PER_ROW)
       if plan.biased:
@@ -379,7 +413,7 @@ def _dq(operands, plan, need_dbias):
       plgpu.barrier_wait(ready)
 
       def step(near, t, carry):
-        dq, sums = carry
+        dq, row_sums, sums = carry
         slot = _slot(t)
         j, within, columns = span.part(t, parts)
         tile = None
@@ -393,37 +427,41 @@ def _dq(operands, plan, need_dbias):
         if plan.masked:
           q_ids, kv_ids = r["q_ids"].at[b, rows], r["kv_ids"].at[b, columns]
           s = _masked(s, r, b, i, j, q_ids, kv_ids)
-        s = s * (plan.scale * LOG2E)
+        s = _scaled(s, plan)
         is_before = j < span.near
         top = lse
         if near:
           s = s + tile
         elif plan.biased:
           top = lse - jnp.where(is_before, before, after)
-        p = jnp.exp2(s - _across(top, part))
+        p = _exp(s, _across(top, part))
         ds = p * (dp - _across(delta, part))
         if need_dbias and not near:
-          row_sums = ds.sum(axis=1)
+          far_sums = ds.sum(axis=1)
           sums = tuple(
-            total + row_sums * jnp.where(mine, 1.0, 0.0)
+            total + far_sums * jnp.where(mine, 1.0, 0.0)
             for total, mine in zip(sums, (is_before, j >= span.near))
           )
         ds = (ds if plan.scale == 1.0 else ds * plan.scale).astype(q.dtype)
-        dq = _add_product(
-          dq, ds, k_s, r["ds_s"].at[wg] if INTERPRETED else None
-        )
+        staging = r["ds_s"].at[wg] if INTERPRETED else None
+        rights = k_s, r["ones_s"].at[wg].T
+        dq, row_sums = _add_products((dq, row_sums), ds, rights, staging)
         plgpu.barrier_arrive(r["kv_free"].at[slot])
-        return dq, sums
+        return dq, row_sums, sums
 
       sums = (_zeros(ROWS), _zeros(ROWS)) if need_dbias else ()
-      carry = _zeros(ROWS, dim), sums
+      carry = _zeros(ROWS, dim), _zeros(ROWS, COPIES), sums
       start = 0
       if plan.biased:
         start = span.near_count * parts
         carry = lax.fori_loop(0, start, functools.partial(step, True), carry)
-      dq, sums = lax.fori_loop(
+      dq, row_sums, sums = lax.fori_loop(
         start, total, functools.partial(step, False), carry
       )
+      # See blocked.mean_key; all copies of a row's sum are the same.
+      row_sums = row_sums.sum(axis=1) * (1 / COPIES)
+      k_mean = _read(r["k_mean"].at[b, h], _PER_COLUMN)
+      dq -= _across(row_sums, dim) * _down(k_mean, ROWS)
       q_s[...] = dq.astype(q.dtype)
       for side, x in enumerate(sums):
         r["far_s"].at[wg, side][...] = x
@@ -458,7 +496,7 @@ def _dq(operands, plan, need_dbias):
     "flash_attention_dq",
     kernel,
     {"heads": heads, "queries": nq, "batch": batch},
-    operands,
+    operands | {"ones": jnp.ones((COPIES, part), q.dtype)},
     outputs,
     {
       "q_s": matrix(WARPGROUPS, ROWS, dim),
@@ -468,8 +506,9 @@ def _dq(operands, plan, need_dbias):
       "far_s": plgpu.SMEM((WARPGROUPS, 2, ROWS), jnp.float32)
       if need_dbias
       else None,
+      "ones_s": matrix(WARPGROUPS, COPIES, part),
       "ds_s": matrix(WARPGROUPS, ROWS, part) if INTERPRETED else None,
-      "rows_ready": plgpu.Barrier(num_arrivals=2, num_barriers=WARPGROUPS),
+      "rows_ready": plgpu.Barrier(num_arrivals=3, num_barriers=WARPGROUPS),
       "kv_ready": _arrivals(2),
       "kv_free": _arrivals(WARPGROUPS),
     },
@@ -515,7 +554,7 @@ def _dkv(operands, plan):
         if plan.masked:
           q_ids, kv_ids = r["q_ids"].at[b, columns], r["kv_ids"].at[b, rows]
           s_KQ = _masked(s_KQ, r, b, i, j, kv_ids, q_ids)
-        s_KQ = s_KQ * (plan.scale * LOG2E)
+        s_KQ = _scaled(s_KQ, plan)
         top = plgpu.load(r["statistics_s"].at[slot, 0], layout=_PER_COLUMN)
         if near:
           # Not read ahead: dk and dv leave no registers to hold it.
@@ -526,7 +565,7 @@ def _dkv(operands, plan):
           # Queries before the near ones see these keys after themselves.
           side = jnp.where(i < span.near, 1, 0)
           top = top - r["constants"][h, side]
-        p_KQ = jnp.exp2(s_KQ - _down(top, ROWS))
+        p_KQ = _exp(s_KQ, _down(top, ROWS))
         staging = r["p_s"].at[wg] if INTERPRETED else None
         dv = _add_product(dv, p_KQ.astype(q.dtype), do_s, staging)
         if not together:
@@ -636,8 +675,8 @@ def _dtiles(operands, plan, splits):
           s = _masked(s, r, b, i, j, q_ids, kv_ids)
         # Read again a step: kept in registers, it would make others spill.
         tile = _read(r["tiles"].at[h, n, mine, pl.ds(within, part)], _TILE)
-        s = s * (plan.scale * LOG2E) + tile
-        p = jnp.exp2(s - _across(lse, part))
+        s = _scaled(s, plan) + tile
+        p = _exp(s, _across(lse, part))
         return dtile + p * (dp - _across(delta, part))
 
       r["dtiles"][h, n, split, mine, pl.ds(within, part)] = lax.fori_loop(
@@ -685,7 +724,20 @@ def _dtiles(operands, plan, splits):
 
 
 def _backward(
-  q, k, v, bias, segments, shift, phase, lse, delta, do, *, plan, need_dbias
+  q,
+  k,
+  v,
+  bias,
+  segments,
+  shift,
+  phase,
+  lse,
+  delta,
+  k_mean,
+  do,
+  *,
+  plan,
+  need_dbias,
 ):
   del phase  # It is in the tiles.
   batch, queries, heads, _ = q.shape
@@ -703,6 +755,7 @@ def _backward(
     **shared,
     **bias_operands(bias, plan),
     "spans": key_spans(plan, segments, shift, batch, nq, nk),
+    "k_mean": k_mean,
   }
   by_key = {
     **shared,

@@ -34,8 +34,9 @@ _LOWEST = -1e30
 INTERPRETED = False
 
 
-def _exp2(x):
-  """2^x; jnp.exp2 spends a third of a kernel's instructions on denormals."""
+def _exp(x):
+  """e^x; jnp.exp2 spends a third of a kernel's instructions on denormals."""
+  x *= LOG2E
   if INTERPRETED:
     return jnp.exp2(x)
   [y] = plt.elementwise_inline_asm(
@@ -53,6 +54,11 @@ def _dot(a, b):
   full = a.dtype == jnp.float32
   precision = lax.Precision.HIGHEST if full else lax.Precision.DEFAULT
   return jnp.dot(a, b, precision=precision, preferred_element_type=jnp.float32)
+
+
+def _scores(a, b, plan):
+  s = _dot(a, b.T)
+  return s if plan.scale == 1.0 else s * plan.scale
 
 
 def _blocks(q) -> tiling.TritonBlocks:
@@ -131,7 +137,7 @@ def _near_then_far(plan, span, parts, step, carry):
   )
 
 
-def _forward(q, k, v, bias, segments, shift, phase, *, plan, need_lse):
+def _forward(q, k, v, bias, segments, shift, phase, *, plan, for_gradient):
   del phase  # It is in the tiles.
   batch, queries, heads, dim = q.shape
   block, part = plan.bq, _blocks(q).part
@@ -143,26 +149,25 @@ def _forward(q, k, v, bias, segments, shift, phase, *, plan, need_lse):
     span = Span(r.spans, block)
     rows = pl.ds(i * block, block)
     q_tile = r.q[rows, :]
-    unit = plan.scale * LOG2E
 
     def step(near, t, carry):
       o, m, l = carry
       j, within, columns = span.part(t, parts)
-      s = _dot(q_tile, r.k[columns, :].T) * unit
+      s = _scores(q_tile, r.k[columns, :], plan)
       if near:
         s += _tile(r, plan, i, j, within)
+      elif plan.biased:
+        s += jnp.where(j < span.near, r.constants[0], r.constants[1])
       if plan.masked:
         same = r.q_ids[rows][:, None] == r.kv_ids[columns][None]
         s = jnp.where(same, s, -jnp.inf)
-      c = 0.0
-      if plan.biased and not near:
-        # Softmax does not see a constant: it moves the maximum instead.
-        c = jnp.where(j < span.near, r.constants[0], r.constants[1])
-      m_new = jnp.maximum(m, s.max(axis=1) + c)
-      p = _exp2(s - (m_new - c)[:, None])
-      shrink = _exp2(m - m_new)
-      l = l * shrink + p.sum(axis=1)
-      pv = _dot(p.astype(q.dtype), r.v[columns, :])
+      m_new = jnp.maximum(m, s.max(axis=1))
+      p = _exp(s - m_new[:, None])
+      shrink = _exp(m - m_new)
+      p = p.astype(q.dtype)
+      # The sum of what is multiplied: a key that takes all then gives o = v.
+      l = l * shrink + p.astype(jnp.float32).sum(axis=1)
+      pv = _dot(p, r.v[columns, :])
       return o * shrink[:, None] + pv, m_new, l
 
     carry = (
@@ -173,9 +178,11 @@ def _forward(q, k, v, bias, segments, shift, phase, *, plan, need_lse):
     o, m, l = _near_then_far(plan, span, parts, step, carry)
     seen = l > 0
     l = jnp.where(seen, l, 1.0)
-    r.o[...] = (o / l[:, None]).astype(q.dtype)
-    if need_lse:
-      r.lse[...] = jnp.where(seen, m + jnp.log2(l), 0.0)
+    r.o[...], rest = blocked.rounded(o / l[:, None], q.dtype)
+    if for_gradient:
+      if rest is not None:
+        r.rest[...] = rest
+      r.lse[...] = jnp.where(seen, m + jnp.log(l), 0.0)
 
   outputs = {
     "o": (
@@ -183,7 +190,9 @@ def _forward(q, k, v, bias, segments, shift, phase, *, plan, need_lse):
       _rows(q, block, lambda i, h, b: (b, i, h, 0)),
     )
   }
-  if need_lse:
+  if for_gradient:
+    if q.dtype != jnp.float32:
+      outputs["rest"] = outputs["o"]
     outputs["lse"] = (
       jax.ShapeDtypeStruct((batch, heads, queries), jnp.float32),
       pl.BlockSpec((None, None, block), lambda i, h, b: (b, h, i)),
@@ -197,7 +206,7 @@ def _forward(q, k, v, bias, segments, shift, phase, *, plan, need_lse):
     outputs,
     stages=2,
   )
-  return out["o"], out.get("lse")
+  return out["o"], out.get("rest"), out.get("lse")
 
 
 def _dq(inputs, plan, need_dbias):
@@ -206,6 +215,7 @@ def _dq(inputs, plan, need_dbias):
   batch, queries, heads, dim = q.shape
   block, part = plan.bq, _blocks(q).part
   parts = block // part
+  centred = "k_mean" in inputs
 
   def kernel(r):
     i = pl.program_id(0)
@@ -215,30 +225,34 @@ def _dq(inputs, plan, need_dbias):
     lse, delta = r.lse[rows], r.delta[rows]
 
     def step(near, t, carry):
-      dq, before, after = carry
+      dq, row_sums, before, after = carry
       j, within, columns = span.part(t, parts)
       k_tile = r.k[columns, :]
-      s = _dot(q_tile, k_tile.T) * (plan.scale * LOG2E)
+      s = _scores(q_tile, k_tile, plan)
+      is_before = j < span.near
       if near:
         s += _tile(r, plan, i, j, within)
+      elif plan.biased:
+        s += jnp.where(is_before, r.constants[0], r.constants[1])
       if plan.masked:
         same = r.q_ids[rows][:, None] == r.kv_ids[columns][None]
         s = jnp.where(same, s, -jnp.inf)
-      top, is_before = lse, j < span.near
-      if plan.biased and not near:
-        top -= jnp.where(is_before, r.constants[0], r.constants[1])
-      p = _exp2(s - top[:, None])
+      p = _exp(s - lse[:, None])
       ds = p * (_dot(do_tile, r.v[columns, :].T) - delta[:, None])
       if need_dbias and not near:
         sums = ds.sum(axis=1)
         before += jnp.where(is_before, sums, 0.0)
         after += jnp.where(is_before, 0.0, sums)
-      dq += _dot((ds * plan.scale).astype(q.dtype), k_tile)
-      return dq, before, after
+      ds = (ds * plan.scale).astype(q.dtype)
+      if centred:
+        row_sums += ds.astype(jnp.float32).sum(axis=1)
+      return dq + _dot(ds, k_tile), row_sums, before, after
 
     zero = jnp.zeros((block,), jnp.float32)
-    carry = jnp.zeros((block, dim), jnp.float32), zero, zero
-    dq, before, after = _near_then_far(plan, span, parts, step, carry)
+    carry = jnp.zeros((block, dim), jnp.float32), zero, zero, zero
+    dq, row_sums, before, after = _near_then_far(plan, span, parts, step, carry)
+    if centred:
+      dq -= row_sums[:, None] * r.k_mean[...][None]
     r.dq[...] = dq.astype(q.dtype)
     if need_dbias:
       r.before[...], r.after[...] = before, after
@@ -279,17 +293,16 @@ def _dkv(inputs, plan):
       dk, dv = carry
       i, within, columns = span.part(t, parts)
       q_tile, do_tile = r.q[columns, :], r.do[columns, :]
-      s_KQ = _dot(k_tile, q_tile.T) * (plan.scale * LOG2E)
+      s_KQ = _scores(k_tile, q_tile, plan)
       if near:
         s_KQ += _tile(r, plan, i, j, within)
+      elif plan.biased:
+        # Queries before the near ones see these keys after themselves.
+        s_KQ += jnp.where(i < span.near, r.constants[1], r.constants[0])
       if plan.masked:
         same = r.kv_ids[rows][:, None] == r.q_ids[columns][None]
         s_KQ = jnp.where(same, s_KQ, -jnp.inf)
-      top = r.lse[columns]
-      if plan.biased and not near:
-        # Queries before the near ones see these keys after themselves.
-        top -= jnp.where(i < span.near, r.constants[1], r.constants[0])
-      p_KQ = _exp2(s_KQ - top[None])
+      p_KQ = _exp(s_KQ - r.lse[columns][None])
       dv += _dot(p_KQ.astype(q.dtype), do_tile)
       ds_KQ = p_KQ * (_dot(v_tile, do_tile.T) - r.delta[columns][None])
       dk += _dot((ds_KQ * plan.scale).astype(q.dtype), q_tile)
@@ -336,12 +349,11 @@ def _dtiles(inputs, plan, splits):
     def step(t, dtile):
       b, i, j = place(split * share + t)
       rows, columns = pl.ds(i * block, block), pl.ds(j * block + start, part)
-      s = _dot(r.q[b, rows, :], r.k[b, columns, :].T)
-      s = s * (plan.scale * LOG2E) + bias_tile
+      s = _scores(r.q[b, rows, :], r.k[b, columns, :], plan) + bias_tile
       if plan.masked:
         same = r.q_ids[b, rows][:, None] == r.kv_ids[b, columns][None]
         s = jnp.where(same, s, -jnp.inf)
-      p = _exp2(s - r.lse[b, rows][:, None])
+      p = _exp(s - r.lse[b, rows][:, None])
       dp = _dot(r.do[b, rows, :], r.v[b, columns, :].T)
       return dtile + p * (dp - r.delta[b, rows][:, None])
 
@@ -389,7 +401,20 @@ def _dtiles(inputs, plan, splits):
 
 
 def _backward(
-  q, k, v, bias, segments, shift, phase, lse, delta, do, *, plan, need_dbias
+  q,
+  k,
+  v,
+  bias,
+  segments,
+  shift,
+  phase,
+  lse,
+  delta,
+  k_mean,
+  do,
+  *,
+  plan,
+  need_dbias,
 ):
   del phase  # It is in the tiles.
   batch, queries, heads, _ = q.shape
@@ -405,6 +430,11 @@ def _backward(
     return found
 
   by_query = inputs(key_spans(plan, segments, shift, batch, nq, nk), False)
+  if k_mean is not None:
+    by_query["k_mean"] = (
+      k_mean,
+      pl.BlockSpec((None, None, k_mean.shape[2]), lambda n, h, b: (b, h, 0)),
+    )
   by_key = inputs(query_spans(plan, segments, shift, batch, nq, nk), True)
   dq, far_BHSQ = _dq(by_query, plan, need_dbias)
   dk, dv = _dkv(by_key, plan)

@@ -151,7 +151,7 @@ def _visit(r, plan: Plan, b, i, j, body) -> None:
 
 
 def _constant(constants, head, t: _Tile, plan: Plan):
-  """The number a far tile adds to every score of a head, base-2 units."""
+  """The number a far tile adds to every score of a head."""
   side = jnp.where(t.step < plan.first, 0, 1)
   value = constants[head, side, 0]
   if plan.tails:
@@ -165,6 +165,10 @@ def _lanes(x_RL, lanes: int):
   if lanes <= LANES:
     return x_RL[:, :lanes]
   return jnp.tile(x_RL, (1, lanes // LANES))
+
+
+def _exp(x):
+  return jnp.exp2(x * LOG2E)
 
 
 def _scaled(x, scale: float):
@@ -241,9 +245,9 @@ def _shared_operands(bias, segments, shift, phase, plan, group, *, transposed):
     scalars["q_range"] = segments.q_range_BI3
     scalars["kv_range"] = segments.kv_range_BJ3
   if plan.biased:
-    diagonals = _diagonals(bias.diagonals_HTL, plan, transposed) * LOG2E
+    diagonals = _diagonals(bias.diagonals_HTL, plan, transposed)
     inputs["constants"] = (
-      bias.constants_H22 * LOG2E,
+      bias.constants_H22,
       pl.BlockSpec(memory_space=pltpu.SMEM),
     )
     inputs["diagonals"] = (
@@ -263,7 +267,7 @@ def _flat(x):
   return x.reshape(*x.shape[:2], -1)
 
 
-def _forward(q, k, v, bias, segments, shift, phase, plan: Plan, need_lse):
+def _forward(q, k, v, bias, segments, shift, phase, plan: Plan, for_gradient):
   batch, queries, heads, dim = q.shape
   nq, nk = queries // plan.bq, k.shape[1] // plan.bk
   group = _group(heads, dim)
@@ -297,23 +301,19 @@ def _forward(q, k, v, bias, segments, shift, phase, plan: Plan, need_lse):
     def tile(t: _Tile):
       for a in range(group):
         s = _dot(r.q[0, :, lanes(a)], r.k[0, :, lanes(a)], _NT)
-        s *= plan.scale * LOG2E
+        s = _scaled(s, plan.scale)
         if t.has_tile:
           s += r.tiles[a, plan.tile_index(t.step)]
+        if t.has_constant:
+          s += _constant(r.constants, h * group + a, t, plan)
         if t.masked:
           same = _lanes(r.column[...], plan.bk) == r.kv_ids[0]
           s = jnp.where(same, s, -jnp.inf)
         top = jnp.max(s, axis=1)[:, None]
         m_old = r.m[a]
-        if t.has_constant:
-          # Softmax does not see a constant: it moves the maximum instead.
-          c = _constant(r.constants, h * group + a, t, plan)
-          m_new = jnp.maximum(m_old, top + c)
-          p = jnp.exp2(s - _lanes(m_new - c, plan.bk))
-        else:
-          m_new = jnp.maximum(m_old, top)
-          p = jnp.exp2(s - _lanes(m_new, plan.bk))
-        shrink = jnp.exp2(m_old - m_new)
+        m_new = jnp.maximum(m_old, top)
+        p = _exp(s - _lanes(m_new, plan.bk))
+        shrink = _exp(m_old - m_new)
         r.l[a] = r.l[a] * shrink + jnp.sum(p, axis=1)[:, None]
         r.m[a] = m_new
         pv = _dot(p.astype(v.dtype), r.v[0, :, lanes(a)], _NN)
@@ -326,9 +326,12 @@ def _forward(q, k, v, bias, segments, shift, phase, plan: Plan, need_lse):
       for a in range(group):
         seen = r.l[a] > 0
         l = jnp.where(seen, r.l[a], 1.0)
-        r.o[0, :, lanes(a)] = (r.sum[a] / _lanes(l, dim)).astype(q.dtype)
-        if need_lse:
-          lse = jnp.where(seen, r.m[a] + jnp.log2(l), 0.0)
+        o, rest = blocked.rounded(r.sum[a] / _lanes(l, dim), q.dtype)
+        r.o[0, :, lanes(a)] = o
+        if for_gradient:
+          if rest is not None:
+            r.rest[0, :, lanes(a)] = rest
+          lse = jnp.where(seen, r.m[a] + jnp.log(l), 0.0)
           r.lse[0, a] = jnp.transpose(lse)[:1]
 
   scalars, inputs = _shared_operands(
@@ -344,7 +347,9 @@ def _forward(q, k, v, bias, segments, shift, phase, plan: Plan, need_lse):
     "l": pltpu.VMEM((group, plan.bq, LANES), f32),
     "sum": pltpu.VMEM((group, plan.bq, dim), f32),
   }
-  if need_lse:
+  if for_gradient:
+    if q.dtype != f32:
+      outputs["rest"] = outputs["o"]
     outputs["lse"] = (
       jax.ShapeDtypeStruct((batch, heads, 1, queries), f32),
       pl.BlockSpec((1, group, 1, plan.bq), lambda h, b, i, j, *_: (b, h, 0, i)),
@@ -370,11 +375,29 @@ def _forward(q, k, v, bias, segments, shift, phase, plan: Plan, need_lse):
     outputs,
     scratch,
   )
-  return out["o"].reshape(q.shape), out["lse"][:, :, 0] if need_lse else None
+  if not for_gradient:
+    return out["o"].reshape(q.shape), None, None
+  o, rest = (
+    x if x is None else x.reshape(q.shape) for x in (out["o"], out.get("rest"))
+  )
+  return o, rest, out["lse"][:, :, 0]
 
 
 def _backward_chunk(
-  q, k, v, bias, segments, shift, phase, lse, delta, do, plan, need_dbias, start
+  q,
+  k,
+  v,
+  bias,
+  segments,
+  shift,
+  phase,
+  lse,
+  delta,
+  k_mean,
+  do,
+  plan,
+  need_dbias,
+  start,
 ):
   """(dq, dk, dv, dbias) from these queries; q, k, v, do are (B, L, H * D).
 
@@ -435,26 +458,29 @@ def _backward_chunk(
           r.dv_sum[a] = r.dv_start[0, :, lanes(a)]
       if plan.masked:
         r.column[...] = _column(r.kv_ids[0])
+      if k_mean is not None:
+        r.k_centred[...] = (r.k[0].astype(f32) - r.k_mean[0]).astype(k.dtype)
 
     def tile(t: _Tile):
       dq = []
       for a in range(group):
         q_a, do_a = r.q[0, :, lanes(a)], r.do[0, :, lanes(a)]
         k_a, v_a = r.k[0, :, lanes(a)], r.v[0, :, lanes(a)]
-        s_KQ = _dot(k_a, q_a, _NT) * (plan.scale * LOG2E)
+        s_KQ = _scaled(_dot(k_a, q_a, _NT), plan.scale)
         if t.has_tile:
           s_KQ += r.tiles[a, plan.tile_index(t.step)]
+        if t.has_constant:
+          s_KQ += _constant(r.constants, h * group + a, t, plan)
         if t.masked:
           same = _lanes(r.column[...], plan.bq) == r.q_ids[0]
           s_KQ = jnp.where(same, s_KQ, -jnp.inf)
-        lse_1Q = r.lse[0, a]
-        if t.has_constant:
-          lse_1Q -= _constant(r.constants, h * group + a, t, plan)
-        p_KQ = jnp.exp2(s_KQ - lse_1Q)
+        p_KQ = _exp(s_KQ - r.lse[0, a])
         r.dv_sum[a] += _dot(p_KQ.astype(do.dtype), do_a, _NN)
         ds_KQ = p_KQ * (_dot(v_a, do_a, _NT) - r.delta[0, a])
         ds = _scaled(ds_KQ, plan.scale).astype(q.dtype)
         r.dk_sum[a] += _dot(ds, q_a, _NN)
+        if k_mean is not None:
+          k_a = r.k_centred[:, lanes(a)]
         dq.append(_dot(ds, k_a, _TN))
         if need_dbias:
           _add_dbias(r, a, ds_KQ, t)
@@ -507,6 +533,11 @@ def _backward_chunk(
     "lse": (lse[:, :, None], row_spec),
     "delta": (delta[:, :, None], row_spec),
   }
+  if k_mean is not None:
+    inputs["k_mean"] = (
+      k_mean[:, None],
+      pl.BlockSpec((1, 1, width), lambda h, b, *_: (b, 0, h)),
+    )
   aliases = {}
   if start is not None:
     inputs |= {
@@ -528,6 +559,8 @@ def _backward_chunk(
     "dk_sum": pltpu.VMEM((group, plan.bk, dim), f32),
     "dv_sum": pltpu.VMEM((group, plan.bk, dim), f32),
   }
+  if k_mean is not None:
+    scratch["k_centred"] = pltpu.VMEM((plan.bk, width), k.dtype)
   if plan.biased:
     tiles = (plan.tiles, plan.bk, plan.bq)
     scratch["tiles"] = pltpu.VMEM((group, *tiles), f32)
@@ -575,8 +608,22 @@ def _backward_chunk(
 
 
 def _backward(
-  q, k, v, bias, segments, shift, phase, lse, delta, do, plan, need_dbias
+  q,
+  k,
+  v,
+  bias,
+  segments,
+  shift,
+  phase,
+  lse,
+  delta,
+  k_mean,
+  do,
+  plan,
+  need_dbias,
 ):
+  if k_mean is not None:
+    k_mean = k_mean.reshape(k_mean.shape[0], -1)
   shapes = [x.shape for x in (q, k, v)]
   limit = tiling.tpu_query_chunk(q.shape[3] * _group(*q.shape[2:]))
   q, k, v, do = map(_flat, (q, k, v, do))
@@ -586,7 +633,18 @@ def _backward(
   )
   if chunks == 1:
     dq, dk, dv, dbias = by_chunk(
-      q, k, v, bias, segments, shift, phase, lse, delta, do, start=None
+      q,
+      k,
+      v,
+      bias,
+      segments,
+      shift,
+      phase,
+      lse,
+      delta,
+      k_mean,
+      do,
+      start=None,
     )
     return *map(jnp.reshape, (dq, dk, dv), shapes), dbias
 
@@ -628,6 +686,7 @@ def _backward(
       phase,
       x["lse"],
       x["delta"],
+      k_mean,
       x["do"],
       start=(dk, dv),
     )
