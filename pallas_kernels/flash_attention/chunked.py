@@ -199,15 +199,17 @@ def _forward(q, k, v, bias, q_seg, kv_seg, q_offset, causal, scale, bq, bk):
       if mask is not None:
         # A row with no visible key yet has s == m_next == _MASKED.
         p = jnp.where(mask, p, 0.0)
+      # What is summed is what is multiplied, so that o is a mean of values.
+      p = p.astype(v.dtype)
       correction = jnp.exp(m - m_next)
       o = o * correction[..., None] + jnp.einsum(
         "bhqk,bhkd->bhqd",
-        p.astype(v.dtype),
+        p,
         _block(v, j, bk, 2),
         precision=_precision(v.dtype),
         preferred_element_type=jnp.float32,
       )
-      return o, m_next, l * correction + p.sum(axis=-1)
+      return o, m_next, l * correction + p.sum(axis=-1, dtype=jnp.float32)
 
     o, m, l = _loop(
       0,
