@@ -271,6 +271,7 @@ def _forward(q, k, v, bias, segments, shift, phase, plan: Plan, for_gradient):
   batch, queries, heads, dim = q.shape
   nq, nk = queries // plan.bq, k.shape[1] // plan.bk
   group = _group(heads, dim)
+  paired = group == 2
   f32 = jnp.float32
 
   def q_block(h, b, i, j, *_):
@@ -293,7 +294,8 @@ def _forward(q, k, v, bias, segments, shift, phase, plan: Plan, for_gradient):
     @pl.when(j == 0)
     def _():
       r.m[...] = jnp.full(r.m.shape, _LOWEST, f32)
-      r.l[...] = jnp.zeros(r.l.shape, f32)
+      if not paired:
+        r.l[...] = jnp.zeros(r.l.shape, f32)
       r.sum[...] = jnp.zeros(r.sum.shape, f32)
       if plan.masked:
         r.column[...] = _column(r.q_ids[0])
@@ -314,19 +316,32 @@ def _forward(q, k, v, bias, segments, shift, phase, plan: Plan, for_gradient):
         m_new = jnp.maximum(m_old, top)
         p = _exp(s - _lanes(m_new, plan.bk))
         shrink = _exp(m_old - m_new)
-        r.l[a] = r.l[a] * shrink + jnp.sum(p, axis=1)[:, None]
         r.m[a] = m_new
-        pv = _dot(p.astype(v.dtype), r.v[0, :, lanes(a)], _NN)
-        r.sum[a] = r.sum[a] * _lanes(shrink, dim) + pv
+        if paired:
+          # The lanes of the other head hold ones, and so the sum of P.
+          mine = (
+            lax.broadcasted_iota(jnp.int32, (plan.bk, LANES), 1) // dim == a
+          )
+          v_a = jnp.where(mine, r.v[0], 1)
+        else:
+          v_a = r.v[0, :, lanes(a)]
+          r.l[a] = r.l[a] * shrink + jnp.sum(p, axis=1)[:, None]
+        pv = _dot(p.astype(v.dtype), v_a, _NN)
+        r.sum[a] = r.sum[a] * _lanes(shrink, pv.shape[1]) + pv
 
     _visit(r, plan, b, i, j, tile)
 
     @pl.when(j == nk - 1)
     def _():
       for a in range(group):
-        seen = r.l[a] > 0
-        l = jnp.where(seen, r.l[a], 1.0)
-        o, rest = blocked.rounded(r.sum[a] / _lanes(l, dim), q.dtype)
+        if paired:
+          other = r.sum[a, :, (1 - a) * dim : (1 - a) * dim + 1]
+          l, sums = jnp.tile(other, (1, LANES)), r.sum[a, :, lanes(a)]
+        else:
+          l, sums = r.l[a], r.sum[a]
+        seen = l > 0
+        l = jnp.where(seen, l, 1.0)
+        o, rest = blocked.rounded(sums / _lanes(l, dim), q.dtype)
         r.o[0, :, lanes(a)] = o
         if for_gradient:
           if rest is not None:
@@ -344,9 +359,10 @@ def _forward(q, k, v, bias, segments, shift, phase, plan: Plan, for_gradient):
   outputs = {"o": (jax.ShapeDtypeStruct(_flat(q).shape, q.dtype), q_spec)}
   scratch = {
     "m": pltpu.VMEM((group, plan.bq, LANES), f32),
-    "l": pltpu.VMEM((group, plan.bq, LANES), f32),
-    "sum": pltpu.VMEM((group, plan.bq, dim), f32),
+    "sum": pltpu.VMEM((group, plan.bq, group * dim), f32),
   }
+  if not paired:
+    scratch["l"] = pltpu.VMEM((group, plan.bq, LANES), f32)
   if for_gradient:
     if q.dtype != f32:
       outputs["rest"] = outputs["o"]
