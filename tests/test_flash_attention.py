@@ -103,9 +103,8 @@ def small_blocks(monkeypatch):
   monkeypatch.setattr(chunked, "BLOCK", 128)
   # Interpreters stand in for the chips.
   monkeypatch.setattr(tiling, "chip_is", lambda maker: True)
-  monkeypatch.setattr(
-    tiling, "_TPU", {"TPU v4": (2**24, (256, 256), (128, 128))}
-  )
+  small = tiling.TpuBlocks(vmem=2**24, best=256, most=256, wide=128)
+  monkeypatch.setattr(tiling, "_TPU", {"TPU v4": small})
 
 
 def supported(implementation, case):

@@ -60,7 +60,8 @@ def main() -> None:
   )
   parser.add_argument("--json", metavar="FILE", help="also write rows there")
   options = parser.parse_args()
-  tiling.chip_is = lambda maker: True  # Interpreters stand in for the chips.
+  # Interpreters stand in for the chips.
+  tiling.chip_is = lambda maker: True
   rows = []
   print(f"| scores | implementation | {' | '.join(suite.NAMES)} |")
   print("|---|---|" + "---|" * len(suite.NAMES), flush=True)

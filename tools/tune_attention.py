@@ -26,15 +26,14 @@ from tools.bench_attention import Shape, inputs, ours, run_jax
 
 def tpu_candidates(head_dim: int):
   """(label, what to set) for the table of TPUs."""
-  column = 1 if head_dim <= 128 else 2
-  for bq, bk in itertools.product((256, 512, 1024), (256, 512, 1024, 2048)):
+  names = ("best", "most") if head_dim <= 128 else ("wide",)
+  for block in (256, 512, 1024):
 
-    def apply(bq=bq, bk=bk):
-      row = list(tiling._tpu_row())
-      row[column] = (bq, bk)
-      tiling._TPU[tiling.device_kind()] = tuple(row)
+    def apply(block=block):
+      sizes = {n: block for n in names}
+      tiling._TPU[tiling.device_kind()] = tiling._tpu_row()._replace(**sizes)
 
-    yield f"({bq}, {bk})", apply
+    yield f"{block}", apply
 
 
 def mosaic_candidates(head_dim: int):

@@ -19,7 +19,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 import itertools
-import math
 import types
 
 import jax
@@ -725,30 +724,35 @@ def unsupported(q_BQHD, k_BKHD, bias) -> str | None:
   if not tiling.chip_is("TPU"):
     return f"it runs on TPUs, this is {tiling.device_kind()}"
   reason = blocked.unsupported(q_BQHD, bias)
-  if reason or bias is None:
+  if reason or _blocks(q_BQHD, k_BKHD, bias):
     return reason
+  return (
+    f"the near tiles of a bias of radius {bias.radius} do not fit VMEM; use "
+    "'chunked'"
+  )
+
+
+def _blocks(q_BQHD, k_BKHD, bias) -> tuple[int, int] | None:
   _, queries, heads, dim = q_BQHD.shape
-  bq, bk = tiling.tpu_blocks(queries, k_BKHD.shape[1], dim)
-  near = (2 * bias.radius + bq + bk) // math.gcd(bq, bk) + 1
-  # The backward pass holds the tiles and their gradients, of a group of heads.
-  group = _group(heads, _padded_head_dim(heads, dim))
-  needed = 2 * group * near * bq * bk * 4
-  if needed > tiling.vmem_bytes() // 2:
-    return (
-      f"the near tiles of a bias of radius {bias.radius} take "
-      f"{needed / 2**20:.0f} MiB of VMEM; use 'chunked'"
-    )
-  return None
+  return tiling.tpu_blocks(
+    queries,
+    k_BKHD.shape[1],
+    dim,
+    None if bias is None else bias.radius,
+    _group(heads, _padded_head_dim(heads, dim)),
+  )
 
 
-def attention(q_BQHD, k_BKHD, *operands, **settings) -> jax.Array:
+def attention(q_BQHD, k_BKHD, v_BKHD, bias, *operands, **settings) -> jax.Array:
   """Same function as reference.attention, on a TPU."""
-  _, queries, heads, dim = q_BQHD.shape
-  bq, bk = tiling.tpu_blocks(queries, k_BKHD.shape[1], dim)
+  _, _, heads, dim = q_BQHD.shape
+  bq, bk = _blocks(q_BQHD, k_BKHD, bias)
   return blocked.attention(
     _KERNELS,
     q_BQHD,
     k_BKHD,
+    v_BKHD,
+    bias,
     *operands,
     **settings,
     bq=bq,
