@@ -58,10 +58,13 @@ CHIPS = {
 }
 _GPUS_A_HOST = 8
 # name: (compute capability, multiprocessors, shared memory a block, memory)
-_GPUS = {
+GPUS = {
   "a100": ((8, 0), 108, 166912, 84978434048),
+  "a10": ((8, 6), 72, 101376, 23821549568),
+  "l4": ((8, 9), 58, 101376, 23821549568),
   "h100": ((9, 0), 132, 232448, 84978434048),
   "h200": ((9, 0), 132, 232448, 150323855360),
+  "b200": ((10, 0), 148, 232448, 191000000000),
 }
 
 
@@ -193,7 +196,7 @@ def domain(chip: Chip, count: int) -> int:
 
 def gpu_description(name: str) -> str:
   """The target as XLA's GPU compiler wants it (stream_executor's text form)."""
-  (major, minor), cores, shared, memory = _GPUS[name]
+  (major, minor), cores, shared, memory = GPUS[name]
   return f"""
 gpu_device_info {{
   threads_per_block_limit: 1024

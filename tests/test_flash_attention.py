@@ -269,9 +269,9 @@ def test_full_bias_and_its_gradient(implementation):
 def test_a_bias_that_is_not_differentiated_costs_no_gradient():
   (q, k, v, table), seen = small_inputs(), []
   kernels = blocked.Kernels(
-    lambda q, k, v, *_, **__: (q, None, jnp.zeros((2, 2, 40))),
-    lambda q, k, v, bias, *_, need_dbias, plan: (
-      (seen.append(need_dbias), (q, k, v, bias))[1]
+    lambda x, **_: (x.q, None, jnp.zeros((2, 2, 40))),
+    lambda x, _, *, need_dbias, plan: (
+      (seen.append(need_dbias), (x.q, x.k, x.v, x.bias))[1]
     ),
   )
 

@@ -82,6 +82,7 @@ def layer(
   dim=HEAD_DIM,
   heads=HEADS,
   dtype="bfloat16",
+  batch=BATCH,
 ):
   """(gradient of an attention layer, its argument shapes)."""
   import jax
@@ -92,7 +93,7 @@ def layer(
   width = heads * dim
 
   def loss(q, k, v, table, do, ids):
-    split = lambda x: x.reshape(BATCH, length, heads, dim)
+    split = lambda x: x.reshape(batch, length, heads, dim)
     o = flash_attention(
       split(q),
       split(k),
@@ -107,14 +108,14 @@ def layer(
     )
     return jnp.sum(o.reshape(do.shape).astype(jnp.float32) * do)
 
-  x = ((BATCH, length, width), jnp.dtype(dtype))
+  x = ((batch, length, width), jnp.dtype(dtype))
   shapes = (
     x,
     x,
     x,
     ((heads, 32), jnp.float32),
     x,
-    ((BATCH, length), jnp.int32),
+    ((batch, length), jnp.int32),
   )
   return jax.grad(loss, argnums=(0, 1, 2, 3)), shapes
 
@@ -382,16 +383,8 @@ def report(target: str, part: str, quick: bool) -> list | str:
   writing what the kernels' counts come from takes longer than compiling.
   """
   with tempfile.TemporaryDirectory() as dump:
-    os.environ["JAX_PLATFORMS"] = "cpu"
     os.environ.pop("XLA_FLAGS", None)
-    if target in TPUS:
-      os.environ.update(
-        TPU_SKIP_MDS_QUERY="1",
-        TPU_ACCELERATOR_TYPE="v5litepod-4",
-        TPU_WORKER_HOSTNAMES="localhost",
-        # It compiles only: two at a time do not fight over a chip.
-        ALLOW_MULTIPLE_LIBTPU_LOAD="1",
-      )
+    chips.prepare_environment([])
     if part == "kernels" and target in TPUS:
       os.environ["LIBTPU_INIT_ARGS"] = (
         f"--xla_jf_dump_to={dump} --xla_jf_dump_llo_text=true"

@@ -62,44 +62,39 @@ def flash_attention(
     implementation: "reference" (dense, float32), "chunked" (plain XLA, memory
       linear in length), or a kernel: "mosaic_tpu", "mosaic_gpu" (Hopper, jax
       0.11 and later), "triton" (Ampere and later). None picks the best that
-      runs, and logs once which.
+      compiles for this chip, and logs once which; with a warning that says why
+      if it is not the one that the chip prefers.
     q_offset: position of the first query, a number or a traced scalar: the
       cache index in decoding.
 
   Returns:
-    Array (B, Q, H, D) in q's dtype. A query that sees no key gives 0, and no
-    gradient flows through it.
+    Array (B, Q, H, D) in q's dtype. A query that sees no key, or keys of bias
+    -inf alone, gives 0, and no gradient flows through it; nor through a bias of
+    -inf. Where there is no query or no key, the result is zeros.
 
   Raises:
-    ValueError: if the shapes do not fit together, naming the argument.
+    ValueError: if the shapes do not fit together, naming the argument, or if
+      `scale` is not positive.
     NotImplementedError: if the named implementation does not exist or cannot
       take these arguments, with the reason.
   """
   q_BQHD, k_BKHD, v_BKHD = map(jnp.asarray, (q_BQHD, k_BKHD, v_BKHD))
   _check_shapes(q_BQHD, k_BKHD, v_BKHD, position, q_segment_ids, kv_segment_ids)
+  if not scale > 0:
+    raise ValueError(f"flash_attention: scale is {scale}, it must be positive")
+  if 0 in (*q_BQHD.shape, *k_BKHD.shape):
+    # No pair: nothing is seen, and no gradient flows.
+    return jnp.zeros_like(q_BQHD)
   bias = None if position is None else position.lowered()
   module = _choose(implementation, q_BQHD, k_BKHD, bias)
   groups = q_BQHD.shape[2] // k_BKHD.shape[2]
   if groups > 1:
     k_BKHD = jnp.repeat(k_BKHD, groups, axis=2)
     v_BKHD = jnp.repeat(v_BKHD, groups, axis=2)
-  # Padding may hold anything, NaN too, and 0 * NaN is NaN: it is emptied here,
-  # and by the transpose of these lines in the backward pass.
-  q_BQHD = _without_padding(q_BQHD, q_segment_ids)
-  k_BKHD = _without_padding(k_BKHD, kv_segment_ids)
-  v_BKHD = _without_padding(v_BKHD, kv_segment_ids)
   operands = (q_BQHD, k_BKHD, v_BKHD, bias, q_segment_ids, kv_segment_ids)
-  o_BQHD = module.attention(
+  return module.attention(
     *vary_together(operands), q_offset, causal=causal, scale=scale
   )
-  return _without_padding(o_BQHD, q_segment_ids)
-
-
-def _without_padding(x_BLHD, segment_ids_BL):
-  if segment_ids_BL is None:
-    return x_BLHD
-  real_BL11 = (segment_ids_BL != 0)[:, :, None, None]
-  return jnp.where(real_BL11, x_BLHD, 0)
 
 
 def _module(name: str):
@@ -110,24 +105,36 @@ def _module(name: str):
 
 def _choose(implementation: str | None, q, k, bias):
   """The module that computes; the named one, or the best that runs."""
-  if implementation is not None:
-    if implementation not in _MODULES:
-      raise NotImplementedError(
-        f"attention implementation {implementation!r} does not exist; there "
-        f"are: {', '.join(_MODULES)}"
-      )
-    reason = _unsupported(implementation, q, k, bias)
-    if reason:
-      raise NotImplementedError(
-        f"attention implementation {implementation!r} cannot run: {reason}"
-      )
-    return _module(implementation)
+  if implementation is None:
+    name, reasons = best(q, k, bias)
+    _say_once(name, "; ".join(reasons))
+    return _module(name)
+  if implementation not in _MODULES:
+    raise NotImplementedError(
+      f"attention implementation {implementation!r} does not exist; there "
+      f"are: {', '.join(_MODULES)}"
+    )
+  reason = _unsupported(implementation, q, k, bias)
+  if reason:
+    raise NotImplementedError(
+      f"attention implementation {implementation!r} cannot run: {reason}"
+    )
+  return _module(implementation)
+
+
+def best(q_BQHD, k_BKHD, bias) -> tuple[Implementation, list[str]]:
+  """(what None picks on this chip, why it is none that the chip prefers).
+
+  Args:
+    q_BQHD: queries, or their shape and dtype.
+    k_BKHD: keys, likewise.
+    bias: `position.lowered()`, or None.
+  """
   reasons = []
-  for name in tiling.preferred(q.shape[1]):
-    reason = _unsupported(name, q, k, bias)
+  for name in tiling.preferred(q_BQHD.shape[1]):
+    reason = _unsupported(name, q_BQHD, k_BKHD, bias)
     if not reason:
-      _say_once(name, "; ".join(reasons))
-      return _module(name)
+      return name, reasons
     reasons.append(f"not {name}: {reason}")
   raise AssertionError("chunked takes everything")
 
@@ -143,9 +150,12 @@ def _unsupported(name: str, q, k, bias) -> str | None:
 
 @functools.cache
 def _say_once(name: str, reasons: str) -> None:
-  logging.getLogger("pallas_kernels").info(
-    "attention: %s%s", name, f" ({reasons})" if reasons else ""
-  )
+  log = logging.getLogger("pallas_kernels")
+  if reasons:
+    # Slower than what this chip is rented for: not for a debug log.
+    log.warning("attention: %s (%s)", name, reasons)
+  else:
+    log.info("attention: %s", name)
 
 
 def _check_shapes(q, k, v, position, q_segment_ids, kv_segment_ids) -> None:

@@ -24,6 +24,7 @@ from jax.custom_batching import sequential_vmap
 import jax.numpy as jnp
 import numpy as np
 
+from pallas_kernels.flash_attention.padding import pad_to, without_padding
 from pallas_kernels.flash_attention.positions import FullBias
 from pallas_kernels.flash_attention.relative_bias import DistanceBias
 
@@ -31,7 +32,7 @@ LOG2E = math.log2(math.e)
 MAX_RADIUS = 1024
 MAX_HEAD_DIM = 256
 # Segment 0 is padding on both sides and must match nothing.
-_PADDING_QUERY = np.iinfo(np.int32).min
+PADDING_QUERY = np.iinfo(np.int32).min
 _NO_ID = np.iinfo(np.int32).min + 1
 
 
@@ -219,94 +220,117 @@ def make_segments(q_BQ, kv_BK, plan: Plan) -> Segments:
     return jnp.stack([low, high, only], axis=-1)
 
   return Segments(
-    jnp.where(q_BQ == 0, _PADDING_QUERY, q_BQ),
+    jnp.where(q_BQ == 0, PADDING_QUERY, q_BQ),
     kv_BK,
-    extent(q_BQ, plan.bq, _PADDING_QUERY),
+    extent(q_BQ, plan.bq, PADDING_QUERY),
     extent(kv_BK, plan.bk, _NO_ID),
   )
+
+
+class Operands(NamedTuple):
+  """What a kernel reads; the lengths divide by the blocks.
+
+  Attributes:
+    q, k, v: (B, Q or K, H, D).
+    bias: cut for the Plan, or None where it is not biased.
+    segments: None where it is not masked.
+    shift, phase: int32 scalars, see Plan.
+  """
+
+  q: jax.Array
+  k: jax.Array
+  v: jax.Array
+  bias: Bias | None
+  segments: Segments | None
+  shift: jax.Array
+  phase: jax.Array
+
+
+class Cotangents(NamedTuple):
+  """What the backward kernels read beside it.
+
+  Attributes:
+    do: (B, Q, H, D), in the dtype of q.
+    lse: float32 (B, H, Q), as the forward kernel gave it.
+    delta: float32 (B, H, Q): see row_delta.
+    k_mean: float32 (B, H, D): see mean_key; None for float32 inputs.
+  """
+
+  do: jax.Array
+  lse: jax.Array
+  delta: jax.Array
+  k_mean: jax.Array | None
 
 
 class Kernels(NamedTuple):
   """One implementation; under vmap its calls run one after the other.
 
-  forward(q, k, v, bias, segments, shift, phase, plan, for_gradient) gives
-  (o_BQHD, rest_BQHD, lse_BHQ): rest is what rounding took from a 16-bit o, lse
-  the logarithm of the sum of e^score; both are None unless
-  `for_gradient`. backward(q, k, v, bias, segments, shift, phase, lse_BHQ,
-  delta_BHQ, k_mean_BHD, do, plan, need_dbias) gives (dq, dk, dv, Bias or None);
-  k_mean is None for float32. q, k, v, do are (B, L, H, D) with lengths that
-  divide by the blocks.
+  forward(Operands, plan=, for_gradient=) gives (o_BQHD, rest_BQHD, lse_BHQ):
+  rest is what rounding took from a 16-bit o, lse the logarithm of the sum of
+  e^score, 0 for a row that sees nothing; both are None unless `for_gradient`.
+  Its q, k and v hold anything in padding, and o is 0 there.
+  backward(Operands, Cotangents, plan=, need_dbias=) gives (dq, dk, dv, Bias or
+  None); its padding is empty.
   """
 
   forward: Callable
   backward: Callable
 
-  def run_forward(self, *operands, **static):
-    return sequential_vmap(functools.partial(self.forward, **static))(*operands)
+  def run_forward(self, operands: Operands, **static):
+    call = functools.partial(self.forward, **static)
+    return sequential_vmap(call)(operands)
 
-  def run_backward(self, *operands, **static):
+  def run_backward(self, operands: Operands, cotangents: Cotangents, **static):
     call = functools.partial(self.backward, **static)
-    return sequential_vmap(call)(*operands)
+    return sequential_vmap(call)(operands, cotangents)
+
+
+def _operands(plan, q, k, v, bias, segments, q_offset) -> Operands:
+  shift, phase = jnp.divmod(q_offset, plan.unit)
+  cut = cut_bias(bias, phase, plan) if plan.biased else None
+  return Operands(q, k, v, cut, segments, shift, phase)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _attention(kernels, plan, q, k, v, bias, segments, q_offset):
-  shift, phase = jnp.divmod(q_offset, plan.unit)
-  cut = cut_bias(bias, phase, plan) if plan.biased else None
-  o, *_ = kernels.run_forward(
-    q, k, v, cut, segments, shift, phase, plan=plan, for_gradient=False
-  )
-  return o
+def _attention(kernels, plan, *operands):
+  x = _operands(plan, *operands)
+  return kernels.run_forward(x, plan=plan, for_gradient=False)[0]
 
 
-def _attention_forward(kernels, plan, q, k, v, bias, segments, q_offset):
+def _attention_forward(kernels, plan, *operands):
   # Whether the bias is differentiated is known here alone; an empty tuple in
   # the residuals tells the backward pass.
-  need_dbias = any(x.perturbed for x in jax.tree.leaves(bias))
-  q, k, v, bias, segments, q_offset = jax.tree.map(
-    lambda x: x.value, (q, k, v, bias, segments, q_offset)
-  )
-  shift, phase = jnp.divmod(q_offset, plan.unit)
-  cut = cut_bias(bias, phase, plan) if plan.biased else None
-  o, rest, lse = saveable(
-    kernels.run_forward(
-      q, k, v, cut, segments, shift, phase, plan=plan, for_gradient=True
-    )
-  )
-  mark = () if need_dbias else None
-  return o, (q, k, v, bias, segments, q_offset, o, rest, lse, mark)
+  need_dbias = any(x.perturbed for x in jax.tree.leaves(operands[3]))
+  operands = jax.tree.map(lambda x: x.value, operands)
+  x = _operands(plan, *operands)
+  o, rest, lse = saveable(kernels.run_forward(x, plan=plan, for_gradient=True))
+  return o, (operands, o, rest, lse, () if need_dbias else None)
 
 
 def _attention_backward(kernels, plan, residuals, do):
-  q, k, v, bias, segments, q_offset, o, rest, lse, mark = residuals
+  (q, k, v, bias, segments, q_offset), o, rest, lse, mark = residuals
   if isinstance(do, jax.custom_derivatives.SymbolicZero):
     do = jnp.zeros_like(o)
-  shift, phase = jnp.divmod(q_offset, plan.unit)
-  cut = transpose = None
-  if plan.biased:
-    cut, transpose = jax.vjp(lambda b: cut_bias(b, phase, plan), bias)
-  delta_BHQ = jnp.swapaxes(row_delta(do, o, rest), 1, 2)
-  k_mean_BHD = None
+  if segments is not None:
+    real_queries = segments.q_BQ != PADDING_QUERY
+    q, do = (without_padding(x, real_queries) for x in (q, do))
+    k, v = (without_padding(x, segments.kv_BK) for x in (k, v))
+  x = _operands(plan, q, k, v, bias, segments, q_offset)
+  k_mean = None
   if k.dtype != jnp.float32:
-    k_mean_BHD = mean_key(k, None if segments is None else segments.kv_BK, 1)
+    k_mean = mean_key(k, None if segments is None else segments.kv_BK, 1)
+  delta = jnp.swapaxes(row_delta(do, o, rest), 1, 2)
   dq, dk, dv, dcut = kernels.run_backward(
-    q,
-    k,
-    v,
-    cut,
-    segments,
-    shift,
-    phase,
-    lse,
-    delta_BHQ,
-    k_mean_BHD,
-    do.astype(q.dtype),
+    x,
+    Cotangents(do.astype(q.dtype), lse, delta, k_mean),
     plan=plan,
     need_dbias=mark is not None and plan.biased,
   )
-  dbias = None if dcut is None else transpose(dcut)[0]
-  if dbias is None:
+  if dcut is None:
     dbias = jax.tree.map(jnp.zeros_like, bias)
+  else:
+    _, transpose = jax.vjp(lambda b: cut_bias(b, x.phase, plan), bias)
+    [dbias] = transpose(dcut)
   return dq, dk, dv, dbias, None, None
 
 
@@ -371,16 +395,6 @@ def unsupported(q_BQHD, bias) -> str | None:
   if q_BQHD.shape[-1] > MAX_HEAD_DIM:
     return f"head dimension {q_BQHD.shape[-1]} exceeds {MAX_HEAD_DIM}"
   return None
-
-
-def pad_to(x, multiple: int, axis: int):
-  """Appends zeros so that the axis divides by `multiple`."""
-  missing = -x.shape[axis] % multiple
-  if not missing:
-    return x
-  widths = [(0, 0)] * x.ndim
-  widths[axis] = (0, missing)
-  return jnp.pad(x, widths)
 
 
 def attention(

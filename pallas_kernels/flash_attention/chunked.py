@@ -17,11 +17,11 @@ import jax.numpy as jnp
 from pallas_kernels.flash_attention import relative_bias
 from pallas_kernels.flash_attention.blocked import (
   mean_key,
-  pad_to,
   rounded,
   row_delta,
   saveable,
 )
+from pallas_kernels.flash_attention.padding import pad_to, without_padding
 from pallas_kernels.flash_attention.positions import FullBias
 from pallas_kernels.manual_axes import vary_together
 
@@ -174,6 +174,9 @@ def _attention(q, k, v, bias, q_seg, kv_seg, q_offset, causal, scale, bq, bk):
 
 
 def _forward(q, k, v, bias, q_seg, kv_seg, q_offset, causal, scale, bq, bk):
+  residuals = (q, k, v, bias, q_seg, kv_seg, q_offset)
+  # Masks keep what padding holds out of scores; 0 * NaN is left.
+  v = without_padding(v, kv_seg, axis=2)
   batch, heads, queries, head_dim = q.shape
   nq, nk = queries // bq, k.shape[2] // bk
 
@@ -238,12 +241,14 @@ def _forward(q, k, v, bias, q_seg, kv_seg, q_offset, causal, scale, bq, bk):
     blocks = jax.lax.map(query_block, jnp.arange(nq))
     found = jax.tree.map(joined, blocks)
   o, rest, lse = saveable(found)
-  return o, (q, k, v, bias, q_seg, kv_seg, q_offset, o, rest, lse)
+  return o, (*residuals, o, rest, lse)
 
 
 def _backward(causal, scale, bq, bk, residuals, do):
   q, k, v, bias, q_seg, kv_seg, q_offset, o, rest, lse = residuals
   nq, nk = q.shape[2] // bq, k.shape[2] // bk
+  q, do = (without_padding(x, q_seg, axis=2) for x in (q, do))
+  k, v = (without_padding(x, kv_seg, axis=2) for x in (k, v))
   delta = row_delta(do, o, rest)
   k_mean = None if k.dtype == jnp.float32 else mean_key(k, kv_seg, 2)
 

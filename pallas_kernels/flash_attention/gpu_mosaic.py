@@ -22,7 +22,7 @@ from jax.experimental import pallas as pl
 import jax.numpy as jnp
 
 from pallas_kernels.flash_attention import blocked, tiling
-from pallas_kernels.flash_attention.blocked import LOG2E
+from pallas_kernels.flash_attention.blocked import LOG2E, Cotangents, Operands
 from pallas_kernels.flash_attention.gpu_common import (
   Span,
   bias_gradient,
@@ -33,6 +33,7 @@ from pallas_kernels.flash_attention.gpu_common import (
   pairs_of_tile,
   query_spans,
 )
+from pallas_kernels.flash_attention.padding import without_padding
 from pallas_kernels.manual_axes import vary_together
 
 if tuple(map(int, jax.__version__.split(".")[:2])) < (0, 11):
@@ -202,10 +203,10 @@ def _masked(s, r, b, i, j, row_ids, column_ids):
   return lax.cond(whole, lambda s: s, mask, s)
 
 
-def _forward(q, k, v, bias, segments, shift, phase, *, plan, for_gradient):
-  del phase  # It is in the tiles.
+def _forward(x: Operands, *, plan, for_gradient):
+  q = x.q
   batch, queries, heads, dim = q.shape
-  nq, nk = queries // BLOCK, k.shape[1] // BLOCK
+  nq, nk = queries // BLOCK, x.k.shape[1] // BLOCK
   parts = tiling.mosaic_parts(dim).forward
   part = BLOCK // parts
 
@@ -343,6 +344,8 @@ def _forward(q, k, v, bias, segments, shift, phase, *, plan, for_gradient):
 
     _by_role(compute, load)
 
+  # wgmma reads values from shared memory as they are, and 0 * NaN is NaN.
+  v = without_padding(x.v, None if x.segments is None else x.segments.kv_BK)
   matrix = _shared(q.dtype)
   outputs = {"o": jax.ShapeDtypeStruct(q.shape, q.dtype)}
   if for_gradient:
@@ -354,13 +357,13 @@ def _forward(q, k, v, bias, segments, shift, phase, *, plan, for_gradient):
     {"heads": heads, "queries": nq, "batch": batch},
     {
       "q": q,
-      "k": k,
+      "k": x.k,
       "v": v,
       "ones": jnp.ones((COPIES, part), q.dtype),
-      "spans": key_spans(plan, segments, shift, batch, nq, nk),
-      "shift": shift[None],
-      **bias_operands(bias, plan),
-      **id_operands(segments),
+      "spans": key_spans(plan, x.segments, x.shift, batch, nq, nk),
+      "shift": x.shift[None],
+      **bias_operands(x.bias, plan),
+      **id_operands(x.segments),
     },
     outputs,
     {
@@ -723,44 +726,29 @@ def _dtiles(operands, plan, splits):
   return out["dtiles"]
 
 
-def _backward(
-  q,
-  k,
-  v,
-  bias,
-  segments,
-  shift,
-  phase,
-  lse,
-  delta,
-  k_mean,
-  do,
-  *,
-  plan,
-  need_dbias,
-):
-  del phase  # It is in the tiles.
-  batch, queries, heads, _ = q.shape
-  nq, nk = queries // plan.bq, k.shape[1] // plan.bk
+def _backward(x: Operands, y: Cotangents, *, plan, need_dbias):
+  batch, queries, heads, _ = x.q.shape
+  nq, nk = queries // plan.bq, x.k.shape[1] // plan.bk
   shared = {
-    "q": q,
-    "k": k,
-    "v": v,
-    "do": do,
-    "statistics": jnp.stack([lse, delta], axis=2),
-    "shift": shift[None],
-    **id_operands(segments),
+    "q": x.q,
+    "k": x.k,
+    "v": x.v,
+    "do": y.do,
+    "statistics": jnp.stack([y.lse, y.delta], axis=2),
+    "shift": x.shift[None],
+    **id_operands(x.segments),
   }
+  spans = lambda make: make(plan, x.segments, x.shift, batch, nq, nk)
   by_query = {
     **shared,
-    **bias_operands(bias, plan),
-    "spans": key_spans(plan, segments, shift, batch, nq, nk),
-    "k_mean": k_mean,
+    **bias_operands(x.bias, plan),
+    "spans": spans(key_spans),
+    "k_mean": y.k_mean,
   }
   by_key = {
     **shared,
-    **bias_operands(bias, plan, transposed=True),
-    "spans": query_spans(plan, segments, shift, batch, nq, nk),
+    **bias_operands(x.bias, plan, transposed=True),
+    "spans": spans(query_spans),
   }
   dq, far_BHSQ = _dq(by_query, plan, need_dbias)
   dk, dv = _dkv(by_key, plan)

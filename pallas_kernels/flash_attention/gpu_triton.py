@@ -17,7 +17,7 @@ from jax.experimental.pallas import triton as plt
 import jax.numpy as jnp
 
 from pallas_kernels.flash_attention import blocked, tiling
-from pallas_kernels.flash_attention.blocked import LOG2E
+from pallas_kernels.flash_attention.blocked import LOG2E, Cotangents, Operands
 from pallas_kernels.flash_attention.gpu_common import (
   Span,
   bias_gradient,
@@ -89,30 +89,30 @@ def _call(name, kernel, grid, inputs, outputs, stages: int):
   return dict(zip(outputs, results))
 
 
-def _operands(q, k, v, bias, segments, spans, shift, plan, *, transposed=False):
+def _inputs(x: Operands, spans, plan, *, transposed=False):
   """Inputs for a grid (block, head, batch), all of a head's rows at hand."""
   whole = lambda x: pl.BlockSpec(
     (None, x.shape[1], None, x.shape[3]), lambda n, h, b: (b, 0, h, 0)
   )
-  inputs = {name: (x, whole(x)) for name, x in (("q", q), ("k", k), ("v", v))}
+  inputs = {name: (z, whole(z)) for name, z in zip("qkv", (x.q, x.k, x.v))}
   inputs["spans"] = (
     spans,
     pl.BlockSpec((None, None, 4), lambda n, h, b: (b, n, 0)),
   )
-  inputs["shift"] = (shift[None], pl.BlockSpec((1,), lambda n, h, b: (0,)))
-  for name, x in bias_operands(bias, plan, transposed=transposed).items():
-    rest = x.shape[1:]
+  inputs["shift"] = (x.shift[None], pl.BlockSpec((1,), lambda n, h, b: (0,)))
+  for name, z in bias_operands(x.bias, plan, transposed=transposed).items():
+    rest = z.shape[1:]
     inputs[name] = (
-      x,
+      z,
       pl.BlockSpec(
         (None, *rest), lambda n, h, b, rest=rest: (h, *(0,) * len(rest))
       ),
     )
-  for name, x in id_operands(segments).items():
+  for name, z in id_operands(x.segments).items():
     if name in ("q_ids", "kv_ids"):
       inputs[name] = (
-        x,
-        pl.BlockSpec((None, x.shape[1]), lambda n, h, b: (b, 0)),
+        z,
+        pl.BlockSpec((None, z.shape[1]), lambda n, h, b: (b, 0)),
       )
   return inputs
 
@@ -137,12 +137,12 @@ def _near_then_far(plan, span, parts, step, carry):
   )
 
 
-def _forward(q, k, v, bias, segments, shift, phase, *, plan, for_gradient):
-  del phase  # It is in the tiles.
+def _forward(x: Operands, *, plan, for_gradient):
+  q = x.q
   batch, queries, heads, dim = q.shape
   block, part = plan.bq, _blocks(q).part
   parts = block // part
-  nq, nk = queries // block, k.shape[1] // block
+  nq, nk = queries // block, x.k.shape[1] // block
 
   def kernel(r):
     i = pl.program_id(0)
@@ -167,7 +167,12 @@ def _forward(q, k, v, bias, segments, shift, phase, *, plan, for_gradient):
       p = p.astype(q.dtype)
       # The sum of what is multiplied: a key that takes all then gives o = v.
       l = l * shrink + p.astype(jnp.float32).sum(axis=1)
-      pv = _dot(p, r.v[columns, :])
+      v_tile = r.v[columns, :]
+      if plan.masked:
+        # Padding may hold anything, and 0 * NaN is NaN.
+        real = (r.kv_ids[columns] != 0)[:, None]
+        v_tile = jnp.where(real, v_tile, jnp.zeros((), v_tile.dtype))
+      pv = _dot(p, v_tile)
       return o * shrink[:, None] + pv, m_new, l
 
     carry = (
@@ -197,12 +202,12 @@ def _forward(q, k, v, bias, segments, shift, phase, *, plan, for_gradient):
       jax.ShapeDtypeStruct((batch, heads, queries), jnp.float32),
       pl.BlockSpec((None, None, block), lambda i, h, b: (b, h, i)),
     )
-  spans = key_spans(plan, segments, shift, batch, nq, nk)
+  spans = key_spans(plan, x.segments, x.shift, batch, nq, nk)
   out = _call(
     "flash_attention_forward",
     kernel,
     (nq, heads, batch),
-    _operands(q, k, v, bias, segments, spans, shift, plan),
+    _inputs(x, spans, plan),
     outputs,
     stages=2,
   )
@@ -400,42 +405,24 @@ def _dtiles(inputs, plan, splits):
   return out["dtile"]
 
 
-def _backward(
-  q,
-  k,
-  v,
-  bias,
-  segments,
-  shift,
-  phase,
-  lse,
-  delta,
-  k_mean,
-  do,
-  *,
-  plan,
-  need_dbias,
-):
-  del phase  # It is in the tiles.
-  batch, queries, heads, _ = q.shape
-  nq, nk = queries // plan.bq, k.shape[1] // plan.bk
+def _backward(x: Operands, y: Cotangents, *, plan, need_dbias):
+  batch, queries, heads, _ = x.q.shape
+  nq, nk = queries // plan.bq, x.k.shape[1] // plan.bk
 
-  def inputs(spans, transposed):
-    found = _operands(
-      q, k, v, bias, segments, spans, shift, plan, transposed=transposed
-    )
+  def inputs(make_spans, transposed):
+    spans = make_spans(plan, x.segments, x.shift, batch, nq, nk)
+    found = _inputs(x, spans, plan, transposed=transposed)
     row = pl.BlockSpec((None, None, queries), lambda n, h, b: (b, h, 0))
-    found |= {"lse": (lse, row), "delta": (delta, row)}
-    found["do"] = (do, found["q"][1])
+    found |= {"lse": (y.lse, row), "delta": (y.delta, row)}
+    found["do"] = (y.do, found["q"][1])
     return found
 
-  by_query = inputs(key_spans(plan, segments, shift, batch, nq, nk), False)
-  if k_mean is not None:
+  by_query, by_key = inputs(key_spans, False), inputs(query_spans, True)
+  if y.k_mean is not None:
     by_query["k_mean"] = (
-      k_mean,
-      pl.BlockSpec((None, None, k_mean.shape[2]), lambda n, h, b: (b, h, 0)),
+      y.k_mean,
+      pl.BlockSpec((None, None, y.k_mean.shape[2]), lambda n, h, b: (b, h, 0)),
     )
-  by_key = inputs(query_spans(plan, segments, shift, batch, nq, nk), True)
   dq, far_BHSQ = _dq(by_query, plan, need_dbias)
   dk, dv = _dkv(by_key, plan)
   if not need_dbias:
@@ -452,6 +439,10 @@ def unsupported(q_BQHD, k_BKHD, bias) -> str | None:
   del k_BKHD
   if not tiling.chip_is("NVIDIA"):
     return f"it runs on NVIDIA GPUs, this is {tiling.device_kind()}"
+  capability = tiling.compute_capability()
+  if (0, 0) < capability < (8, 0):
+    number = ".".join(map(str, capability))
+    return f"it needs compute capability 8.0, Ampere; this GPU has {number}"
   if bias is not None and getattr(bias, "slopes_H2", None) is not None:
     return "ALiBi is not constant far away; use 'chunked'"
   return blocked.unsupported(q_BQHD, bias)

@@ -118,12 +118,17 @@ class RelativeBuckets:
     one_hot_NR = np.arange(self.table_HN.shape[1])[:, None] == buckets_R
     # A product with ones and zeros is exact, and its transpose sums in one
     # order on every device; the transpose of a gather is a scatter.
-    vector_HR = jnp.dot(
-      jnp.asarray(self.table_HN, jnp.float32),
+    spread = lambda x_HN: jnp.dot(
+      x_HN,
       one_hot_NR.astype(np.float32),
       precision=jax.lax.Precision.HIGHEST,
     )
-    return DistanceBias(vector_HR)
+    table_HN = jnp.asarray(self.table_HN, jnp.float32)
+    # 0 * -inf is NaN: what hides a bucket's pairs is spread apart.
+    hidden_HN = table_HN == -jnp.inf
+    vector_HR = spread(jnp.where(hidden_HN, 0.0, table_HN))
+    hidden_HR = spread(hidden_HN.astype(jnp.float32)) > 0
+    return DistanceBias(jnp.where(hidden_HR, -jnp.inf, vector_HR))
 
 
 @_pytree("vector_HR")

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels.flash_attention import relative_bias
+from pallas_kernels.flash_attention.padding import without_padding
 from pallas_kernels.flash_attention.positions import FullBias
 
 
@@ -54,7 +55,11 @@ def attention(
   """softmax(scale * q k^T + bias, masked) v in float32; cast to q's dtype."""
   queries, keys = q_BQHD.shape[1], k_BKHD.shape[1]
   highest = jax.lax.Precision.HIGHEST
-  q, k, v = (x.astype(jnp.float32) for x in (q_BQHD, k_BKHD, v_BKHD))
+  q = without_padding(q_BQHD.astype(jnp.float32), q_segment_ids)
+  k, v = (
+    without_padding(x.astype(jnp.float32), kv_segment_ids)
+    for x in (k_BKHD, v_BKHD)
+  )
   s_BHQK = scale * jnp.einsum("bqhd,bkhd->bhqk", q, k, precision=highest)
   if isinstance(bias, FullBias):
     s_BHQK += bias.bias_BHQK
@@ -70,9 +75,11 @@ def attention(
     q_segment_ids=q_segment_ids,
     kv_segment_ids=kv_segment_ids,
   )
-  p_BHQK = jax.nn.softmax(s_BHQK, axis=-1, where=mask)
-  if mask is not None:
-    # A fully masked row gives 0, and no gradient, instead of 0 / 0.
-    p_BHQK = jnp.where(mask, p_BHQK, 0.0)
+  # A bias of -inf hides a pair as a mask does. A row that sees nothing gives 0,
+  # and no gradient, instead of 0 / 0.
+  visible = s_BHQK > -jnp.inf
+  visible = visible if mask is None else visible & mask
+  p_BHQK = jax.nn.softmax(s_BHQK, axis=-1, where=visible)
+  p_BHQK = jnp.where(visible, p_BHQK, 0.0)
   o_BQHD = jnp.einsum("bhqk,bkhd->bqhd", p_BHQK, v, precision=highest)
-  return o_BQHD.astype(q_BQHD.dtype)
+  return without_padding(o_BQHD.astype(q_BQHD.dtype), q_segment_ids)

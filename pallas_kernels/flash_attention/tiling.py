@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import re
 from typing import NamedTuple
 
 import jax
@@ -35,12 +36,51 @@ def chip_is(maker: str) -> bool:
   return device_kind().startswith(maker)
 
 
-def is_hopper() -> bool:
-  """Whether this GPU multiplies by wgmma, which came and went with Hopper."""
+# What a name says where the device does not: compiling for one not here.
+_CAPABILITIES = {
+  (8, 0): ("A100", "A30", "A800"),
+  (8, 6): ("A10", "A16", "A2", "A40", "RTX A", "RTX 30"),
+  (8, 9): ("L4", "L20", "L2", "RTX 40", "RTX 6000 Ada"),
+  (9, 0): ("H100", "H200", "H800", "H20", "GH200"),
+  (10, 0): ("B200", "B100", "GB200"),
+  (10, 3): ("B300", "GB300"),
+  (12, 0): ("RTX 50", "RTX PRO"),
+}
+# Shared memory that a block of threads may ask for, by capability: CUDA's
+# programming guide, "Technical Specifications per Compute Capability".
+_SHARED_MEMORY = {
+  (8, 0): 163 * 1024,
+  (8, 7): 163 * 1024,
+  (9, 0): 227 * 1024,
+  (10, 0): 227 * 1024,
+  (10, 3): 227 * 1024,
+  (11, 0): 227 * 1024,
+}
+_LEAST_SHARED_MEMORY = 99 * 1024
+
+
+def compute_capability() -> tuple[int, int]:
+  """(major, minor) of this NVIDIA GPU; (0, 0) of one that nobody knows."""
   capability = getattr(_device(), "compute_capability", None)
   if capability is not None:
-    return capability == "9.0"
-  return any(name in device_kind() for name in ("H100", "H200", "H20", "GH200"))
+    major, _, minor = str(capability).partition(".")
+    return int(major), int(minor or 0)
+  words = device_kind().removeprefix("NVIDIA").strip()
+  names = [(n, c) for c, known in _CAPABILITIES.items() for n in known]
+  for name, capability in sorted(names, key=lambda x: -len(x[0])):
+    if re.search(rf"\b{name}", words):
+      return capability
+  return 0, 0
+
+
+def shared_memory() -> int:
+  """Bytes of shared memory that a block of threads of this GPU may have."""
+  return _SHARED_MEMORY.get(compute_capability(), _LEAST_SHARED_MEMORY)
+
+
+def is_hopper() -> bool:
+  """Whether this GPU multiplies by wgmma, which came and went with Hopper."""
+  return compute_capability() == (9, 0)
 
 
 # A few queries against a long cache are one dense tile of plain XLA: one row a
@@ -90,6 +130,11 @@ def _tpu_row() -> TpuBlocks:
 def vmem_bytes() -> int:
   """VMEM that a kernel may use on this chip."""
   return _tpu_row().vmem
+
+
+def tpu_visits() -> int:
+  """Tiles that a list in scalar memory (1 MiB on all) may name."""
+  return 2**17
 
 
 def tpu_query_chunk(width: int) -> int:
@@ -174,21 +219,39 @@ def mosaic_parts(head_dim: int) -> MosaicParts:
 
 
 class TritonBlocks(NamedTuple):
-  """Queries and keys of a tile, keys (or queries) at a time, warps."""
+  """Queries and keys of a tile, keys (or queries) at a time, warps.
+
+  `shared` is the shared memory that the greediest kernel asks for, where the
+  least that a GPU has may not do.
+  """
 
   block: int
   part: int
   warps: int
+  shared: int = 0
 
 
-# Greatest head dimension -> blocks for 16-bit and for float32 inputs.
+# Greatest head dimension -> blocks for 16-bit and for float32 inputs, the best
+# first.
 _TRITON = {
-  64: (TritonBlocks(128, 64, 8), TritonBlocks(64, 32, 8)),
-  128: (TritonBlocks(128, 32, 8), TritonBlocks(64, 32, 8)),
-  256: (TritonBlocks(64, 32, 8), TritonBlocks(64, 32, 8)),
+  64: ([TritonBlocks(128, 64, 8)], [TritonBlocks(64, 32, 8)]),
+  128: (
+    [TritonBlocks(128, 32, 8)],
+    [TritonBlocks(64, 32, 8, 106_624), TritonBlocks(64, 16, 8)],
+  ),
+  256: (
+    [TritonBlocks(64, 32, 8, 106_880), TritonBlocks(64, 16, 8)],
+    [
+      TritonBlocks(64, 32, 8, 172_544),
+      TritonBlocks(32, 32, 8, 135_552),
+      TritonBlocks(32, 16, 8),
+    ],
+  ),
 }
 
 
 def triton_blocks(head_dim: int, float32: bool) -> TritonBlocks:
+  """The best blocks whose kernels fit this GPU's shared memory."""
   row = next(limit for limit in _TRITON if head_dim <= limit)
-  return _TRITON[row][float32]
+  choices = _TRITON[row][float32]
+  return next(b for b in choices if b.shared <= shared_memory())
