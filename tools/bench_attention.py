@@ -105,10 +105,11 @@ def split_vjp(function: Callable, moving, fixed):
   forward = jax.jit(run).lower(moving, fixed).compile()
   o, vjp = forward(moving, fixed)
   backward = jax.jit(lambda vjp, do: vjp(do)).lower(vjp, o).compile()
-  place = lambda x: x.unsafe_buffer_pointer()
-  known = {place(x) for x in jax.tree.leaves((moving, fixed, o))}
-  kept = {place(x): x.nbytes for x in jax.tree.leaves(vjp)}
-  memory = sum(size for where, size in kept.items() if where not in known)
+  # What is an argument or a result counts there, whatever name it has here.
+  traced = jax.make_jaxpr(run)(moving, fixed).jaxpr
+  known = {id(x) for x in (*traced.invars, traced.outvars[0])}
+  kept = {id(x): x.aval for x in traced.outvars if id(x) not in known}
+  memory = sum(x.size * x.dtype.itemsize for x in kept.values())
   memory += max(
     program.memory_analysis().temp_size_in_bytes
     for program in (forward, backward)
