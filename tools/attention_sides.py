@@ -189,6 +189,8 @@ def _sdpa(backend: str, with_bias: bool, shape: Shape):
   from torch.nn import functional
   from torch.nn.attention import SDPBackend, sdpa_kernel
 
+  if backend == "FLASH_ATTENTION" and shape.segments:
+    raise NotImplementedError("torch's flash attention takes no mask")
   length, index = shape.length, _bucket_index(shape)
   rows = torch.arange(length, device=torch_device())
   backend = getattr(SDPBackend, backend)

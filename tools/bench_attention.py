@@ -11,11 +11,12 @@ graph of o, retained), and from it the gradients are computed again and again,
 those of q, k, v, and those with the bias table's. TFLOP/s count 4 D a head and
 pair that sees each other, and 2.5 times that backward, whatever a side does.
 
-Memory is a side's greatest need in a forward and a backward pass, beside its
+Memory is a side's greatest need over a forward and a backward pass, less its
 arguments (q, k, v, the table, ids, do) and results (o and the gradients): what
-the forward pass leaves for the backward one, and the larger of the two passes'
-scratch. In jax by what the compiler reserves, in torch by the peak of its
-allocator; a dense bias that a side makes counts, and so does padding.
+the forward pass leaves for the backward one and both passes' scratch; a dense
+bias that a side makes, and padding, are among it. In jax the compiler's figure
+for one program that does both, as a training step is; in torch the peak of its
+allocator. 0 is possible: a result not yet written can serve as scratch.
 
 The error is that of the output and of the bias gradient, relative to float32.
 Needs jax; with torch its attentions join, and tokamax where it can be imported.
@@ -59,6 +60,8 @@ class Result:
   memory: int | None = None
   output: np.ndarray | None = None
   dtable: np.ndarray | None = None
+  # Why there is no bias gradient, where there should be one.
+  problem: str | None = None
 
 
 def inputs(shape: Shape):
@@ -91,30 +94,26 @@ def measure(
   return best
 
 
-def split_vjp(function: Callable, moving, fixed):
+def split_vjp(function: Callable, moving, fixed, do):
   """(o, vjp, compiled backward(vjp, do), bytes beside arguments and results).
 
-  Of function(*moving, *fixed), the gradients those of `moving`. Two programs,
-  as in training: the second's arguments are the arrays that the first left, so
-  the compiler can move no work from one to the other.
+  Of function(*moving, *fixed), the gradients those of `moving`. Forward and
+  backward are two programs: the second's arguments are the arrays that the
+  first left, so the compiler can move no work from one to the other. The bytes
+  are of a third one that does both.
   """
 
-  def run(moving, fixed):
+  def forward(moving, fixed):
     return jax.vjp(lambda *moving: function(*moving, *fixed), *moving)
 
-  forward = jax.jit(run).lower(moving, fixed).compile()
-  o, vjp = forward(moving, fixed)
-  backward = jax.jit(lambda vjp, do: vjp(do)).lower(vjp, o).compile()
-  # What is an argument or a result counts there, whatever name it has here.
-  traced = jax.make_jaxpr(run)(moving, fixed).jaxpr
-  known = {id(x) for x in (*traced.invars, traced.outvars[0])}
-  kept = {id(x): x.aval for x in traced.outvars if id(x) not in known}
-  memory = sum(x.size * x.dtype.itemsize for x in kept.values())
-  memory += max(
-    program.memory_analysis().temp_size_in_bytes
-    for program in (forward, backward)
-  )
-  return o, vjp, backward, memory
+  def both(moving, fixed, do):
+    o, vjp = forward(moving, fixed)
+    return o, vjp(do)
+
+  o, vjp = jax.jit(forward)(moving, fixed)
+  backward = jax.jit(lambda vjp, do: vjp(do)).lower(vjp, do).compile()
+  whole = jax.jit(both).lower(moving, fixed, do).compile()
+  return o, vjp, backward, whole.memory_analysis().temp_size_in_bytes
 
 
 def run_jax(
@@ -127,12 +126,14 @@ def run_jax(
   wait = jax.block_until_ready
   forward = jax.jit(attention).lower(q, k, v, table, ids).compile()
   seconds = measure(forward, (q, k, v, table, ids), wait, rounds)
-  _, vjp, backward, memory = split_vjp(attention, (q, k, v), (table, ids))
+  _, vjp, backward, memory = split_vjp(attention, (q, k, v), (table, ids), do)
   result = Result(seconds, measure(backward, (vjp, do), wait, rounds))
   result.memory = memory
   if biased:
     del vjp, backward
-    o, vjp, backward, memory = split_vjp(attention, (q, k, v, table), (ids,))
+    o, vjp, backward, memory = split_vjp(
+      attention, (q, k, v, table), (ids,), do
+    )
     result.backward_bias = measure(backward, (vjp, do), wait, rounds)
     result.memory = memory
     result.dtable = np.asarray(backward(vjp, do)[3], np.float32)
@@ -183,15 +184,21 @@ def run_torch(
   result.backward = measure(backward, graph(False), wait, rounds)
   if on_gpu:
     result.memory = peak(False)
-  if biased:
+  if not biased:
+    return result
+  try:
     o, leaves = graph(True)
     result.backward_bias = measure(backward, (o, leaves), wait, rounds)
-    numpy = lambda x: x.detach().float().cpu().numpy()
-    result.dtable = numpy(backward(o, leaves)[3])
-    result.output = numpy(o.transpose(1, 2))
-    del o, leaves
-    if on_gpu:
-      result.memory = peak(True)
+  except RuntimeError as error:
+    # A kernel may take a bias and have no gradient of it.
+    result.problem = str(error).splitlines()[0][:200]
+    return result
+  numpy = lambda x: x.detach().float().cpu().numpy()
+  result.dtable = numpy(backward(o, leaves)[3])
+  result.output = numpy(o.transpose(1, 2))
+  del o, leaves
+  if on_gpu:
+    result.memory = peak(True)
   return result
 
 
@@ -231,6 +238,8 @@ def run_side(
     if seconds is not None:
       row[f"{what}_ms"] = seconds * 1e3
       row[f"{what}_tflops"] = factor * shape.flops / max(seconds, 1e-9) / 1e12
+  if result.problem:
+    row["problem"] = result.problem
   if result.memory is not None:
     row["memory_mib"] = result.memory / 2**20
   for what, found, expected in (

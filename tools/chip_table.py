@@ -77,7 +77,9 @@ def _columns(phase: str, rows: list[dict]) -> dict[str, Callable[[dict], str]]:
     return columns | {
       "memory MiB": _number("memory_mib", ",.1f"),
       "error": _number("error", ".1e"),
-      "bias gradient error": _number("dtable_error", ".1e"),
+      "bias gradient error": lambda row: (
+        row.get("problem") or _number("dtable_error", ".1e")(row)
+      )[:80].replace("|", "/"),
     }
   if phase == "train":
     return {
