@@ -9,11 +9,13 @@ import time
 import zipfile
 
 from conftest import ROOT
+import jax.numpy as jnp
+import numpy as np
 import pytest
 
 sys.path.insert(0, ROOT)
 
-from tools import chip_runner, chip_table, chip_units, on_chip
+from tools import bench_attention, chip_runner, chip_table, chip_units, on_chip
 from tools.chip_runner import Phase, Refusal, Rows, Runner, Unit, to_do
 
 TOOL = os.path.join(ROOT, "tools", "on_chip.py")
@@ -96,8 +98,8 @@ def test_a_hang_or_a_crash_ends_its_unit_alone(path, tmp_path):
   # Each that ended badly took its worker along; skipping is no bad end.
   assert len({rows[f"test, {n}"]["pid"] for n in (1, 2, 3)}) == 3
   table = chip_table.table([row | {"phase": "launch"} for row in rows.values()])
-  assert "| hang | timeout: killed after 0.5 s |" in table
-  assert "| 1 | ok |" in table
+  assert "| test, hang | timeout: killed after 0.5 s |" in table
+  assert "| test, 1 | ok |" in table
 
 
 def test_the_dumps_of_a_launch_that_hangs_are_kept(path, tmp_path):
@@ -177,6 +179,7 @@ def test_a_folder_without_rows_says_so(tmp_path):
 
 HOPPER = {
   "platform": "gpu",
+  "cores": 16,
   "kernels": ["mosaic_gpu", "triton"],
   "cases": ["scores to 10", "offset"],
   "sides": {
@@ -213,6 +216,18 @@ def test_a_chip_s_plan_is_in_the_order_of_worth():
   for phase in phases:
     assert phase.environment["XLA_PYTHON_CLIENT_PREALLOCATE"] == "false"
     assert all(unit.do in chip_units.FUNCTIONS for unit in phase.units)
+
+
+def test_the_backward_pass_is_timed_without_the_forward_one():
+  x = jnp.linspace(0.0, 1.0, 64)
+  o, vjp, backward, memory = bench_attention.split_vjp(
+    lambda x, y: jnp.exp(jnp.sin(x)) * y, (x,), (2 * x,), jnp.ones_like(x)
+  )
+  (found,) = backward(vjp, jnp.ones_like(x))
+  np.testing.assert_allclose(found, jnp.cos(x) * o, rtol=1e-5)
+  text = backward.as_text()
+  assert not any(f"{name}(" in text for name in ("exponential", "cosine"))
+  assert memory >= 0
 
 
 def call(folder, *more):
@@ -253,7 +268,8 @@ def test_smoke_killed_halfway_keeps_its_rows_and_goes_on(tmp_path):
   phases = {row["phase"] for row in rows}
   assert phases == {"machine", *on_chip.PHASES}
   # A machine may lack compute-sanitizer; nothing else may be missing here.
-  assert {r["phase"] for r in rows if r["status"] != "ok"} <= {"sanitizer"}
+  missing = {row["phase"] for row in rows if row["status"] != "ok"}
+  assert missing <= {"sanitizer", "races"}
   assert f"{len(rows) - 1} of {len(rows) - 1} rows, 0 of them" in output
   names = {"rows.jsonl", "table.md", "log.txt", "dumps.zip"}
   assert set(os.listdir(tmp_path)) == names

@@ -308,6 +308,7 @@ def _torch_step(size, side, x, y):
   model = transformers.AutoModelForSeq2SeqLM.from_config(
     hf_config(size), attn_implementation=attention
   )
+  model.config.use_cache = False
   model.to(device).train()
   optimizer = torch.optim.AdamW(
     model.parameters(), lr=1e-4, weight_decay=0.0, fused=device == "cuda"

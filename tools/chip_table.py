@@ -6,11 +6,12 @@ from collections.abc import Callable, Sequence
 
 _TITLES = {
   "launch": "Tiny launches",
-  "sanitizer": "compute-sanitizer",
+  "sanitizer": "compute-sanitizer: memory",
   "suite": "Suite: error over that of naive attention; more than 2 is wrong",
   "bench": "Attention, forward and backward (tools/bench_attention.py)",
   "train": "Training step of T5 1.1 (tools/bench_train.py)",
   "tune": "Each knob alone, forward and backward (tools/tune_attention.py)",
+  "races": "compute-sanitizer: races",
 }
 _RESULTS = ("o", "dq", "dk", "dv", "dposition")
 
@@ -36,7 +37,8 @@ def table(rows: Sequence[dict]) -> str:
     parts.append(f"| {' | '.join(['', 'status', *columns])} |")
     parts.append("|---" * (len(columns) + 2) + "|")
     for row in found:
-      cells = [row["key"].partition(", ")[2], row["status"]]
+      name = row["key"].removeprefix(f"{phase}, ")
+      cells = [name, row["status"]]
       if row["status"] in ("ok", "wrong"):
         cells += [show(row) for show in columns.values()]
       if row["status"] != "ok":
@@ -62,7 +64,7 @@ def _columns(phase: str, rows: list[dict]) -> dict[str, Callable[[dict], str]]:
   ratios = {name: _ratio(name) for name in _RESULTS}
   if phase in ("launch", "suite"):
     return ratios | {"s": _number("seconds", ".1f")}
-  if phase == "sanitizer":
+  if phase in ("sanitizer", "races"):
     summary = lambda row: (row.get("sanitizer") or ["-"])[-1].strip("= ")
     return {"it says": summary}
   if phase == "bench":

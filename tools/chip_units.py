@@ -28,7 +28,6 @@ HEADS, HEAD_DIM = 12, 64
 # Of T5 1.1: rows of 512 and 128 tokens, and how many.
 TRAINING = {"base": 32, "large": 16}
 INPUTS, TARGETS = 512, 128
-ATTENTIONS = ("sdpa", "flex_attention", "eager")
 SANITIZER_TOOLS = ("memcheck", "racecheck", "synccheck")
 SUITE_WORKERS = 6
 
@@ -247,18 +246,40 @@ def plan(machine: dict, smoke: bool) -> list[Phase]:
   cache = os.path.join(tempfile.gettempdir(), f"fat5_jax_chip_{os.getuid()}")
   return [
     Phase("launch", list(_launches(kernels)), fresh=True, environment=dumps),
-    Phase("sanitizer", list(_sanitized(kernels, smoke)), environment=common),
+    Phase(
+      "sanitizer",
+      list(_sanitized(SANITIZER_TOOLS[:1], kernels)),
+      environment=common,
+    ),
     Phase(
       "suite",
       list(_cases(kernels, machine["cases"], smoke)),
-      workers=2 if smoke else SUITE_WORKERS,
-      environment=common | {"JAX_COMPILATION_CACHE_DIR": cache},
+      workers=max(1, min(SUITE_WORKERS, machine["cores"] // 2 + smoke)),
+      # Its oracle is numpy, and there are several.
+      environment=common
+      | {"JAX_COMPILATION_CACHE_DIR": cache, "OPENBLAS_NUM_THREADS": "2"},
     ),
-    Phase("bench", list(_benches(machine["sides"], smoke)), environment=common),
     Phase(
-      "train", list(_trainings(smoke)), fresh=not smoke, environment=common
+      "bench",
+      list(_benches(machine["sides"], kernels[0], smoke)),
+      environment=common,
     ),
-    Phase("tune", list(_tunings(machine["knobs"], smoke)), environment=common),
+    Phase(
+      "train",
+      list(_trainings(machine["platform"] == "gpu", smoke)),
+      fresh=not smoke,
+      environment=common,
+    ),
+    Phase(
+      "tune",
+      list(_tunings(machine["knobs"], kernels[0], smoke)),
+      environment=common,
+    ),
+    Phase(
+      "races",
+      list(_sanitized(SANITIZER_TOOLS[1:], kernels)),
+      environment=common,
+    ),
   ]
 
 
@@ -269,11 +290,11 @@ def _launches(kernels) -> Iterator[Unit]:
       yield Unit(f"launch, {name}, {part}", "launch", arguments, limit=90)
 
 
-def _sanitized(kernels, smoke) -> Iterator[Unit]:
-  for tool in SANITIZER_TOOLS[: 1 if smoke else None]:
+def _sanitized(tools, kernels) -> Iterator[Unit]:
+  for tool in tools:
     for name in kernels:
       arguments = dict(tool=tool, implementation=name)
-      yield Unit(f"{tool}, {name}", "sanitize", arguments, limit=150, needs=60)
+      yield Unit(f"{tool}, {name}", "sanitize", arguments, needs=40)
 
 
 def _cases(kernels, names, smoke) -> Iterator[Unit]:
@@ -285,67 +306,72 @@ def _cases(kernels, names, smoke) -> Iterator[Unit]:
       yield Unit(f"suite, {implementation}, {name}", "suite_case", arguments)
 
 
-def _benches(sides: dict[str, str], smoke) -> Iterator[Unit]:
-  """A length after the other, ours first, the frameworks apart."""
-  ours = [name for name in sides if name.startswith("ours")]
+def _benches(sides: dict[str, str], kernel: str, smoke) -> Iterator[Unit]:
+  """A length after the other, ours first, the frameworks apart.
+
+  Beside 4,096, what the chip would not choose is left out.
+  """
   size = dict(heads=2, dim=64) if smoke else dict(heads=HEADS, dim=HEAD_DIM)
+  ours = [name for name in sides if name.startswith("ours")]
+  peers = {
+    framework: [n for n in sides if n not in ours and sides[n] == framework]
+    for framework in ("jax", "torch")
+  }
+  aside = {"jax.nn xla + bias", "jax pallas gpu, no bias"}
+  aside.update(n for n in ours if not n.startswith(f"ours, {kernel}"))
+  lengths = (128, 64) if smoke else LENGTHS
+  for length in lengths:
+    for names in (ours, *peers.values()):
+      for segments in (False, True):
+        for name in names:
+          if name in aside and length != lengths[0]:
+            continue
+          batch = 1 if smoke else max(1, TOKENS // length)
+          shape = dict(batch=batch, length=length, segments=segments, **size)
+          packed = "packed" if segments else "whole"
+          yield Unit(
+            f"bench, {length} {packed}, {name}",
+            "bench",
+            dict(side=name, rounds=1 if smoke else 3, **shape),
+            needs=25,
+            # Neither's allocator gives back what the other could use.
+            pool=sides[name],
+          )
 
-  def units(length, names):
-    for segments in (False, True):
-      for name in names:
-        batch = 1 if smoke else max(1, TOKENS // length)
-        shape = dict(batch=batch, length=length, segments=segments, **size)
-        packed = "packed" if segments else "whole"
-        yield Unit(
-          f"bench, {length} {packed}, {name}",
-          "bench",
-          dict(side=name, rounds=1 if smoke else 3, **shape),
-          needs=25,
-          # Neither's allocator gives back what the other could use.
-          pool=sides[name],
-        )
 
-  for length in (128, 64) if smoke else LENGTHS:
-    yield from units(length, ours)
-    for framework in ("jax", "torch"):
-      peers = [n for n, f in sides.items() if f == framework and n not in ours]
-      yield from units(length, peers)
-
-
-def _trainings(smoke) -> Iterator[Unit]:
+def _trainings(torch: bool, smoke) -> Iterator[Unit]:
+  """Ours and torch's likely best of both sizes, then everything else."""
+  sizes = dict(inputs=INPUTS, targets=TARGETS, rounds=3)
+  sides = [
+    # A loop over 48 layers compiles for minutes.
+    *[("base", "ours"), ("base", "torch compile + sdpa")],
+    *[("large", "ours, scanned"), ("large", "torch compile + sdpa")],
+    *[("base", "torch compile + flex_attention"), ("base", "ours, scanned")],
+    *[("large", "torch compile + flex_attention"), ("large", "ours")],
+    *[("base", "torch compile + eager"), ("base", "torch eager + sdpa")],
+    *[("large", "torch compile + eager")],
+  ]
   if smoke:
-    sides = dict.fromkeys(["tiny"], ("ours", "torch eager + sdpa"))
-    rows, length, targets = {"tiny": 2}, 32, 16
-  else:
-    theirs = [f"torch compile + {name}" for name in ATTENTIONS]
-    sides = {
-      # A loop over 48 layers compiles for minutes.
-      "base": ("ours", *theirs, "torch eager + sdpa", "ours, scanned"),
-      "large": ("ours, scanned", *theirs, "ours"),
-    }
-    rows, length, targets = TRAINING, INPUTS, TARGETS
-  for size, names in sides.items():
-    for side in names:
-      arguments = dict(size=size, side=side, batch=rows[size], inputs=length)
-      arguments |= dict(targets=targets, rounds=1 if smoke else 3)
-      yield Unit(
-        f"train, {size}, {side}", "train", arguments, limit=300, needs=60
-      )
+    torch, sides = True, [("tiny", "ours"), ("tiny", "torch eager + sdpa")]
+    sizes = dict(inputs=32, targets=16, rounds=1)
+  for size, side in sides:
+    if "torch" not in side or torch:
+      rows = TRAINING.get(size, 2)
+      arguments = dict(size=size, side=side, batch=rows, **sizes)
+      key = f"train, {size}, {side}"
+      yield Unit(key, "train", arguments, limit=300, needs=60)
 
 
-def _tunings(knobs: dict[str, list[str]], smoke) -> Iterator[Unit]:
-  """The preferred kernel's first, by head dimension."""
-  for where, labels in knobs.items():
-    name, dim = where.rsplit(" ", 1)
-    shape = dict(batch=4, length=4096, heads=HEADS, dim=int(dim))
+def _tunings(knobs: dict, kernel: str, smoke) -> Iterator[Unit]:
+  """Those of the kernel that the chip prefers, by head dimension."""
+  for dim in (64,) if smoke else (64, 128):
+    shape = dict(batch=4, length=4096, heads=HEADS, dim=dim)
     if smoke:
-      if dim != "64":
-        continue
       shape |= dict(batch=1, length=300, heads=2)
-    for label in labels:
-      arguments = dict(implementation=name, label=label, **shape)
+    for label in knobs[f"{kernel} {dim}"]:
+      arguments = dict(implementation=kernel, label=label, **shape)
       arguments["rounds"] = 1 if smoke else 5
-      yield Unit(f"tune, {where}, {label}", "tune", arguments)
+      yield Unit(f"tune, {kernel} {dim}, {label}", "tune", arguments)
 
 
 if __name__ == "__main__":

@@ -5,12 +5,13 @@
   python tools/on_chip.py --smoke --out DIR           (all of it on a CPU)
 
 In this order: tiny launches of each kernel, each in a process of its own;
-compute-sanitizer over them, where there is one; tests/attention_suite.py with
-this chip's implementations in their own blocks, T5's sizes of scores first;
-bench_attention.py beside every peer here; a training step of T5 1.1 base and
-large beside HF torch; each tuning knob alone. Needs a bare machine with jax,
-numpy and, for what they take part in, flax and optax, torch and transformers;
-no gin, seqio or TensorFlow, no network.
+compute-sanitizer's memcheck over them, where there is one; the cases of
+tests/attention_suite.py with this chip's implementations in their own blocks,
+T5's sizes of scores first; bench_attention.py beside every peer here; a
+training step of T5 1.1 base and large beside HF torch; each tuning knob alone;
+the sanitizer's slower tools. Needs a bare machine with jax, numpy and, for what
+they take part in, flax and optax, torch and transformers; no gin, seqio or
+TensorFlow, no network.
 
 DIR gets four files. rows.jsonl: a line of JSON for each row, written and synced
 the moment it is known, with chip, jax, commit and date. table.md: made from it.
@@ -45,8 +46,8 @@ sys.path.insert(0, ROOT)
 from tools import chip_runner, chip_table
 from tools.chip_runner import Refusal, Unit
 
-PHASES = ("launch", "sanitizer", "suite", "bench", "train", "tune")
-JUDGED = PHASES[:3]
+PHASES = ("launch", "sanitizer", "suite", "bench", "train", "tune", "races")
+JUDGED = ("launch", "sanitizer", "suite", "races")
 # What a run's result depends on.
 SOURCES = ("pallas_kernels", "fat5_jax", "tools", "tests/attention_suite.py")
 DUMPS = ("*.ptx", "*.ptxas", "*.resources.txt", "*after_optimizations.txt")
@@ -101,16 +102,8 @@ def run(flags) -> int:
   from tools import chip_units
 
   ends = time.monotonic() + 60 * flags.minutes
-  os.makedirs(flags.out, exist_ok=True)
   inside = lambda name: os.path.join(flags.out, name)
   command = [sys.executable, os.path.abspath(__file__), "--worker"]
-  log = open(inside("log.txt"), "a", encoding="utf-8")
-
-  def say(line: str) -> None:
-    line = f"{time.strftime('%H:%M:%S')} {line}"
-    print(line, flush=True)
-    print(line, file=log, flush=True)
-
   environment = chip_units.environment(flags.smoke)
   machine = chip_runner.ask(command, Unit("machine", "probe", {}), environment)
   if machine["platform"] == "cpu" and not flags.smoke:
@@ -118,6 +111,14 @@ def run(flags) -> int:
       "jax sees no chip here, only a CPU: install its plugin for the chip, or"
       " add --smoke"
     )
+  os.makedirs(flags.out, exist_ok=True)
+  log = open(inside("log.txt"), "a", encoding="utf-8")
+
+  def say(line: str) -> None:
+    line = f"{time.strftime('%H:%M:%S')} {line}"
+    print(line, flush=True)
+    print(line, file=log, flush=True)
+
   identity = {
     "chip": machine["chip"],
     "jax": machine["versions"]["jax"],
