@@ -1,14 +1,20 @@
 """Every implementation of attention equals its definition."""
 
 import contextlib
-import dataclasses
 import functools
 import os
 import subprocess
 import sys
 import types
 
-from attention_suite import CASES, Case, check, gradients, kernel_attention
+from attention_suite import (
+  CASES,
+  Case,
+  check,
+  gradients,
+  kernel_attention,
+  supported,
+)
 from conftest import with_devices
 import jax
 import jax.numpy as jnp
@@ -105,17 +111,6 @@ def small_blocks(monkeypatch):
   monkeypatch.setattr(tiling, "chip_is", lambda maker: True)
   small = tiling.TpuBlocks(vmem=2**24, best=256, most=256, wide=128)
   monkeypatch.setattr(tiling, "_TPU", {"TPU v4": small})
-
-
-def supported(implementation, case):
-  """The case as this implementation takes it, or None."""
-  if implementation == "mosaic_gpu":
-    case = dataclasses.replace(case, dtype="bfloat16")
-  if implementation in ("mosaic_gpu", "triton") and case.position == "alibi":
-    return None
-  if implementation == "mosaic_gpu" and case.dim > 128:
-    return None
-  return case
 
 
 @pytest.mark.parametrize("implementation,name", SUITE)

@@ -13,7 +13,6 @@ XLA_FLAGS=--xla_force_host_platform_device_count=8.
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import json
 import os
 import sys
@@ -22,30 +21,17 @@ ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path[:0] = [ROOT, os.path.join(ROOT, "tests")]
 
 import attention_suite as suite
-import numpy as np
 import test_flash_attention as contexts
 
 from pallas_kernels.flash_attention import tiling
-
-PACKED = suite.Case(500, 500, heads=4, segments="packed")
-CASES = {
-  "to 10": dict(scores=10),
-  "to 1,500": dict(scores=1_500),
-  "to 10,000": dict(scores=10_000),
-  "about -5,000": dict(level=-5_000),
-}
 
 
 def ratios(implementation: str, case: suite.Case) -> dict[str, float]:
   """Error over naive error by result; 0 / 0 is 0."""
   with contexts.CONTEXTS[implementation]():
     found = suite.gradients(suite.kernel_attention(case, implementation), case)
-  expected, _ = suite.oracle(case)
-  error = lambda a, b: float(np.linalg.norm(a - b))
-  return {
-    name: error(f, e) / max(error(n, e), 1e-30)
-    for name, f, n, e in zip(suite.NAMES, found, suite.naive(case), expected)
-  }
+  errors = suite.errors(found, case)
+  return {name: e.error / max(e.naive, 1e-30) for name, e in errors.items()}
 
 
 def main() -> None:
@@ -65,8 +51,8 @@ def main() -> None:
   rows = []
   print(f"| scores | implementation | {' | '.join(suite.NAMES)} |")
   print("|---|---|" + "---|" * len(suite.NAMES), flush=True)
-  for scores, change in CASES.items():
-    case = dataclasses.replace(PACKED, **change)
+  for name, case in suite.T5_SCORES.items():
+    scores = name.removeprefix("scores ")
     for implementation in options.implementations:
       row = ratios(implementation, case)
       rows.append(dict(scores=scores, implementation=implementation, **row))

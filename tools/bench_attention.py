@@ -3,12 +3,23 @@
   python tools/bench_attention.py                      (on a GPU or TPU)
   python tools/bench_attention.py --lengths 512 --batch-tokens 512 --rounds 1
 
-All sides see the same inputs in one run. Time is the best of --rounds means;
-TFLOP/s count 4 B H Q K D forward (half of it if causal) and 2.5 times that
-backward, whatever a side computes. Memory is what a side allocates beside its
-arguments, forward and backward. The error is that of the output and of the
-bias gradient, relative to float32. Needs jax; with torch and a CUDA device its
-attentions join, and tokamax where it can be imported.
+All sides see the same inputs in one run, with each row one sequence and packed
+of four (--segments). Time is the best of --rounds means. The backward pass is
+timed alone: one forward pass leaves what it needs (in jax the function that
+jax.vjp returns, its arrays arguments of a program of its own; in torch the
+graph of o, retained), and from it the gradients are computed again and again,
+those of q, k, v, and those with the bias table's. TFLOP/s count 4 D a head and
+pair that sees each other, and 2.5 times that backward, whatever a side does.
+
+Memory is a side's greatest need over a forward and a backward pass, less its
+arguments (q, k, v, the table, ids, do) and results (o and the gradients): what
+the forward pass leaves for the backward one and both passes' scratch; a dense
+bias that a side makes, and padding, are among it. In jax the compiler's figure
+for one program that does both, as a training step is; in torch the peak of its
+allocator. 0 is possible: a result not yet written can serve as scratch.
+
+The error is that of the output and of the bias gradient, relative to float32.
+Needs jax; with torch its attentions join, and tokamax where it can be imported.
 """
 
 from __future__ import annotations
@@ -16,6 +27,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable
 import dataclasses
+import functools
 import math
 import os
 import sys
@@ -27,28 +39,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pallas_kernels import RelativeBuckets, flash_attention
-from pallas_kernels.flash_attention import positions, relative_bias, tiling
+from pallas_kernels.flash_attention import tiling
+from tools import attention_sides
+from tools.attention_sides import Shape
 
 HEADER = (
-  "| length | causal | side | forward ms | TFLOP/s | backward ms | TFLOP/s |"
-  " with bias gradient ms | TFLOP/s | memory MiB | error |"
+  "| length | causal | packed | side | forward ms | TFLOP/s | backward ms |"
+  " TFLOP/s | with bias gradient ms | TFLOP/s | memory MiB | error |"
   " bias gradient error |"
 )
-
-
-@dataclasses.dataclass
-class Shape:
-  batch: int
-  length: int
-  heads: int
-  dim: int
-  causal: bool
-
-  @property
-  def flops(self) -> float:
-    pairs = self.length**2 / (2 if self.causal else 1)
-    return 4 * self.batch * self.heads * pairs * self.dim
 
 
 @dataclasses.dataclass
@@ -61,13 +60,18 @@ class Result:
   memory: int | None = None
   output: np.ndarray | None = None
   dtable: np.ndarray | None = None
+  # Why there is no bias gradient, where there should be one.
+  problem: str | None = None
 
 
+@functools.lru_cache(maxsize=2)
 def inputs(shape: Shape):
   """float32 numpy q, k, v, do (B, L, H, D), table (H, 32), bfloat16-exact."""
   rng = np.random.default_rng(0)
   size = (shape.batch, shape.length, shape.heads, shape.dim)
-  arrays = [rng.normal(size=size) * shape.dim**-0.25 for _ in range(4)]
+  arrays = [
+    rng.standard_normal(size, np.float32) * shape.dim**-0.25 for _ in range(4)
+  ]
   arrays = [np.array(jnp.asarray(x, jnp.bfloat16), np.float32) for x in arrays]
   return *arrays, rng.normal(size=(shape.heads, 32)).astype(np.float32)
 
@@ -91,284 +95,179 @@ def measure(
   return best
 
 
-# --- jax ---------------------------------------------------------------------
+def split_vjp(function: Callable, moving, fixed, do):
+  """(o, vjp, compiled backward(vjp, do), bytes beside arguments and results).
+
+  Of function(*moving, *fixed), the gradients those of `moving`. Forward and
+  backward are two programs: the second's arguments are the arrays that the
+  first left, so the compiler can move no work from one to the other. The bytes
+  are of a third one that does both.
+  """
+
+  def forward(moving, fixed):
+    return jax.vjp(lambda *moving: function(*moving, *fixed), *moving)
+
+  def both(moving, fixed, do):
+    o, vjp = forward(moving, fixed)
+    return o, vjp(do)
+
+  o, vjp = jax.jit(forward)(moving, fixed)
+  backward = jax.jit(lambda vjp, do: vjp(do)).lower(vjp, do).compile()
+  whole = jax.jit(both).lower(moving, fixed, do).compile()
+  return o, vjp, backward, whole.memory_analysis().temp_size_in_bytes
 
 
-def position(table, shape: Shape):
-  return RelativeBuckets(table, bidirectional=not shape.causal)
-
-
-def dense_bias(table, shape: Shape, dtype):
-  """(1, H, L, L): what a side without our bias needs."""
-  bias = position(table, shape).lowered()
-  diagonals = bias.window(1 - shape.length, 2 * shape.length - 1)
-  tile = relative_bias.toeplitz(diagonals, shape.length, shape.length)
-  return tile[None].astype(dtype)
-
-
-def ours(implementation, with_bias, shape):
-  def attention(q, k, v, table):
-    return flash_attention(
-      q,
-      k,
-      v,
-      position=position(table, shape) if with_bias else None,
-      causal=shape.causal,
-      implementation=implementation,
-    )
-
-  return attention
-
-
-def jax_dot_product(implementation, shape):
-  def attention(q, k, v, table):
-    return jax.nn.dot_product_attention(
-      q,
-      k,
-      v,
-      bias=dense_bias(table, shape, q.dtype),
-      is_causal=shape.causal,
-      scale=1.0,
-      implementation=implementation,
-    )
-
-  return attention
-
-
-def jax_pallas_gpu(shape):
-  from jax.experimental.pallas.ops.gpu import attention as gpu_attention
-
-  def attention(q, k, v, table):
-    del table
-    return gpu_attention.mha(q, k, v, None, sm_scale=1.0, causal=shape.causal)
-
-  return attention
-
-
-def jax_pallas_tpu(shape):
-  from jax.experimental.pallas.ops.tpu import flash_attention as tpu
-
-  names = (
-    "block_q block_k_major block_k block_q_major_dkv block_k_major_dkv"
-    " block_k_dkv block_q_dkv block_k_major_dq block_k_dq block_q_dq"
-  ).split()
-  block = min(512, shape.length)
-  sizes = tpu.BlockSizes(**dict.fromkeys(names, block), block_b=1)
-
-  def attention(q, k, v, table):
-    del table
-    swap = lambda x: jnp.swapaxes(x, 1, 2)
-    o = tpu.flash_attention(
-      swap(q), swap(k), swap(v), causal=shape.causal, block_sizes=sizes
-    )
-    return swap(o)
-
-  return attention
-
-
-def tokamax_side(shape):
-  import tokamax
-
-  def attention(q, k, v, table):
-    return tokamax.dot_product_attention(
-      q,
-      k,
-      v,
-      bias=dense_bias(table, shape, q.dtype),
-      is_causal=shape.causal,
-      scale=1.0,
-    )
-
-  return attention
-
-
-def jax_sides(shape: Shape, platform: str):
-  """name -> (attention(q, k, v, table), whether the table matters)."""
-  sides = {"ours, chunked": (ours("chunked", True, shape), True)}
-  kernels = {"tpu": ["mosaic_tpu"], "gpu": ["mosaic_gpu", "triton"]}
-  for name in kernels.get(platform, []):
-    sides[f"ours, {name}"] = ours(name, True, shape), True
-    sides[f"ours, {name}, no bias"] = ours(name, False, shape), False
-  sides["jax.nn xla + bias"] = jax_dot_product("xla", shape), True
-  if platform == "gpu":
-    sides["jax.nn cudnn + bias"] = jax_dot_product("cudnn", shape), True
-    sides["jax pallas gpu, no bias"] = jax_pallas_gpu, False
-    sides["tokamax + bias"] = tokamax_side, True
-  if platform == "tpu":
-    sides["jax pallas tpu, no bias"] = jax_pallas_tpu, False
-    sides["tokamax + bias"] = tokamax_side, True
-  return sides
-
-
-def run_jax(attention, has_bias, shape, arrays, dtype, rounds) -> Result:
+def run_jax(
+  attention, biased: bool, shape: Shape, arrays, dtype: str, rounds: int
+) -> Result:
   q, k, v, do, table = (jnp.asarray(x) for x in arrays)
   q, k, v, do = (x.astype(dtype) for x in (q, k, v, do))
-
-  def loss(q, k, v, table):
-    product = attention(q, k, v, table) * do
-    return product.astype(jnp.float32).sum()
-
+  ids = shape.segment_ids()
+  ids = None if ids is None else jnp.asarray(ids)
   wait = jax.block_until_ready
-  compile_ = lambda f: jax.jit(f).lower(q, k, v, table).compile()
-  forward = compile_(attention)
-  seconds = measure(forward, (q, k, v, table), wait, rounds)
-  result = Result(seconds, output=np.asarray(forward(q, k, v, table), float))
-  backward = compile_(jax.grad(loss, argnums=(0, 1, 2)))
-  both = measure(backward, (q, k, v, table), wait, rounds)
-  result.backward = max(both - seconds, 0)
-  result.memory = backward.memory_analysis().temp_size_in_bytes
-  if has_bias:
-    whole = compile_(jax.grad(loss, argnums=(0, 1, 2, 3)))
-    both = measure(whole, (q, k, v, table), wait, rounds)
-    result.backward_bias = max(both - seconds, 0)
-    result.memory = whole.memory_analysis().temp_size_in_bytes
-    result.dtable = np.asarray(whole(q, k, v, table)[3], float)
+  forward = jax.jit(attention).lower(q, k, v, table, ids).compile()
+  seconds = measure(forward, (q, k, v, table, ids), wait, rounds)
+  _, vjp, backward, memory = split_vjp(attention, (q, k, v), (table, ids), do)
+  result = Result(seconds, measure(backward, (vjp, do), wait, rounds))
+  result.memory = memory
+  if biased:
+    del vjp, backward
+    o, vjp, backward, memory = split_vjp(
+      attention, (q, k, v, table), (ids,), do
+    )
+    result.backward_bias = measure(backward, (vjp, do), wait, rounds)
+    result.memory = memory
+    result.dtable = np.asarray(backward(vjp, do)[3], np.float32)
+    result.output = np.asarray(o, np.float32)
   return result
 
 
-# --- torch -------------------------------------------------------------------
-
-
-def torch_sides(shape: Shape):
-  """name -> (attention(q, k, v (B, H, L, D), table), table matters)."""
-  import torch
-  from torch.nn import functional
-  from torch.nn.attention import SDPBackend, sdpa_kernel
-  from torch.nn.attention.flex_attention import (
-    create_block_mask,
-    flex_attention,
-  )
-
-  length = shape.length
-  buckets = positions.distance_buckets(32, 128, not shape.causal)
-  offsets = np.arange(1 - length, length)
-  index = torch.tensor(buckets[np.clip(offsets, -128, 128) + 128]).cuda().long()
-  rows = torch.arange(length, device="cuda")
-  place = rows[None] - rows[:, None] + length - 1
-
-  def sdpa(backend, with_bias):
-    def attention(q, k, v, table):
-      mask = None
-      if with_bias:
-        mask = table[:, index[place]][None].to(q.dtype)
-        if shape.causal:
-          mask = mask.masked_fill(rows[None] > rows[:, None], -math.inf)
-      with sdpa_kernel(backend):
-        return functional.scaled_dot_product_attention(
-          q,
-          k,
-          v,
-          attn_mask=mask,
-          is_causal=shape.causal and not with_bias,
-          scale=1.0,
-        )
-
-    return attention
-
-  block_mask = None
-  if shape.causal:
-    block_mask = create_block_mask(
-      lambda b, h, i, j: j <= i, None, None, length, length, device="cuda"
-    )
-  flex = torch.compile(flex_attention, dynamic=False)
-
-  def flex_vector(q, k, v, table):
-    vector = table[:, index]
-    score = lambda s, b, h, i, j: s + vector[h, j - i + length - 1]
-    return flex(q, k, v, score_mod=score, block_mask=block_mask, scale=1.0)
-
-  def flex_gather(q, k, v, table):
-    score = lambda s, b, h, i, j: s + table[h, index[j - i + length - 1]]
-    return flex(q, k, v, score_mod=score, block_mask=block_mask, scale=1.0)
-
-  return {
-    "torch SDPA efficient + bias": (
-      sdpa(SDPBackend.EFFICIENT_ATTENTION, True),
-      True,
-    ),
-    "torch SDPA cudnn + bias": (sdpa(SDPBackend.CUDNN_ATTENTION, True), True),
-    "torch SDPA flash, no bias": (
-      sdpa(SDPBackend.FLASH_ATTENTION, False),
-      False,
-    ),
-    "torch Flex, distance vector": (flex_vector, True),
-    "torch Flex, bucket gather": (flex_gather, True),
-  }
-
-
-def run_torch(attention, has_bias, shape, arrays, dtype, rounds) -> Result:
+def run_torch(
+  attention, biased: bool, shape: Shape, arrays, dtype: str, rounds: int
+) -> Result:
   import torch
 
-  kind = getattr(torch, dtype)
-  cuda = lambda x: torch.tensor(x).cuda()
+  device = attention_sides.torch_device()
+  on_gpu = device == "cuda"
+  put = lambda x: torch.tensor(x, device=device)
   q, k, v, do = (
-    cuda(x).to(kind).transpose(1, 2).contiguous() for x in arrays[:4]
+    put(x).to(getattr(torch, dtype)).transpose(1, 2).contiguous()
+    for x in arrays[:4]
   )
-  table = cuda(arrays[4])
-  wait = lambda _: torch.cuda.synchronize()
+  table = put(arrays[4])
+  ids = shape.segment_ids()
+  ids = None if ids is None else put(ids)
+  wait = lambda _: torch.cuda.synchronize() if on_gpu else None
 
   def forward():
     with torch.no_grad():
-      return attention(q, k, v, table)
+      return attention(q, k, v, table, ids)
 
-  def backward(with_table):
-    leaves = [q, k, v] + [table] * with_table
-    for x in leaves:
-      x.requires_grad_(True)
-      x.grad = None
-    o = attention(q, k, v, table)
-    found = torch.autograd.grad(o, leaves, do)
-    for x in leaves:
-      x.requires_grad_(False)
-    return found
+  def graph(with_table):
+    """(o, what to differentiate)."""
+    leaves = [x.requires_grad_(True) for x in (q, k, v)]
+    table.requires_grad_(with_table)
+    return attention(q, k, v, table, ids), leaves + [table] * with_table
 
-  seconds = measure(forward, (), wait, rounds)
-  result = Result(
-    seconds, output=forward().transpose(1, 2).float().cpu().numpy()
-  )
-  torch.cuda.reset_peak_memory_stats()
-  before = torch.cuda.memory_allocated()
-  both = measure(lambda: backward(False), (), wait, rounds)
-  result.backward = max(both - seconds, 0)
-  if has_bias:
-    both = measure(lambda: backward(True), (), wait, rounds)
-    result.backward_bias = max(both - seconds, 0)
-    result.dtable = backward(True)[3].float().cpu().numpy()
-  result.memory = torch.cuda.max_memory_allocated() - before
+  def backward(o, leaves):
+    return torch.autograd.grad(o, leaves, do, retain_graph=True)
+
+  def peak(with_table):
+    """Bytes beside arguments and results, once everything is compiled."""
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    o, leaves = graph(with_table)
+    results = [o, *backward(o, leaves)]
+    most = torch.cuda.max_memory_allocated() - before
+    return max(0, most - sum(x.nbytes for x in results))
+
+  result = Result(measure(forward, (), wait, rounds))
+  result.backward = measure(backward, graph(False), wait, rounds)
+  if on_gpu:
+    result.memory = peak(False)
+  if not biased:
+    return result
+  try:
+    o, leaves = graph(True)
+    result.backward_bias = measure(backward, (o, leaves), wait, rounds)
+  except RuntimeError as error:
+    # A kernel may take a bias and have no gradient of it.
+    result.problem = str(error).splitlines()[0][:200]
+    return result
+  numpy = lambda x: x.detach().float().cpu().numpy()
+  result.dtable = numpy(backward(o, leaves)[3])
+  result.output = numpy(o.transpose(1, 2))
+  del o, leaves
+  if on_gpu:
+    result.memory = peak(True)
   return result
 
 
-# --- the table ---------------------------------------------------------------
+# --- rows --------------------------------------------------------------------
 
 
-def reference(shape: Shape, arrays):
+@functools.lru_cache(maxsize=2)
+def _exact(shape: Shape):
   """(output, gradient of the table) in float32."""
-  attention = ours("chunked", True, shape)
-  result = run_jax(attention, True, shape, arrays, "float32", 0)
+  attention = attention_sides.ours("chunked", True, shape)
+  result = run_jax(attention, True, shape, inputs(shape), "float32", 0)
   return result.output, result.dtable
 
 
-def show(name: str, shape: Shape, result: Result, exact) -> None:
-  def timed(seconds, factor):
-    if seconds is None:
-      return "- | -"
-    rate = factor * shape.flops / max(seconds, 1e-9) / 1e12
-    return f"{seconds * 1e3:.3f} | {rate:.1f}"
+def run_side(
+  name: str, shape: Shape, dtype: str = "bfloat16", rounds: int = 5
+) -> dict:
+  """One side at one shape: milliseconds, TFLOP/s, MiB, errors.
 
-  def error(found, expected):
-    if found is None:
-      return "-"
-    return f"{np.linalg.norm(found - expected) / np.linalg.norm(expected):.1e}"
+  Raises:
+    ImportError: where the side's package is not installed.
+    Exception: whatever a side raises that cannot run.
+  """
+  side = attention_sides.sides(jax.default_backend())[name]
+  run = {"jax": run_jax, "torch": run_torch}[side.framework]
+  attention = side.make(shape)
+  result = run(attention, side.biased, shape, inputs(shape), dtype, rounds)
+  row = dataclasses.asdict(shape) | {"side": name, "dtype": dtype}
+  for what, factor in (
+    ("forward", 1),
+    ("backward", 2.5),
+    ("backward_bias", 2.5),
+  ):
+    seconds = getattr(result, what)
+    if seconds is not None:
+      row[f"{what}_ms"] = seconds * 1e3
+      row[f"{what}_tflops"] = factor * shape.flops / max(seconds, 1e-9) / 1e12
+  if result.problem:
+    row["problem"] = result.problem
+  if result.memory is not None:
+    row["memory_mib"] = result.memory / 2**20
+  if result.dtable is not None:
+    for what, found, exact in zip(
+      ("error", "dtable_error"), (result.output, result.dtable), _exact(shape)
+    ):
+      row[what] = float(np.linalg.norm(found - exact) / np.linalg.norm(exact))
+  return row
 
-  memory = "-" if result.memory is None else f"{result.memory / 2**20:,.1f}"
-  biased = result.dtable is not None
-  print(
-    f"| {shape.length} | {'yes' if shape.causal else 'no'} | {name} |"
-    f" {timed(result.forward, 1)} | {timed(result.backward, 2.5)} |"
-    f" {timed(result.backward_bias, 2.5)} | {memory} |"
-    f" {error(result.output, exact[0]) if biased else '-'} |"
-    f" {error(result.dtable, exact[1])} |",
-    flush=True,
+
+def line(row: dict) -> str:
+  """A row of the table; one that failed has its `reason`."""
+  yes = lambda name: "yes" if row[name] else "no"
+  start = (
+    f"| {row['length']} | {yes('causal')} | {yes('segments')} | {row['side']} |"
+  )
+  if "reason" in row:
+    return f"{start} {row['reason']} |" + " |" * 8
+
+  def number(name, form):
+    return format(row[name], form) if name in row else "-"
+
+  timed = " | ".join(
+    f"{number(f'{what}_ms', '.3f')} | {number(f'{what}_tflops', '.1f')}"
+    for what in ("forward", "backward", "backward_bias")
+  )
+  return (
+    f"{start} {timed} | {number('memory_mib', ',.1f')} |"
+    f" {number('error', '.1e')} | {number('dtable_error', '.1e')} |"
   )
 
 
@@ -383,48 +282,33 @@ def main() -> None:
   parser.add_argument("--head-dim", type=int, default=64)
   parser.add_argument("--rounds", type=int, default=5)
   parser.add_argument("--dtype", default="bfloat16")
+  parser.add_argument(
+    "--segments", choices=["both", "on", "off"], default="both"
+  )
   parser.add_argument("--only", default="", help="sides whose name has this")
-  arguments = parser.parse_args()
+  flags = parser.parse_args()
 
-  platform = jax.default_backend()
-  print(f"{tiling.device_kind()}, jax {jax.__version__}, {arguments.dtype}\n")
+  print(f"{tiling.device_kind()}, jax {jax.__version__}, {flags.dtype}\n")
   print(HEADER)
-  print("|---" * HEADER.count(" | ") + "|---|")
-  for length in arguments.lengths:
+  print("|---" * (HEADER.count("|") - 1) + "|")
+  segments = {"both": (False, True), "on": (True,), "off": (False,)}
+  for length in flags.lengths:
     for causal in (False, True):
-      batch = max(1, arguments.batch_tokens // length)
-      shape = Shape(batch, length, arguments.heads, arguments.head_dim, causal)
-      arrays = inputs(shape)
-      exact = reference(shape, arrays)
-      sides = [
-        (name, run_jax, side, has_bias)
-        for name, (side, has_bias) in jax_sides(shape, platform).items()
-      ]
-      if platform == "gpu":
-        try:
-          sides += [
-            (name, run_torch, *side)
-            for name, side in torch_sides(shape).items()
-          ]
-        except ImportError as error:
-          print(f"(no torch: {error})", file=sys.stderr)
-      for name, run, side, has_bias in sides:
-        if arguments.only not in name:
-          continue
-        try:
-          if side in (jax_pallas_gpu, jax_pallas_tpu, tokamax_side):
-            side = side(shape)
-          result = run(
-            side, has_bias, shape, arrays, arguments.dtype, arguments.rounds
-          )
-        except Exception as error:
-          # One side that cannot run must not end the comparison.
-          reason = f"{type(error).__name__}: {error}".splitlines()[0][:90]
-          print(
-            f"| {length} | {'yes' if causal else 'no'} | {name} | {reason} |"
-          )
-          continue
-        show(name, shape, result, exact)
+      for packed in segments[flags.segments]:
+        batch = max(1, flags.batch_tokens // length)
+        shape = Shape(
+          batch, length, flags.heads, flags.head_dim, causal, packed
+        )
+        for name in attention_sides.sides(jax.default_backend()):
+          if flags.only not in name:
+            continue
+          try:
+            row = run_side(name, shape, flags.dtype, flags.rounds)
+          except Exception as error:
+            # One side that cannot run must not end the comparison.
+            reason = f"{type(error).__name__}: {error}".splitlines()[0][:90]
+            row = dataclasses.asdict(shape) | {"side": name, "reason": reason}
+          print(line(row), flush=True)
 
 
 if __name__ == "__main__":

@@ -6,6 +6,9 @@ Same model (T5 1.1 small), same weights, same batch, same machine, one run, all
 cores for both. Training is forward, backward and one AdamW update in float32
 with the loss over all target tokens; decoding is greedy with a cache, `targets`
 tokens a row. The two sides take turns, and the median of the rounds counts.
+
+tools/on_chip.py takes `train_rate` from here: one side at a time, any size, on
+whatever chip there is.
 """
 
 from __future__ import annotations
@@ -13,9 +16,11 @@ from __future__ import annotations
 import argparse
 import os
 import statistics
+import sys
 import tempfile
 import time
 
+sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
@@ -23,33 +28,74 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from rich.console import Console
-from rich.table import Table
-import torch
-import transformers
 
-from fat5_jax import decoding, steps
-from fat5_jax.convert import hf
+from fat5_jax import chips, cost, decoding, steps
+from fat5_jax.models.config import T5Config
 from fat5_jax.models.t5 import Transformer
 
+VOCABULARY = 32128
+# T5 1.1 by size: width, width of the feed-forward, layers of a stack, heads.
+SIZES = {
+  "tiny": (64, 128, 1, 2),
+  "small": (512, 1024, 8, 6),
+  "base": (768, 2048, 12, 12),
+  "large": (1024, 2816, 24, 16),
+}
+# What jax calls a chip -> fat5_jax.chips.
+KINDS = {
+  "H200": "h200",
+  "H100": "h100",
+  "A100": "a100",
+  "TPU v4": "v4",
+  "TPU v5 lite": "v5e",
+  "TPU v5": "v5p",
+  "TPU v6 lite": "v6e",
+  "TPU7x": "tpu7x",
+}
 
-def make_hf_model(folder: str):
-  """T5 1.1 small with random weights, its eos made unlikely."""
-  torch.manual_seed(0)
-  config = transformers.T5Config(
-    vocab_size=32128,
-    d_model=512,
+
+def hf_config(size: str):
+  import transformers
+
+  width, mlp, layers, heads = SIZES[size]
+  return transformers.T5Config(
+    vocab_size=VOCABULARY,
+    d_model=width,
     d_kv=64,
-    d_ff=1024,
-    num_layers=8,
-    num_heads=6,
+    d_ff=mlp,
+    num_layers=layers,
+    num_heads=heads,
     feed_forward_proj="gated-gelu",
     tie_word_embeddings=False,
     dropout_rate=0.0,
     decoder_start_token_id=0,
   )
-  model = transformers.T5ForConditionalGeneration(config)
-  model.lm_head.weight = torch.nn.Parameter(torch.randn(32128, 512) * 0.05)
+
+
+def our_config(size: str, **changes) -> T5Config:
+  width, mlp, layers, heads = SIZES[size]
+  return T5Config(
+    vocab_size=VOCABULARY,
+    emb_dim=width,
+    mlp_dim=mlp,
+    num_encoder_layers=layers,
+    num_decoder_layers=layers,
+    num_heads=heads,
+    head_dim=64,
+    mlp_activations=("gelu", "linear"),
+    dropout_rate=0.0,
+  ).replace(**changes)
+
+
+def make_hf_model(folder: str):
+  """T5 1.1 small with random weights, its eos made unlikely."""
+  import torch
+  import transformers
+
+  torch.manual_seed(0)
+  model = transformers.T5ForConditionalGeneration(hf_config("small"))
+  weight = torch.randn(VOCABULARY, SIZES["small"][0]) * 0.05
+  model.lm_head.weight = torch.nn.Parameter(weight)
   model.save_pretrained(folder)
   return model
 
@@ -71,7 +117,18 @@ def alternate(sides, rounds: int) -> dict[str, float]:
   return {name: statistics.median(t) for name, t in times.items()}
 
 
+def our_batch(x, y) -> dict[str, np.ndarray]:
+  return {
+    "encoder_input_tokens": x,
+    "decoder_target_tokens": y,
+    "decoder_input_tokens": np.pad(y, ((0, 0), (1, 0)))[:, :-1],
+    "decoder_loss_weights": np.ones_like(y),
+  }
+
+
 def training_sides(model, config, params, x, y):
+  import torch
+
   optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, weight_decay=0.0)
   tensors = dict(
     input_ids=torch.tensor(x).long(),
@@ -94,12 +151,7 @@ def training_sides(model, config, params, x, y):
     ),
     donate_argnums=0,
   )
-  batch = {
-    "encoder_input_tokens": x,
-    "decoder_target_tokens": y,
-    "decoder_input_tokens": np.pad(y, ((0, 0), (1, 0)))[:, :-1],
-    "decoder_loss_weights": np.ones_like(y),
-  }
+  batch = our_batch(x, y)
   # A copy: the step gives its buffers away.
   params = jax.tree.map(jnp.array, params)
   state = steps.TrainState(jnp.int32(0), params, ours_optimizer.init(params))
@@ -113,6 +165,8 @@ def training_sides(model, config, params, x, y):
 
 
 def decoding_sides(model, config, params, x, length):
+  import torch
+
   ids, mask = torch.tensor(x).long(), torch.ones(x.shape, dtype=torch.long)
   tokens = {}
 
@@ -140,7 +194,155 @@ def decoding_sides(model, config, params, x, length):
   return {"ours": ours, "HF torch": theirs}, tokens
 
 
+# --- one side at a time ------------------------------------------------------
+
+
+def train_rate(
+  size: str, side: str, *, batch: int, inputs: int, targets: int, rounds: int
+) -> dict:
+  """What a training step takes: seconds, tokens/s, of the chip's peak (MFU).
+
+  T5 1.1 from random weights, dropout 0, no padding, one AdamW update; AdamW's
+  state and the parameters float32, products bfloat16 (torch: autocast). Tokens
+  are those of inputs and targets; MFU counts three times the forward products,
+  with attention's whole squares, whatever a side recomputes.
+
+  `side` is "ours" or "ours, scanned" (over layers), or of HF torch: "torch
+  eager" or "torch compile", then " + " and transformers' attention ("sdpa",
+  "eager", "flex_attention").
+
+  Raises:
+    ValueError: where transformers has no such attention for T5.
+  """
+  rng = np.random.default_rng(0)
+  tokens = lambda length: rng.integers(2, 32100, (batch, length), np.int32)
+  x, y = tokens(inputs), tokens(targets)
+  make = _our_step if side.startswith("ours") else _torch_step
+  begin = time.perf_counter()
+  step, loss, memory = make(size, side, x, y)
+  step()
+  loss()
+  start = time.perf_counter() - begin
+  step()
+  loss()
+  once = timed(lambda: (step(), loss()))
+  calls = max(1, min(20, int(2 / once)))
+  times = []
+  for _ in range(rounds):
+    times.append(
+      timed(lambda: ([step() for _ in range(calls)], loss())) / calls
+    )
+  seconds = statistics.median(times)
+  row = dict(size=size, side=side, batch=batch, inputs=inputs, targets=targets)
+  row |= dict(seconds_a_step=seconds, start_seconds=start, loss=loss())
+  row["tokens_per_second"] = batch * (inputs + targets) / seconds
+  row["model_tflops"] = model_flops(size, x, y) / seconds / 1e12
+  if peak := peak_flops(jax.devices()[0].device_kind):
+    row["mfu"] = row["model_tflops"] * 1e12 / peak
+  if memory() is not None:
+    row["memory_gib"] = memory() / 2**30
+  return row
+
+
+def peak_flops(kind: str) -> float | None:
+  """Of the chip that jax calls so, bfloat16."""
+  for name, chip in KINDS.items():
+    if name in kind:
+      return chips.CHIPS[chip].flops
+  return None
+
+
+def model_flops(size: str, x, y) -> float:
+  """Of a step: forward products, and twice as many backward."""
+  config = our_config(
+    size, attention_implementation="reference", scan_layers=True
+  )
+  model = Transformer(config)
+  params = jax.eval_shape(lambda: steps.init_params(model, 0))
+  forward = steps.make_eval_step(model)
+  return 3 * cost.product_flops(
+    jax.make_jaxpr(forward)(params, our_batch(x, y))
+  )
+
+
+def _our_step(size, side, x, y):
+  """(step, loss so far, memory): step does not wait, the others do."""
+  model = Transformer(our_config(size, scan_layers="scanned" in side))
+  optimizer = optax.adamw(1e-4, weight_decay=0.0)
+  step = steps.make_train_step(
+    model,
+    optimizer,
+    seed=0,
+    loss_normalizing_factor="NUM_REAL_TARGET_TOKENS",
+  )
+
+  def start():
+    params = steps.init_params(model, 0)
+    return steps.TrainState(jnp.int32(0), params, optimizer.init(params))
+
+  state, batch = jax.jit(start)(), jax.device_put(our_batch(x, y))
+  step = jax.jit(step, donate_argnums=0).lower(state, batch).compile()
+  sums = None
+
+  def update():
+    nonlocal state, sums
+    state, sums = step(state, batch)
+
+  def loss():
+    return float(sums["loss"])
+
+  def memory():
+    stats = step.memory_analysis()
+    return stats.temp_size_in_bytes + stats.argument_size_in_bytes
+
+  return update, loss, memory
+
+
+def _torch_step(size, side, x, y):
+  import torch
+  import transformers
+
+  device = "cuda" if torch.cuda.is_available() else "cpu"
+  how, _, attention = side.removeprefix("torch ").partition(" + ")
+  torch.manual_seed(0)
+  model = transformers.AutoModelForSeq2SeqLM.from_config(
+    hf_config(size), attn_implementation=attention
+  )
+  model.config.use_cache = False
+  model.to(device).train()
+  optimizer = torch.optim.AdamW(
+    model.parameters(), lr=1e-4, weight_decay=0.0, fused=device == "cuda"
+  )
+  run = torch.compile(model) if how == "compile" else model
+  put = lambda array: torch.tensor(array, device=device).long()
+  batch = dict(input_ids=put(x), labels=put(y))
+  found = None
+
+  def update():
+    nonlocal found
+    optimizer.zero_grad(set_to_none=True)
+    with torch.autocast(device, torch.bfloat16):
+      found = run(**batch).loss
+    found.backward()
+    optimizer.step()
+
+  def memory():
+    return torch.cuda.max_memory_allocated() if device == "cuda" else None
+
+  return update, lambda: float(found.detach()), memory
+
+
+# --- small, all cores, both in turns -----------------------------------------
+
+
 def main():
+  from rich.console import Console
+  from rich.table import Table
+  import torch
+  import transformers
+
+  from fat5_jax.convert import hf
+
   parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
   parser.add_argument("--batch", type=int, default=8)
   parser.add_argument("--inputs", type=int, default=256)

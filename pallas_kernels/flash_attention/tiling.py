@@ -1,7 +1,7 @@
 """Block sizes by chip and head dimension, and what chip we are on.
 
-`tools/tune_attention.py` measures them on a real chip and prints the rows to
-put here. The rows of chips we had no access to come from compiled programs
+`tools/tune_attention.py` measures them on a real chip, each alone, to be put
+here. The rows of chips we had no access to come from compiled programs
 (bundles or instructions a tile, spills, memory), not from a clock.
 """
 
