@@ -56,6 +56,44 @@ def compiled(tmp_path, python, *arguments) -> list[dict]:
   return reports
 
 
+# What None takes, by head dimension and dtype; TPUs have one kernel for all.
+TAKES = dict.fromkeys(("a100", "a10", "l4", "b200"), {}) | {
+  "h100": {(64, "bfloat16"): "mosaic_gpu", (128, "bfloat16"): "mosaic_gpu"}
+}
+
+
+@pytest.mark.parametrize(
+  "chip",
+  ["v5e", "l4"]
+  + [
+    pytest.param(chip, marks=pytest.mark.every_chip)
+    for chip in ("v4", "v5p", "v6e", "v7x", "a100", "a10", "h100", "b200")
+  ],
+)
+def test_what_none_takes_compiles(chip, request, tmp_path):
+  """Up to 1M packed tokens a TPU; every head dimension and dtype a GPU."""
+  gpu = chip in TAKES
+  python = gpu_python() if gpu else request.getfixturevalue("tpu_python")
+  path = tmp_path / "matrix.json"
+  tool = os.path.join(ROOT, "tools", "compile_matrix.py")
+  result = subprocess.run(
+    [python, tool, chip, "--quick", "--json", str(path)],
+    env=other_jax(),
+    capture_output=True,
+    text=True,
+  )
+  assert result.returncode == 0, result.stdout + result.stderr
+  rows = json.loads(path.read_text())
+  assert len(rows) == (6 if gpu else 3)
+  for row in rows:
+    expected = "mosaic_tpu"
+    if gpu:
+      expected = TAKES[chip].get((row["dim"], row["dtype"]), "triton")
+    assert row["compiles"] and row["implementation"] == expected, row
+    # Why it is not the chip's best is said.
+    assert bool(row["reasons"]) == (chip == "h100" and expected == "triton")
+
+
 def assert_memory_is_linear(report):
   # What the compiler needs beside arguments and results, which grow linearly.
   assert [row["length"] for row in report["memory"]] == [4096, 8192, 16384]

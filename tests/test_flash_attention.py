@@ -103,6 +103,9 @@ if half := os.environ.get("FAT5_JAX_HALF"):
   SUITE = [x for x in SUITE if x.values[0] == "mosaic_gpu"][int(half) :: 2]
 
 
+TPU_CHIPS = dict(tiling._TPU)
+
+
 @pytest.fixture(autouse=True)
 def small_blocks(monkeypatch):
   """Blocks that short inputs meet several of, with odd ends."""
@@ -363,6 +366,8 @@ def test_memory_is_linear_in_length():
     ("NVIDIA A100-SXM4-80GB", 512, "triton"),
     ("NVIDIA B200", 512, "triton"),
     ("NVIDIA H200", 1, "chunked"),
+    ("NVIDIA H200", 2, "mosaic_gpu"),
+    ("TPU v5 lite", 16, "chunked"),
     ("cpu", 512, "chunked"),
   ],
 )
@@ -370,6 +375,126 @@ def test_each_chip_prefers_its_kernel(monkeypatch, kind, queries, expected):
   device = types.SimpleNamespace(device_kind=kind)
   monkeypatch.setattr(tiling, "_device", lambda: device)
   assert tiling.preferred(queries)[0] == expected
+
+
+@pytest.mark.parametrize(
+  "device,capability",
+  [
+    (dict(device_kind="NVIDIA L40S", compute_capability="8.9"), (8, 9)),
+    # Compiling for a chip that is not here, its name is all there is.
+    (dict(device_kind="NVIDIA L40S"), (8, 9)),
+    (dict(device_kind="NVIDIA A10G"), (8, 6)),
+    (dict(device_kind="NVIDIA A100-SXM4-40GB"), (8, 0)),
+    (dict(device_kind="NVIDIA GeForce RTX 4090"), (8, 9)),
+    (dict(device_kind="NVIDIA RTX A6000"), (8, 6)),
+    (dict(device_kind="NVIDIA GH200 480GB"), (9, 0)),
+    (dict(device_kind="NVIDIA Something New"), (0, 0)),
+    # Not a Hopper, whatever it is called.
+    (dict(device_kind="NVIDIA H100", compute_capability="12.0"), (12, 0)),
+  ],
+)
+def test_a_gpu_is_known_by_its_compute_capability(
+  monkeypatch, device, capability
+):
+  monkeypatch.setattr(
+    tiling, "_device", lambda: types.SimpleNamespace(**device)
+  )
+  assert tiling.compute_capability() == capability
+  assert tiling.is_hopper() == (capability == (9, 0))
+
+
+def test_a_fallback_is_a_warning_with_its_reason(monkeypatch, caplog):
+  device = types.SimpleNamespace(device_kind="TPU v4")
+  monkeypatch.setattr(tiling, "_device", lambda: device)
+  q, k, v, _ = small_inputs()
+  with caplog.at_level("INFO", logger="pallas_kernels"):
+    full = FullBias(jnp.zeros((1, 2, 40, 40)))
+    flash_attention(q, k, v, position=full)
+  [record] = caplog.records
+  assert record.levelname == "WARNING"
+  assert record.message.startswith("attention: chunked (not mosaic_tpu: ")
+  assert "dense" in record.message
+
+
+@pytest.mark.parametrize("kind", TPU_CHIPS)
+@pytest.mark.parametrize("dim", [64, 128, 256])
+def test_tpu_blocks_compute_little_that_nobody_needs(monkeypatch, kind, dim):
+  """At most a fifth more pairs than the lengths have in whole lanes of 128."""
+  monkeypatch.setattr(tiling, "_TPU", TPU_CHIPS)
+  device = types.SimpleNamespace(device_kind=kind)
+  monkeypatch.setattr(tiling, "_device", lambda: device)
+  whole = lambda length, block: -(-length // block) * block
+  for queries in range(512, 4097, 64):
+    for keys in (queries, 640, 1920):
+      bq, bk = tiling.tpu_blocks(queries, keys, dim, 91, 1 + (dim == 64))
+      padded = whole(queries, bq) * whole(keys, bk)
+      assert 5 * padded <= 6 * whole(queries, 128) * whole(keys, 128)
+
+
+def packed_ids(rng, batch, length, document):
+  """(B, L) ids of documents of about that length, the end of a row padding."""
+  ids = np.zeros((batch, length), np.int32)
+  for row in ids:
+    sizes = rng.integers(document // 2, document * 3 // 2, length)
+    ends = np.cumsum(sizes)
+    row[:] = 1 + np.searchsorted(ends, np.arange(length), side="right")
+    row[ends[ends < length][-1] :] = 0
+  return ids
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("bq,bk", [(512, 512), (1024, 1024), (512, 256)])
+def test_packed_rows_visit_only_tiles_that_hold_a_visible_pair(causal, bq, bk):
+  from pallas_kernels.flash_attention import gpu_common
+  from pallas_kernels.flash_attention.tpu import visits
+
+  batch, length = 2, 32768
+  ids = packed_ids(np.random.default_rng(0), batch, length, 512)
+  bias = RelativeBuckets(jnp.zeros((2, 32)), bidirectional=not causal).lowered()
+  plan = blocked.make_plan(
+    bias,
+    0,
+    queries=length,
+    keys=length,
+    bq=bq,
+    bk=bk,
+    causal=causal,
+    masked=True,
+    scale=1.0,
+  )
+  nq, nk = length // bq, length // bk
+  expected = set()
+  for b in range(batch):
+    starts = np.flatnonzero(np.diff(ids[b], prepend=0, append=0))
+    for start, end in zip(starts, starts[1:]):
+      if ids[b, start] == 0:
+        continue
+      for i in range(start // bq, (end - 1) // bq + 1):
+        for j in range(start // bk, (end - 1) // bk + 1):
+          # Keys and queries of this document in the tile, first and last.
+          first_key = max(start, j * bk)
+          last_query = min(end, (i + 1) * bq) - 1
+          if not causal or first_key <= last_query:
+            expected.add((b, i, j))
+  segments = blocked.make_segments(jnp.asarray(ids), jnp.asarray(ids), plan)
+  shift = jnp.int32(0)
+  for keys_stay in (False, True):
+    found = visits.make_visits(
+      plan, segments, shift, batch, nq, nk, keys_stay=keys_stay
+    )
+    count = int(found.count)
+    places = found.numbering.unpack(np.asarray(found.entries_N)[1 : count + 1])
+    b, i, j = (places[0], places[2], places[1]) if keys_stay else places
+    visited = set(zip(b.tolist(), i.tolist(), j.tolist()))
+    assert len(visited) == count and expected <= visited
+    # What is more are visits of rows that hold padding alone.
+    assert count <= 1.3 * len(expected)
+    assert count - len(expected) <= batch * max(nq, nk) // 8
+    assert np.asarray(found.entries_N)[count + 1] == np.iinfo(np.int32).max
+  if bq == bk:
+    for spans in (gpu_common.key_spans, gpu_common.query_spans):
+      count = int(spans(plan, segments, shift, batch, nq, nk)[..., 3].sum())
+      assert len(expected) <= count <= 1.3 * len(expected)
 
 
 def test_a_named_implementation_that_cannot_run_says_why():

@@ -83,21 +83,23 @@ def is_hopper() -> bool:
   return compute_capability() == (9, 0)
 
 
-# A few queries against a long cache are one dense tile of plain XLA: one row a
+# So few queries against a long cache are one dense tile of plain XLA: one row a
 # head leaves a matrix unit idle, and a loop over key blocks only adds latency.
-_FEW_QUERIES = 16
+# On a GPU, XLA transposes keys and values for more than one; a kernel reads
+# them once, as they lie.
+_FEW_QUERIES = {"TPU": 16, "NVIDIA": 1}
 
 
 def preferred(queries: int) -> tuple[str, ...]:
   """Implementations in the order to try them on this chip."""
   kind = device_kind()
-  if queries > _FEW_QUERIES:
-    if kind.startswith("TPU"):
-      return "mosaic_tpu", "chunked"
-    if kind.startswith("NVIDIA"):
-      kernels = ("mosaic_gpu", "triton") if is_hopper() else ("triton",)
-      return *kernels, "chunked"
-  return ("chunked",)
+  maker = next((m for m in _FEW_QUERIES if kind.startswith(m)), None)
+  if maker is None or queries <= _FEW_QUERIES[maker]:
+    return ("chunked",)
+  if maker == "TPU":
+    return "mosaic_tpu", "chunked"
+  kernels = ("mosaic_gpu", "triton") if is_hopper() else ("triton",)
+  return *kernels, "chunked"
 
 
 class TpuBlocks(NamedTuple):
@@ -145,7 +147,6 @@ def tpu_query_chunk(width: int) -> int:
 # What a block costs beside its own pairs, in rows of pairs: from the bundles of
 # 512 and 1,024 on v6e.
 _BLOCK_OVERHEAD = 128
-_PADDED_OVER_NEEDED = 1.2
 
 
 def tpu_blocks(
@@ -183,7 +184,7 @@ def tpu_blocks(
     if radius is not None and tile_bytes(bq, bk, radius, group) > row.vmem // 2:
       continue
     padded, total = map(math.prod, zip(cost(bq, whole[0]), cost(bk, whole[1])))
-    wasteful = padded > _PADDED_OVER_NEEDED * math.prod(whole)
+    wasteful = 5 * padded > 6 * math.prod(whole)
     beyond = max(bq, bk) > best
     options.append(
       (wasteful and padded, total, padded, beyond, -bq * bk, bq, bk)
