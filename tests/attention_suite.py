@@ -378,7 +378,7 @@ def _unit(case, top_score):
 def run(implementation: str, case: Case):
   """What `check_results` judges: [o, dq, dk, dv, dposition]."""
   attention = kernel_attention(case, implementation)
-  return gradients(attention, case, poison=case.segments == "masked")
+  return gradients(attention, case, poison=case.segments is not None)
 
 
 def check(implementation: str, case: Case):

@@ -145,6 +145,41 @@ def test_queries_beyond_vmem_are_taken_in_chunks(monkeypatch):
     check("mosaic_tpu", Case(700, 700, heads=1, causal=True))
 
 
+def outer_equations(jaxpr):
+  """Of a jaxpr and those it calls, kernels left out."""
+  for eqn in jaxpr.eqns:
+    if eqn.primitive.name in ("pallas_call", "core_map"):
+      continue
+    yield eqn
+    for value in eqn.params.values():
+      for inner in value if isinstance(value, (tuple, list)) else (value,):
+        inner = getattr(inner, "jaxpr", inner)
+        if hasattr(inner, "eqns"):
+          yield from outer_equations(inner)
+
+
+@pytest.mark.parametrize(
+  "implementation", [x for x in ("triton", "mosaic_tpu") if x in CONTEXTS]
+)
+def test_the_forward_pass_takes_queries_keys_and_values_as_they_are(
+  implementation,
+):
+  # Padding is emptied where it would hurt, not by a pass over each array.
+  x = jnp.zeros((2, 512, 2, 64), jnp.bfloat16)
+  ids = jnp.ones((2, 512), jnp.int32)
+  attend = functools.partial(flash_attention, implementation=implementation)
+  jaxpr = jax.make_jaxpr(
+    lambda q, k, v: attend(q, k, v, q_segment_ids=ids, kv_segment_ids=ids)
+  )(x, x, x)
+  names = {
+    eqn.primitive.name
+    for eqn in outer_equations(jaxpr.jaxpr)
+    if any(v.aval.size >= x.size for v in eqn.outvars)
+  }
+  moves = {"reshape", "custom_vjp_call", "jit", "custom_vmap_call"}
+  assert names <= moves, names
+
+
 def small_inputs(queries=40, keys=40, heads=2, dim=16):
   rng = np.random.default_rng(0)
   shapes = [(2, n, heads, dim) for n in (queries, keys, keys)]
