@@ -16,9 +16,11 @@ driver. CONTRIBUTING.md has the commands.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import glob
 import importlib.util
 import json
+import math
 import os
 import re
 import subprocess
@@ -36,6 +38,11 @@ TPUS = {
   "v7x": "tpu7x:2x2x1",
 }
 GPUS = ("a100", "h100")
+# Multiplications and additions of a core's matrix units a cycle: the maker's
+# bfloat16 peak (fat5_jax/chips.py) over 1.05, 1.5, 1.75, 1.75 and 2.2 GHz.
+TPU_PRODUCTS = dict.fromkeys(("v4", "v5e", "v5p"), 2**16) | dict.fromkeys(
+  ("v6e", "v7x"), 2**18
+)
 BATCH, HEADS, HEAD_DIM = 1, 12, 64
 LENGTHS = (4096, 8192, 16384)
 LONG = 131072
@@ -224,18 +231,33 @@ def jax_peers(length: int):
 
 
 def tpu_report(target: str, dump: str, quick: bool):
+  """Rows; bundles are a head's, of 512 x 512 pairs whatever the blocks are."""
   variants = {"T5 bias": {}}
   if not quick:
     variants |= {
       "no bias": dict(bias=False),
       "T5 bias, causal, packed": dict(causal=True, packed=True),
+      "T5 bias, heads of 128": dict(dim=128, heads=6),
     }
   for name, options in variants.items():
     clear(dump)
-    compile_for(target, *flatten(layer("mosaic_tpu", length=8192, **options)))
-    for kernel in ("forward", "backward"):
-      tiles = tpu_tiles(dump, f"flash_attention_{kernel}", heads=2)
-      yield dict(kernel=f"ours, {name}", part=kernel, tiles=tiles)
+    blocks = []
+    function, shapes = layer("mosaic_tpu", length=8192, **options)
+    with record_blocks(blocks):
+      compile_for(target, function, *shapes)
+    part_of_tile = math.prod(blocks[0]) / 512**2
+    dim = options.get("dim", HEAD_DIM)
+    for kernel, products in (("forward", 2), ("backward", 5)):
+      heads = 2 if dim == 64 else 1
+      tiles = tpu_tiles(dump, f"flash_attention_{kernel}", heads)
+      floor = products * 512 * 512 * dim / TPU_PRODUCTS[target]
+      yield dict(
+        kernel=f"ours, {name}",
+        part=kernel,
+        blocks=blocks[0],
+        floor=round(floor),
+        tiles=[round(t / part_of_tile) for t in tiles],
+      )
   if quick or target == "v4":
     return
   for name, function, shapes in jax_peers(8192):
@@ -247,6 +269,19 @@ def tpu_report(target: str, dump: str, quick: bool):
         continue
       tiles = tpu_tiles(dump, kernel, heads=1)
       yield dict(kernel=f"{name}, no bias", part=kernel, tiles=[max(tiles)])
+
+
+@contextlib.contextmanager
+def record_blocks(found: list):
+  """Appends the (bq, bk) that kernels are compiled for meanwhile."""
+  from pallas_kernels.flash_attention import tiling
+
+  choose = tiling.tpu_blocks
+  tiling.tpu_blocks = lambda *x: found.append(choose(*x)) or found[-1]
+  try:
+    yield
+  finally:
+    tiling.tpu_blocks = choose
 
 
 # --- GPU: SASS instructions --------------------------------------------------
@@ -420,16 +455,28 @@ def show(found: dict) -> None:
 
 
 def show_kernels(found: dict) -> None:
-  unit = "bundles" if found["target"] in TPUS else "instructions"
-  print(f"| kernel | part | {unit} a tile | registers | spilled bytes |")
-  print("|---|---|---|---|---|")
-  for row in found["kernels"]:
-    tiles = " / ".join(map(str, row["tiles"])) or "not counted"
-    print(
-      f"| {row['kernel']} | {row['part']} | {tiles} |"
-      f" {row.get('registers', '')} | {row.get('spills', '')} |"
-    )
+  if found["target"] in TPUS:
+    print("| kernel | part | blocks | bundles a tile | arithmetic alone |")
+    print("|---|---|---|---|---|")
+    for row in found["kernels"]:
+      blocks = " x ".join(map(str, row.get("blocks", ())))
+      print(
+        f"| {row['kernel']} | {row['part']} | {blocks} | {_tiles(row)} |"
+        f" {row.get('floor', '')} |"
+      )
+  else:
+    print("| kernel | part | instructions a tile | registers | spilled bytes |")
+    print("|---|---|---|---|---|")
+    for row in found["kernels"]:
+      print(
+        f"| {row['kernel']} | {row['part']} | {_tiles(row)} |"
+        f" {row['registers']} | {row['spills']} |"
+      )
   print()
+
+
+def _tiles(row: dict) -> str:
+  return " / ".join(map(str, row["tiles"])) or "not counted"
 
 
 def main() -> None:
