@@ -17,7 +17,6 @@ import jax.numpy as jnp
 from pallas_kernels.flash_attention import relative_bias
 from pallas_kernels.flash_attention.blocked import (
   mean_key,
-  rounded,
   row_delta,
   saveable,
 )
@@ -53,6 +52,26 @@ def _precision(dtype):
   if dtype == jnp.float32:
     return jax.lax.Precision.HIGHEST
   return jax.lax.Precision.DEFAULT
+
+
+def _round(x, dtype):
+  """float32 x with the precision of `dtype`.
+
+  A cast there and back could be dropped by XLA, which may keep more precision
+  than it is asked for.
+  """
+  if dtype == jnp.float32:
+    return x
+  info = jnp.finfo(dtype)
+  return jax.lax.reduce_precision(x, info.nexp, info.nmant)
+
+
+def _with_rest(x, dtype):
+  """blocked.rounded, for XLA."""
+  if dtype == jnp.float32:
+    return x, None
+  high = _round(x, dtype)
+  return high.astype(dtype), (x - high).astype(dtype)
 
 
 def _tile_mask(causal, q_start, k_start, bq, bk, q_seg, kv_seg):
@@ -203,16 +222,16 @@ def _forward(q, k, v, bias, q_seg, kv_seg, q_offset, causal, scale, bq, bk):
         # A row with no visible key yet has s == m_next == _MASKED.
         p = jnp.where(mask, p, 0.0)
       # What is summed is what is multiplied, so that o is a mean of values.
-      p = p.astype(v.dtype)
+      p = _round(p, v.dtype)
       correction = jnp.exp(m - m_next)
       o = o * correction[..., None] + jnp.einsum(
         "bhqk,bhkd->bhqd",
-        p,
+        p.astype(v.dtype),
         _block(v, j, bk, 2),
         precision=_precision(v.dtype),
         preferred_element_type=jnp.float32,
       )
-      return o, m_next, l * correction + p.sum(axis=-1, dtype=jnp.float32)
+      return o, m_next, l * correction + p.sum(axis=-1)
 
     o, m, l = _loop(
       0,
@@ -228,7 +247,7 @@ def _forward(q, k, v, bias, q_seg, kv_seg, q_offset, causal, scale, bq, bk):
     )
     visible = l > 0
     safe_l = jnp.where(visible, l, 1.0)
-    o, rest = rounded(o / safe_l[..., None], q.dtype)
+    o, rest = _with_rest(o / safe_l[..., None], q.dtype)
     return o, rest, jnp.where(visible, m + jnp.log(safe_l), 0.0)
 
   def joined(x_NBHQ):
@@ -286,12 +305,12 @@ def _backward(causal, scale, bq, bk, residuals, do):
       dp = product("bhqd,bhkd->bhqk", do_i, v_j)
       ds = p * (dp - _block(delta, i, bq, 2)[..., None])
       dbias = _add_bias_gradient(dbias, ds, i, j, bq, bk, q_offset)
-      ds_low = (ds * scale).astype(q.dtype)
+      ds = _round(ds * scale, q.dtype)
+      ds_low = ds.astype(q.dtype)
       dk_j += product("bhqk,bhqd->bhkd", ds_low, q_i)
       dq_i = _block(dq, i, bq, 2) + product("bhqk,bhkd->bhqd", ds_low, k_j)
       if k_mean is not None:
-        sums = ds_low.astype(jnp.float32).sum(axis=-1)
-        dq_i -= sums[..., None] * k_mean[:, :, None]
+        dq_i -= ds.sum(axis=-1)[..., None] * k_mean[:, :, None]
       dq = jax.lax.dynamic_update_slice_in_dim(dq, dq_i, i * bq, 2)
       return dq, dbias, dk_j, dv_j
 
