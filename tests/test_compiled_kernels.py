@@ -187,6 +187,49 @@ def test_compiles_split_over_two_gpus(chip, implementation):
   assert result.returncode == 0, result.stderr
 
 
+SHORT = """
+import json, sys
+import jax.numpy as jnp
+from fat5_jax import chips
+from pallas_kernels import flash_attention
+from tools.static_kernel_report import compile_for
+
+chips.prepare_environment([])
+target, sizes = sys.argv[1], (8, 4096, 12, 64)
+ids = ((sizes[0], sizes[1]), jnp.int32)
+keys = (sizes, jnp.bfloat16)
+shares = {}
+for queries in (1, 2, 16, 100):
+  for masked in (False, True):
+    def attend(q, k, v, ids):
+      q_ids = jnp.ones(q.shape[:2], jnp.int32)
+      return flash_attention(
+        q, k, v, q_segment_ids=q_ids if masked else None,
+        kv_segment_ids=ids if masked else None,
+      )
+    q = ((sizes[0], queries, *sizes[2:]), jnp.bfloat16)
+    memory = compile_for(target, attend, q, keys, keys, ids).memory_analysis()
+    of_keys = 2 * 2 * sizes[0] * sizes[1] * sizes[2] * sizes[3]
+    shares[f"{queries}, {masked}"] = memory.temp_size_in_bytes / of_keys
+print(json.dumps(shares))
+"""
+
+
+@pytest.mark.parametrize(
+  "chip", ["h100", pytest.param("l4", marks=pytest.mark.every_chip)]
+)
+def test_a_few_queries_need_no_copy_of_keys_and_values(chip):
+  result = subprocess.run(
+    [gpu_python(), "-c", SHORT, chip],
+    env=other_jax() | {"PYTHONPATH": ROOT},
+    capture_output=True,
+    text=True,
+  )
+  assert result.returncode == 0, result.stderr
+  shares = json.loads(result.stdout.splitlines()[-1])
+  assert max(shares.values()) < 0.1, shares
+
+
 @pytest.mark.parametrize("worker", range(2))
 def test_mosaic_gpu_meets_the_suite_in_its_interpreter(worker):
   """Half of the suite each: the interpreter runs one thread at a time."""

@@ -30,10 +30,15 @@ def forward(x: Operands, *, plan: Plan, for_gradient: bool):
   count, size = _chunks(x, plan, tiling.tpu_visits() * plan.bq)
   if count == 1:
     return _forward(x, plan, for_gradient)
-  one = lambda part: _forward(_of_part(x, part), plan, for_gradient)
+  whole = _wide(x)
+
+  def one(part):
+    o, rest, lse = _forward(_narrow(whole, part, x), plan, for_gradient)
+    return wide(o), None if rest is None else wide(rest), lse
+
   o, rest, lse = lax.map(one, _parts(x, plan, count, size))
-  join = functools.partial(_joined, queries=x.q.shape[1])
-  return join(o, 1), join(rest, 1), join(lse, 2)
+  joined = functools.partial(_joined, like=x.q)
+  return joined(o), joined(rest), _join(lse, 2, x.q.shape[1])
 
 
 def backward(x: Operands, y: Cotangents, *, plan: Plan, need_dbias: bool):
@@ -43,9 +48,9 @@ def backward(x: Operands, y: Cotangents, *, plan: Plan, need_dbias: bool):
   count, size = _chunks(x, plan, limit)
   if count == 1:
     return _backward(x, y, plan, need_dbias)
-  parts = _parts(x, plan, count, size)
+  whole, parts = _wide(x), _parts(x, plan, count, size)
   rows = {
-    "do": _split(y.do, 1, count, size),
+    "do": _split(wide(y.do), 1, count, size),
     # Appended queries see nothing: e^(s - inf) is 0.
     "lse": _split(y.lse, 2, count, size, jnp.inf),
     "delta": _split(y.delta, 2, count, size),
@@ -54,19 +59,46 @@ def backward(x: Operands, y: Cotangents, *, plan: Plan, need_dbias: bool):
   def one(carry, parts_and_rows):
     part, row = parts_and_rows
     dk, dv, dbias = carry
+    x_part = _narrow(whole, part, x)
+    row["do"] = row["do"].reshape(x_part.q.shape)
     dq, dk, dv, more = _backward(
-      _of_part(x, part), y._replace(**row), plan, need_dbias, (dk, dv)
+      x_part, y._replace(**row), plan, need_dbias, (dk, dv)
     )
-    return (dk, dv, jax.tree.map(jnp.add, dbias, more)), dq
+    return (dk, dv, jax.tree.map(jnp.add, dbias, more)), wide(dq)
 
   dbias = jax.tree.map(jnp.zeros_like, x.bias) if need_dbias else None
-  zeros = (jnp.zeros(wide(z).shape, jnp.float32) for z in (x.k, x.v))
+  zeros = (jnp.zeros(z.shape, jnp.float32) for z in (whole.k, whole.v))
   start = vary_together((*zeros, dbias), like=x.q)
   (dk, dv, dbias), dq = lax.scan(one, start, (parts, rows))
   dk, dv = (
     g.astype(z.dtype).reshape(z.shape) for g, z in ((dk, x.k), (dv, x.v))
   )
-  return _joined(dq, 1, queries=x.q.shape[1]), dk, dv, dbias
+  return _joined(dq, like=x.q), dk, dv, dbias
+
+
+def _wide(x: Operands) -> Operands:
+  """With keys and values as (B, K, H * D).
+
+  Through a loop go wide arrays: the compiler would pad 12 heads of 64 to 16 of
+  128.
+  """
+  return x._replace(k=wide(x.k), v=wide(x.v))
+
+
+def _narrow(whole: Operands, part: dict, x: Operands) -> Operands:
+  """The Operands of a chunk."""
+  segments = x.segments
+  if segments is not None:
+    ids = {n: part[n] for n in ("q_BQ", "q_range_BI3")}
+    segments = segments._replace(**ids)
+  batch, _, heads, dim = x.q.shape
+  return x._replace(
+    q=part["q"].reshape(batch, -1, heads, dim),
+    k=whole.k.reshape(x.k.shape),
+    v=whole.v.reshape(x.v.shape),
+    shift=part["shift"],
+    segments=segments,
+  )
 
 
 def _chunks(x: Operands, plan: Plan, limit: int) -> tuple[int, int]:
@@ -81,7 +113,7 @@ def _chunks(x: Operands, plan: Plan, limit: int) -> tuple[int, int]:
 def _parts(x: Operands, plan: Plan, count: int, size: int) -> dict:
   """What differs between the chunks of Operands, stacked."""
   parts = {
-    "q": _split(x.q, 1, count, size),
+    "q": _split(wide(x.q), 1, count, size),
     "shift": x.shift + jnp.arange(count) * (size // plan.unit),
   }
   if plan.masked:
@@ -94,14 +126,6 @@ def _parts(x: Operands, plan: Plan, count: int, size: int) -> dict:
   return parts
 
 
-def _of_part(x: Operands, part: dict) -> Operands:
-  segments = x.segments
-  if segments is not None:
-    ids = {n: part[n] for n in ("q_BQ", "q_range_BI3")}
-    segments = segments._replace(**ids)
-  return x._replace(q=part["q"], shift=part["shift"], segments=segments)
-
-
 def _split(x, axis: int, count: int, size: int, fill=0):
   widths = [(0, 0)] * x.ndim
   widths[axis] = (0, count * size - x.shape[axis])
@@ -110,10 +134,15 @@ def _split(x, axis: int, count: int, size: int, fill=0):
   return jnp.moveaxis(x, axis, 0)
 
 
-def _joined(chunks, axis: int, *, queries: int):
+def _join(chunks, axis: int, length: int):
   """The reverse of `_split`, without what it appended."""
-  if chunks is None:
-    return None
   x = jnp.moveaxis(chunks, 0, axis)
   x = x.reshape(*x.shape[:axis], -1, *x.shape[axis + 2 :])
-  return lax.slice_in_dim(x, 0, queries, axis=axis)
+  return lax.slice_in_dim(x, 0, length, axis=axis)
+
+
+def _joined(chunks, like):
+  """(B, Q, H, D) of chunks of (B, size, H * D), or None."""
+  if chunks is None:
+    return None
+  return _join(chunks, 1, like.shape[1]).reshape(like.shape)
