@@ -145,6 +145,14 @@ def test_queries_beyond_vmem_are_taken_in_chunks(monkeypatch):
     check("mosaic_tpu", Case(700, 700, heads=1, causal=True))
 
 
+@pytest.mark.skipif("mosaic_tpu" not in CONTEXTS, reason="no TPU")
+def test_lists_of_visits_beyond_scalar_memory_are_taken_in_chunks(monkeypatch):
+  # Batch rows x query blocks x key blocks are 12.
+  monkeypatch.setattr(tiling, "tpu_visits", lambda: 4)
+  with CONTEXTS["mosaic_tpu"]():
+    check("mosaic_tpu", Case(600, 300, batch=2, segments="packed"))
+
+
 def outer_equations(jaxpr):
   """Of a jaxpr and those it calls, kernels left out."""
   for eqn in jaxpr.eqns:
