@@ -44,7 +44,7 @@ _HELP = {
   ),
   "plan": (
     "Compile a training run for chips that are not here: memory, operations,\n"
-    "communication, time by roofline, and what would make it fit:\n\n"
+    "communication, time by roofline, what would make it fit, what faster:\n\n"
     "  python -m fat5_jax.plan --gin_file=recipes/xxl_v5e.gin \\\n"
     "    --topology=v5e:16x16"
   ),
@@ -99,6 +99,16 @@ def _parser(command: str) -> argparse.ArgumentParser:
     )
     parser.add_argument(
       "--no_decode", action="store_true", help="compile the training step alone"
+    )
+    parser.add_argument(
+      "--fastest",
+      nargs="?",
+      const=8,
+      type=int,
+      metavar="N",
+      help="compile N (8) other meshes, remat policies and microbatches, those"
+      " first that a cheap estimate finds fast, and rank them by roofline; the"
+      " best with a larger BATCH_SIZE too",
     )
     parser.add_argument(
       "--keep",
@@ -186,10 +196,20 @@ def _run(command: str, arguments: list[str]) -> None:
       " --gin.MODEL_DIR=/tmp/quickstart"
     )
   if command == "plan":
-    from fat5_jax import chips
+    from fat5_jax.planning import chips
 
     if not flags.topology:
       raise UserError("no --topology given. For example: --topology=v5e:16x16")
+    if flags.fastest is not None and flags.fastest < 1:
+      raise UserError(
+        f"--fastest={flags.fastest}: at least 1 setting, or leave the number"
+        " out"
+      )
+    if flags.fastest and "all" in flags.topology:
+      raise UserError(
+        "--fastest searches one topology at a time: name it, such as"
+        " --topology=v5e:16x16"
+      )
     chips.prepare_environment([t for t in flags.topology if t != "all"])
   # Quiet by default: TensorFlow and absl speak to their own developers.
   os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
@@ -240,6 +260,7 @@ def _options(command: str, flags: argparse.Namespace) -> dict[str, object]:
       output=flags.json,
       decode=not flags.no_decode,
       seek=not flags.keep,
+      fastest=flags.fastest,
     )
   }
 

@@ -218,7 +218,7 @@ class Partitioner:
       array, MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES)
     )
 
-  @property
+  @functools.cached_property
   def sizes(self) -> dict[str, int]:
     """{axis: size}, slices included; found without making the mesh."""
     return {

@@ -14,8 +14,9 @@ import pytest
 from fat5_jax import checkpoints, optimizers, weights
 from fat5_jax.convert import table
 from fat5_jax.errors import UserError
-from fat5_jax.models import factory
+from fat5_jax.models import factory, partitioning
 from fat5_jax.models.config import HeadConfig, LoRAConfig, T5Config
+from fat5_jax.planning import cost
 from fat5_jax.program import Program, prediction
 from fat5_jax.sharding import Partitioner, standard_logical_axis_rules
 
@@ -158,7 +159,60 @@ def test_a_step_on_a_mesh_is_the_step_on_one_device(mesh, optimizer, scan):
   config = CONFIG.replace(
     scan_layers=scan, num_encoder_layers=layers, num_decoder_layers=layers
   )
+  if scan:
+    config = config.replace(remat_policy="gathered")
   assert_same_step(config, MESHES[mesh], optimizer)
+
+
+@pytest.mark.parametrize("length", [4, 256], ids=["exchanged", "gathered"])
+@pytest.mark.parametrize("mesh", [{"fsdp": 8}, {"fsdp": 4, "model": 2}])
+def test_an_embedding_split_over_the_width_gives_rows_and_gradients(
+  mesh, length
+):
+  """Its rows go round, or with many tokens the table."""
+  rng = np.random.default_rng(0)
+  table = rng.normal(size=(VOCAB, 32)).astype(np.float32)
+  tokens = rng.integers(0, VOCAB + 2, (ROWS, length)).astype(np.int32)
+  factor = rng.normal(size=(ROWS, length, 32)).astype(np.float32)
+
+  def rows(table, tokens):
+    x = partitioning.embed(table, tokens, "float32")
+    return jax.numpy.sum(jax.numpy.where(jax.numpy.isnan(x), 0, x * factor)), x
+
+  step = jax.value_and_grad(rows, has_aux=True)
+  (_, expected), expected_gradient = jax.jit(step)(table, tokens)
+  partitioner = Partitioner(mesh=mesh, devices=jax.devices())
+  lies = partitioner.parameter_sharding("token_embedder/embedding", table.shape)
+  placed = jax.device_put(table, lies)
+  compiled = partitioner.jit(step, out_shardings=None)
+  (_, x), gradient = compiled(placed, tokens)
+  np.testing.assert_array_equal(x, expected)
+  np.testing.assert_allclose(gradient, expected_gradient, rtol=1e-5, atol=1e-5)
+  text = compiled.lower(placed, tokens).compile().as_text()
+  assert ("all-to-all" in text) == (length == 4)
+
+
+def test_kernels_are_gathered_once_where_they_are_kept():
+  config = CONFIG.replace(
+    scan_layers=True,
+    dropout_rate=0.0,
+    num_encoder_layers=1,
+    num_decoder_layers=1,
+  )
+
+  def gathers(policy):
+    program = Program(
+      factory.create(config.replace(remat_policy=policy)),
+      Partitioner(mesh={"fsdp": 8}, devices=jax.devices()),
+      optax.sgd(0.1),
+    )
+    batch = program.partitioner.to_devices(batch_of(CONFIG), 0, ROWS)
+    lowered = program.train_step.lower(program.abstract_state, batch)
+    traffic = cost.traffic(lowered.compile().as_text())
+    return traffic.collectives["all-gather"][0]
+
+  # A layer of 7 kernels, and one of 11.
+  assert gathers("minimal") - gathers("gathered") == 7 + 11
 
 
 @pytest.mark.slow

@@ -141,7 +141,7 @@ ON_TWO = """
 import sys
 import jax, jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec as P
-from fat5_jax import chips
+from fat5_jax.planning import chips
 from pallas_kernels import RelativeBuckets, flash_attention
 
 chips.prepare_environment([])
@@ -190,7 +190,7 @@ def test_compiles_split_over_two_gpus(chip, implementation):
 SHORT = """
 import json, sys
 import jax.numpy as jnp
-from fat5_jax import chips
+from fat5_jax.planning import chips
 from pallas_kernels import flash_attention
 from tools.static_kernel_report import compile_for
 

@@ -5,15 +5,20 @@ import os
 import subprocess
 import sys
 import textwrap
+import types
 
 from conftest import ROOT
 import jax
 import jax.numpy as jnp
 import pytest
 
-from fat5_jax import chips, cost
-from fat5_jax import plan as planning
+from fat5_jax import cli, optimizers
 from fat5_jax.errors import UserError
+from fat5_jax.models import factory
+from fat5_jax.models.config import T5Config
+from fat5_jax.planning import chips, cost, rehearse, schedule, search, tell
+from fat5_jax.program import Program
+from fat5_jax.sharding import Partitioner
 
 SMALL = textwrap.dedent("""
   from __gin__ import dynamic_registration
@@ -150,21 +155,211 @@ def test_traffic_that_is_started_ahead_counts_what_it_moves():
   assert found.memory == (2 * row + 4) + fetched + gathered
 
 
+BESIDE = """HloModule step, is_scheduled=true
+
+%start (p: f32[1,1024]) -> (f32[1,1024], f32[4,1024]) {
+  %p = f32[1,1024]{1,0} parameter(0)
+  %all.1 = f32[4,1024]{1,0} all-gather(%p), channel_id=7,\
+ replica_groups=[2,4]<=[8]
+  ROOT %go = (f32[1,1024]{1,0}, f32[4,1024]{1,0}) custom-call(%all.1),\
+ custom_call_target="AsyncCollectiveStart"
+}
+
+%async_collective_fusion.1 (q: f32[1,1024], a: f32[512,512]) -> f32[512,512] {
+  %q = f32[1,1024]{1,0} parameter(0)
+  %a = f32[512,512]{1,0:S(1)} parameter(1)
+  %all.2 = f32[4,1024]{1,0} all-gather(%q), channel_id=7,\
+ replica_groups=[2,4]<=[8]
+  ROOT %c = f32[512,512]{1,0:S(1)} convolution(%a, %a), dim_labels=bf_io->bf
+}
+
+%done (r: f32[1,1024]) -> f32[4,1024] {
+  %r = f32[1,1024]{1,0} parameter(0)
+  %all.3 = f32[4,1024]{1,0} all-gather(%r), channel_id=7,\
+ replica_groups=[2,4]<=[8]
+  ROOT %end = f32[4,1024]{1,0} custom-call(%all.3),\
+ custom_call_target="AsyncCollectiveDone"
+}
+
+ENTRY %main (x: f32[1,1024], w: f32[512,512]) -> f32[4,1024] {
+  %x = f32[1,1024]{1,0:S(1)} parameter(0)
+  %w = f32[512,512]{1,0:S(1)} parameter(1)
+  %s = (f32[1,1024]{1,0:S(1)}, f32[4,1024]{1,0:S(1)}) fusion(%x), calls=%start
+  %f = f32[512,512]{1,0:S(1)} fusion(%x, %w), calls=%async_collective_fusion.1
+  ROOT %d = f32[4,1024]{1,0:S(1)} fusion(%x), calls=%done
+}
+"""
+
+
+def test_a_collective_beside_products_counts_once_and_hides_behind_them():
+  found, row = cost.traffic(BESIDE), 4 * 1024
+  assert found.collectives == {"all-gather": (1, 4 * row)}
+  network = lambda group, size: size / row
+  long = schedule.follow(BESIDE, 10.0, 1e30, network)
+  assert (long.seconds, long.waiting) == pytest.approx((10.0, 0.0))
+  short = schedule.follow(BESIDE, 1.0, 1e30, network)
+  assert (short.seconds, short.waiting) == pytest.approx((3.0, 2.0))
+  # What is not started ahead is waited for.
+  alone = schedule.follow(TEXT, 0.0, 1e30, lambda group, size: size / row)
+  assert alone.waiting == alone.seconds == 10 * 3 + 2 * 10 * 7 / 8
+
+
+WITHIN = """HloModule step, is_scheduled=true
+
+%inner (s: f32[10,1024], n: s32[]) -> f32[1,1024] {
+  %s = f32[10,1024]{1,0} parameter(0)
+  %n = s32[] parameter(1)
+  ROOT %ds = f32[1,1024]{1,0} dynamic-slice(%s, %n)
+}
+
+%outer (t: f32[10,1024], m: s32[]) -> f32[1,1024] {
+  %t = f32[10,1024]{1,0} parameter(0)
+  %m = s32[] parameter(1)
+  %row = f32[1,1024]{1,0} fusion(%t, %m), kind=kLoop, calls=%inner
+  ROOT %twice = f32[1,1024]{1,0} add(%row, %row)
+}
+
+ENTRY %main (x: f32[10,1024], i: s32[]) -> f32[1,1024] {
+  %x = f32[10,1024]{1,0} parameter(0)
+  %i = s32[] parameter(1)
+  ROOT %r = f32[1,1024]{1,0} fusion(%x, %i), kind=kOutput, calls=%outer
+}
+"""
+
+
+def test_a_slice_that_a_fusion_within_a_fusion_takes_is_all_that_is_read():
+  assert cost.traffic(WITHIN).memory == 2 * 4 * 1024 + 4
+
+
 # ---- The command -------------------------------------------------------------
 
 
-def test_plan_on_cpu_tells_memory_collectives_and_decoding(tmp_path):
+def test_plan_on_cpu_and_the_fastest_lines_give_what_they_promise(tmp_path):
   """No data, checkpoint or MODEL_DIR is needed, and none is made."""
+  small = SMALL + "SCAN_LAYERS = True\n"
+  for side in ("encoder", "decoder"):
+    small += f"config.T5Config.num_{side}_layers = 1\n"
   mesh = "--gin.MESH={'fsdp': 2, 'model': 2}"
-  done = plan(tmp_path, "--topology=cpu:4", mesh, "--json=p.json")
+  done = plan(
+    tmp_path,
+    "--topology=cpu:4",
+    mesh,
+    "--fastest=1",
+    "--json=p.json",
+    gin=small,
+  )
   assert done.returncode == 0, done.stderr
   assert "cpu:4, 4 devices, fsdp 2 x model 2" in done.stderr
   assert "fits" in done.stderr and "decoding a batch" in done.stderr
+  assert "fastest by roofline first" in done.stderr and " now" in done.stderr
   (found,) = json.loads((tmp_path / "p.json").read_text())
-  # 884,224 parameters in float32, nearly all split four ways.
-  assert 884224 <= found["memory"]["parameters"] < 1.02 * 884224
+  # 490,368 parameters in float32, nearly all split four ways.
+  assert 490368 <= found["memory"]["parameters"] < 1.02 * 490368
   assert found["collectives"]["all-gather"][0] > 10
   assert sorted(os.listdir(tmp_path)) == ["p.json", "run.gin"]
+  # What it says of a setting holds for a gin file with that setting's lines.
+  now, *others = sorted(found["fastest"], key=lambda c: len(c["lines"]))
+  assert now["lines"] == [] and now["mesh"] == "fsdp 2 x model 2"
+  assert [c["seconds_by_roofline"] / c["tokens"] for c in found["fastest"]] == (
+    sorted(c["seconds_by_roofline"] / c["tokens"] for c in found["fastest"])
+  )
+  (other,) = [c for c in others if not c["changes_training"]]
+  gin = "\n".join([small, "MESH = {'fsdp': 2, 'model': 2}", *other["lines"]])
+  flags = ("--topology=cpu:4", "--no_decode", "--json=q.json")
+  done = plan(tmp_path, *flags, gin=gin)
+  assert done.returncode == 0, done.stderr
+  (again,) = json.loads((tmp_path / "q.json").read_text())
+  for key in ("mesh", "memory", "collectives", "seconds_by_roofline"):
+    assert again[key] == other[key], key
+
+
+RUN = Program(
+  factory.create(
+    T5Config(vocab_size=64, emb_dim=32, num_heads=4, head_dim=8, mlp_dim=64)
+  ),
+  Partitioner(mesh={"fsdp": 8}, num_partitions=None),
+  optimizers.adafactor(0.01),
+)
+SHAPES = {
+  name: ((16, 32), jnp.int32)
+  for name in ("encoder_input_tokens", "decoder_input_tokens")
+  + ("decoder_target_tokens", "decoder_loss_weights")
+}
+
+
+@pytest.fixture
+def compiler(monkeypatch):
+  """A made-up compiler: what it says of (mesh, policy, rows), and was asked."""
+  devices = [types.SimpleNamespace(process_index=0)] * 8
+  monkeypatch.setattr(chips, "devices", lambda topology: devices)
+  monkeypatch.setattr(search, "step_flops", lambda *_: 1e12)
+  asked = []
+
+  def compile(program, shapes, topology, flops, decode):
+    partitioner = program.partitioner
+    rows, _ = rehearse.sizes_of(shapes)
+    asked.append((partitioner.describe(), rows))
+    model = partitioner.sizes["model"]
+    return rehearse.Report(
+      *(topology, 8, partitioner.describe()),
+      # The fastest does not fit.
+      fits=model != 4,
+      capacity=2**34,
+      memory=rehearse.Memory(needed=2**30 if model != 4 else 2**35),
+      compile_seconds=1.0,
+      batch_size=rows,
+      remat_policy=program.model.config.remat_policy,
+      step_flops=1e12,
+      useful_flops=1e12,
+      seconds_compute=0.01 * rows / 16,
+      seconds_network={1: 0.08, 2: 0.04, 4: 0.02}.get(model, 0.1),
+      tokens=rows * 64,
+    )
+
+  monkeypatch.setattr(search, "rehearse", compile)
+  now = compile(RUN.replace(partitioner=_on(devices)), SHAPES, "v5e:2x4", 0, 0)
+  asked.clear()
+  return types.SimpleNamespace(now=now, asked=asked)
+
+
+def _on(devices):
+  return Partitioner(mesh={"fsdp": 8}, devices=devices)
+
+
+def test_the_fastest_fits_keeps_the_batch_and_stands_beside_the_run(compiler):
+  found = search.fastest(RUN, SHAPES, compiler.now, 40)
+  times = [c.seconds_a_token for c in found if c.report.fits]
+  assert times == sorted(times)
+  assert [c.report.mesh for c in found if not c.lines] == ["fsdp 8"]
+  assert {c.report.fits for c in found[: len(times)]} == {True}
+  best = search.best_of(found)
+  assert "model 2" in best.report.mesh and best.report.batch_size == 16
+  # A larger batch is tried with the best, and said to be another training.
+  assert {c.report.batch_size for c in found} == {16, 32, 64}
+  for c in found:
+    assert c.changes_training == (c.report.batch_size != 16)
+    assert c.changes_training == any("BATCH_SIZE" in x for x in c.lines)
+  assert len({c.lines for c in found}) == len(found)
+
+
+def test_few_are_compiled_and_the_best_is_told_as_gin_lines(compiler, capsys):
+  found = search.fastest(RUN, SHAPES, compiler.now, 3)
+  assert len([rows for _, rows in compiler.asked if rows == 16]) == 3
+  tell.ranked(found)
+  text = capsys.readouterr().err
+  best = search.best_of(found)
+  for line in best.lines:
+    assert f"  {line}\n" in text
+  tell.ranked([c for c in found if not c.lines])
+  assert "nothing that was compiled is faster" in capsys.readouterr().err
+
+
+def test_lines_of_a_mesh_put_other_ways_of_saying_one_aside(compiler):
+  run = RUN.replace(partitioner=Partitioner(num_partitions=2))
+  found = search.fastest(run, SHAPES, compiler.now, 2)
+  for c in found:
+    if any("MESH" in line for line in c.lines):
+      assert c.lines[0] == "NUM_PARTITIONS = None"
 
 
 @pytest.mark.parametrize(
@@ -186,6 +381,19 @@ def test_a_mistake_is_one_clear_error_before_anything_is_compiled(tmp_path):
   assert done.returncode == 1 and "Traceback" not in done.stderr
   assert "BATCH_SIZE = 16 does not divide over 3" in done.stderr
   assert "no --topology given" in plan(tmp_path).stderr
+
+
+@pytest.mark.parametrize(
+  "flags,message",
+  [
+    (["--topology=cpu:2", "--fastest=0"], "--fastest=0: at least 1 setting"),
+    (["--topology=all", "--fastest"], "--fastest searches one topology"),
+  ],
+)
+def test_what_cannot_be_searched_is_one_line(flags, message, capsys):
+  assert cli.main("plan", ["--gin_file=recipes/quickstart.gin", *flags]) == 1
+  error = capsys.readouterr().err
+  assert message in error and len(error.splitlines()) == 1
 
 
 def test_a_compiler_that_is_missing_is_named_with_its_install_line(monkeypatch):
@@ -214,7 +422,7 @@ def test_a_compiler_that_is_missing_is_named_with_its_install_line(monkeypatch):
   ],
 )
 def test_both_ways_in_which_a_compiler_tells_what_is_missing(message, needed):
-  memory = planning._refused(message, arguments=10 * 2**30)
+  memory = rehearse.refused(message, arguments=10 * 2**30)
   assert memory.needed == pytest.approx(needed * 2**30)
 
 

@@ -135,6 +135,7 @@ def test_alone_padded_or_packed_an_example_has_one_loss(per_layer, tied):
 VARIANTS = {
   "scan": dict(scan_layers=True),
   "remat minimal": dict(remat_policy="minimal"),
+  "remat gathered": dict(remat_policy="gathered"),
   "remat full": dict(remat_policy="full"),
   "remat but for names": dict(remat_policy=("attention", "wi")),
   "scan and remat": dict(scan_layers=True, remat_policy="full"),
@@ -330,7 +331,7 @@ def test_float16_is_refused_with_the_reason():
   "change,message",
   [
     (dict(mlp_activations=("relu6",)), "relu6"),
-    (dict(remat_policy="all"), "none, minimal, full"),
+    (dict(remat_policy="all"), "none, minimal, gathered, full"),
     (dict(dropout_rate=1.0), "dropout_rate"),
     (dict(num_heads=0), "num_heads"),
   ],

@@ -34,14 +34,14 @@ def main() -> None:
   parser.add_argument("--rows", type=int, default=16)
   parser.add_argument("--length", type=int, default=128)
   arguments = parser.parse_args()
-  from fat5_jax import chips
+  from fat5_jax.planning import chips, rehearse
 
   topology = f"cpu:{arguments.devices}"
   chips.prepare_environment([topology])
   import jax
   import numpy as np
 
-  from fat5_jax import optimizers, plan
+  from fat5_jax import optimizers
   from fat5_jax.models import factory
   from fat5_jax.models.config import T5Config
   from fat5_jax.program import Program
@@ -73,10 +73,10 @@ def main() -> None:
     "decoder_loss_weights",
   )
   shapes = {name: (shape, np.dtype(np.int32)) for name in names}
-  found = plan.rehearse(program, shapes, topology, 0.0, decode=False)
+  found = rehearse.rehearse(program, shapes, topology, (0.0, 0.0), decode=False)
   planned = found.memory.needed * arguments.devices
   # Compiled before the measurement, as the compiler takes memory of its own.
-  batch = plan.abstract_batch(program.partitioner, shapes)
+  batch = rehearse.abstract_batch(program.partitioner, shapes)
   step = program.train_step.lower(program.abstract_state, batch).compile()
   gc.collect()
   ctypes.CDLL("libc.so.6").malloc_trim(0)

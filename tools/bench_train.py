@@ -31,9 +31,10 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from fat5_jax import chips, cost, decoding, steps
+from fat5_jax import decoding, steps
 from fat5_jax.models.config import T5Config
 from fat5_jax.models.t5 import Transformer
+from fat5_jax.planning import chips, cost
 
 VOCABULARY = 32128
 # T5 1.1 by size: width, width of the feed-forward, layers of a stack, heads.
@@ -43,7 +44,7 @@ SIZES = {
   "base": (768, 2048, 12, 12),
   "large": (1024, 2816, 24, 16),
 }
-# What jax calls a chip -> fat5_jax.chips.
+# What jax calls a chip -> fat5_jax.planning.chips.
 KINDS = {
   "H200": "h200",
   "H100": "h100",

@@ -17,7 +17,7 @@ import sys
 import time
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
-from fat5_jax import chips
+from fat5_jax.planning import chips
 from tools import static_kernel_report as report
 
 # Rows x tokens a row, on one chip: 8k, 128k and 1M tokens.

@@ -19,7 +19,7 @@ import sys
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path.insert(0, ROOT)
-from fat5_jax import chips
+from fat5_jax.planning import chips
 
 SIZES = {"small": "77M", "base": "248M", "large": "783M"} | {
   "xl": "2.85B",

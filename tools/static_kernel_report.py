@@ -28,7 +28,7 @@ import sys
 import tempfile
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
-from fat5_jax import chips
+from fat5_jax.planning import chips
 
 TPUS = {
   "v4": "v4:2x2x1",
@@ -39,7 +39,7 @@ TPUS = {
 }
 GPUS = ("a100", "h100")
 # Multiplications and additions of a core's matrix units a cycle: the maker's
-# bfloat16 peak (fat5_jax/chips.py) over 1.05, 1.5, 1.75, 1.75 and 2.2 GHz.
+# bfloat16 peak (fat5_jax/planning/chips.py) over 1.05, 1.5, 1.75, 1.75 and 2.2 GHz.
 TPU_PRODUCTS = dict.fromkeys(("v4", "v5e", "v5p"), 2**16) | dict.fromkeys(
   ("v6e", "v7x"), 2**18
 )

@@ -15,7 +15,7 @@ import numpy as np
 # Names as in T5X; "gelu" is the tanh approximation (HF's "gelu_new").
 ACTIVATIONS = ("relu", "gelu", "gelu_exact", "silu", "linear")
 DTYPES = ("float32", "bfloat16")
-REMAT_POLICIES = ("none", "minimal", "full")
+REMAT_POLICIES = ("none", "minimal", "gathered", "full")
 HEAD_KINDS = (
   "language_model",
   "sequence_classification",
@@ -261,7 +261,9 @@ class T5Config:
   # What the backward pass recomputes: nothing; all but products with parameters
   # and attention's output; everything; or all but what is named here, of
   # SAVEABLE: ("attention", "wi_0", "wi_1").
-  remat_policy: Literal["none", "minimal", "full"] | tuple[str, ...] = "none"
+  remat_policy: (
+    Literal["none", "minimal", "gathered", "full"] | tuple[str, ...]
+  ) = "none"
   # Attention backend by name; None lets pallas_kernels choose.
   attention_implementation: str | None = None
   # None is the language model that T5 is.

@@ -45,12 +45,13 @@ def _lora_a_init(key, shape, dtype):
 class Dense(nn.Module):
   """A bias-free projection with a 2-D kernel (inputs, features).
 
-  Where LoRA applies to its name, `lora_a` (inputs, rank) and `lora_b` (rank,
-  features) add to it.
+  `axes` are the kernel's logical axes. Where LoRA applies to its name, `lora_a`
+  (inputs, rank) and `lora_b` (rank, features) add to it.
   """
 
   features: int
   dtype: Any
+  axes: tuple[str, str]
   kernel_init: Any = _fan_in_truncated
   output_dtype: Any = None
   lora: LoRAConfig | None = None
@@ -71,7 +72,10 @@ class Dense(nn.Module):
     # Flat rows: XLA's CPU backend takes twice as long for the gradient of the
     # same product with two leading axes (tools/bench_train.py).
     flat = x.reshape(-1, x.shape[-1])
-    y = product(flat, kernel)
+    whole = partitioning.gather_kernel(
+      kernel.astype(self.dtype), *self.axes, rows=flat.shape[0]
+    )
+    y = product(flat, checkpoint_name(whole, "kernel"))
     lora = self.lora
     if lora is not None and lora.applies_to("/".join(self.path)):
       a = self.param(
@@ -191,13 +195,17 @@ class Mlp(nn.Module):
     low_rank = {"lora": config.lora, "enable_dropout": self.enable_dropout}
     y_BLF = None
     for name, activation in zip(names, config.mlp_activations):
-      dense = Dense(config.mlp_dim, config.dtype, name=name, **low_rank)
+      dense = Dense(
+        config.mlp_dim, config.dtype, ("embed", "mlp"), name=name, **low_rank
+      )
       branch = dense(x_BLM)
       branch = _ACTIVATIONS[activation](branch)
       y_BLF = branch if y_BLF is None else y_BLF * branch
     y_BLF = partitioning.constrain(y_BLF, "batch", "length", "mlp")
     y_BLF = Dropout(config, self.enable_dropout)(y_BLF)
-    dense = Dense(config.emb_dim, config.dtype, name="wo", **low_rank)
+    dense = Dense(
+      config.emb_dim, config.dtype, ("mlp", "embed"), name="wo", **low_rank
+    )
     return dense(y_BLF)
 
 
@@ -215,19 +223,22 @@ class Attention(nn.Module):
     config = self.config
     width = config.num_heads * config.head_dim
 
-    def dense(features, kernel_init=_fan_in_normal):
+    def dense(features, *axes, kernel_init=_fan_in_normal):
       return Dense(
         features,
         config.dtype,
+        axes,
         kernel_init,
         lora=config.lora,
         enable_dropout=self.enable_dropout,
       )
 
-    self.query = dense(width, query_init(config.head_dim))
-    self.key = dense(width)
-    self.value = dense(width)
-    self.out = dense(config.emb_dim)
+    self.query = dense(
+      *(width, "embed", "joined_kv"), kernel_init=query_init(config.head_dim)
+    )
+    self.key = dense(width, "embed", "joined_kv")
+    self.value = dense(width, "embed", "joined_kv")
+    self.out = dense(config.emb_dim, "joined_kv", "embed")
 
   def _heads(self, x_BLI: jax.Array) -> jax.Array:
     return x_BLI.reshape(*x_BLI.shape[:2], self.config.num_heads, -1)

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 import contextlib
+import functools
 
 import flax.linen as nn
 import jax
@@ -72,6 +73,56 @@ def constrain(x: jax.Array, *names: str | None) -> jax.Array:
     return x
   axes = mesh_axes(mesh, None, names, x.shape)
   return jax.lax.with_sharding_constraint(x, P(*axes))
+
+
+def gather_kernel(kernel_IO: jax.Array, *names: str, rows: int) -> jax.Array:
+  """A kernel, whole on the devices that share it and not their rows (ZeRO-3).
+
+  Said here, cast before, it is gathered once where it is read, in 16 bits;
+  its gradient is summed and split again. XLA, left to choose, gathers some a
+  third time, reduces others whole, or sends them round a ring part by part.
+  Few rows, as in decoding, move less than the kernel would: there XLA chooses.
+
+  Args:
+    kernel_IO: (inputs, outputs).
+    *names: its logical axes.
+    rows: that it is multiplied with, over all devices.
+  """
+  mesh = _mesh()
+  inputs, outputs = kernel_IO.shape
+  if mesh is None or rows * (inputs + outputs) < inputs * outputs:
+    return kernel_IO
+  split = mesh_axes(mesh, None, names, kernel_IO.shape)
+  of_rows = _axes_of_rows(mesh)
+  whole = [tuple(a for a in axes if a not in of_rows) for axes in split]
+  if whole == split:
+    return kernel_IO
+  return _resplit(P(*split), P(*whole), kernel_IO)
+
+
+def _axes_of_rows(mesh) -> set[str]:
+  """The mesh axes of several devices over which rows and lengths are split."""
+  names = nn.logical_to_mesh_axes(("batch", "length"))
+  axes = [(a,) if isinstance(a, str) else tuple(a or ()) for a in names]
+  return {a for part in axes for a in part if mesh.shape[a] > 1}
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _resplit(before: P, after: P, x: jax.Array) -> jax.Array:
+  x = jax.lax.with_sharding_constraint(x, before)
+  return jax.lax.with_sharding_constraint(x, after)
+
+
+def _resplit_back(before: P, after: P, _, g: jax.Array) -> tuple[jax.Array]:
+  # Whole first: from that XLA makes one reduce-scatter; without it, on some
+  # chips, a loop that sends every part round a ring, twice the bytes.
+  g = jax.lax.with_sharding_constraint(g, after)
+  return (jax.lax.with_sharding_constraint(g, before),)
+
+
+_resplit.defvjp(
+  lambda before, after, x: (_resplit(before, after, x), None), _resplit_back
+)
 
 
 def attention(
@@ -152,13 +203,39 @@ def _gather(tree, axes: MeshAxes, dimension: int):
   )
 
 
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
+def _gather_as(dtype, axes: MeshAxes, dimension: int, x: jax.Array):
+  """Gathers in `dtype`; sums the gradient, and splits it, in x's own."""
+  return _gather(x.astype(dtype), axes, dimension).astype(x.dtype)
+
+
+def _gather_as_back(dtype, axes: MeshAxes, dimension: int, _, g: jax.Array):
+  # Parts on an axis of their own: else a TPU reduces a large table whole.
+  parts = jax.lax.axis_size(axes)
+  before, after = g.shape[:dimension], g.shape[dimension + 1 :]
+  g = g.reshape(*before, parts, g.shape[dimension] // parts, *after)
+  return (jax.lax.psum_scatter(g, axes, scatter_dimension=dimension),)
+
+
+_gather_as.defvjp(
+  lambda dtype, axes, dimension, x: (
+    _gather_as(dtype, axes, dimension, x),
+    None,
+  ),
+  _gather_as_back,
+)
+
+
 def embed(
   embedding_VM: jax.Array, tokens_BL: jax.Array, dtype: str
 ) -> jax.Array:
   """Rows of a table, (B, L, M); an id beyond it gives NaN, not another's row.
 
   Where the vocabulary is split, a device looks up the ids that it holds and the
-  others add nothing.
+  others add nothing. Where the width is split over devices of other rows, each
+  looks its columns of all their rows up, and they exchange: the table, and its
+  gradient, stay where they lie. With more tokens than that saves, the table is
+  gathered.
   """
   # The table's gradient is summed in its own type, float32.
   take = lambda table, ids: jnp.take(table, ids, axis=0, mode="fill")
@@ -169,14 +246,21 @@ def embed(
   rows = mesh_axes(mesh, None, ("batch", "length"), tokens_BL.shape)
   gathers = set(width) <= {axis for axes in rows for axis in axes}
 
-  def one_device(table, ids):
-    if gathers and width:
-      table = _gather(table, width, 1)
-    if not vocab:
+  def look_up(table, ids):
+    if not gathers or not width:
       return take(table, ids).astype(dtype)
+    # Two exchanges of tokens in 16 bits, or a table and its float32 gradient.
+    if 4 * ids.size > 6 * table.shape[0]:
+      return take(_gather_as(dtype, width, 1, table), ids).astype(dtype)
+    found = take(table, _gather(ids, width, 0)).astype(dtype)
+    return jax.lax.all_to_all(found, width, 0, found.ndim - 1, tiled=True)
+
+  def one_device(table, ids):
+    if not vocab:
+      return look_up(table, ids)
     here = ids - jax.lax.axis_index(vocab) * table.shape[0]
     mine = (here >= 0) & (here < table.shape[0])
-    found = take(table, jnp.where(mine, here, 0)).astype(dtype)
+    found = look_up(table, jnp.where(mine, here, 0))
     found = jnp.where(mine[..., None], found, 0)
     known = (ids >= 0) & (ids < embedding_VM.shape[0])
     return jnp.where(known[..., None], jax.lax.psum(found, vocab), jnp.nan)
@@ -209,7 +293,7 @@ def token_cross_entropy(
 
   def one_device(x, kernel, targets, weights):
     if gathers and width:
-      kernel = _gather(kernel, width, 0)
+      kernel = _gather_as(x.dtype, width, 0, kernel)
     sums = linear_cross_entropy(
       flat(x),
       kernel,

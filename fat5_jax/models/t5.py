@@ -27,10 +27,11 @@ def _remat_policy(config: T5Config):
   policies = jax.checkpoint_policies
   if config.remat_policy == "full":
     return None
-  if config.remat_policy == "minimal":
+  if config.remat_policy in ("minimal", "gathered"):
+    kernels = ("kernel",) if config.remat_policy == "gathered" else ()
     return policies.save_from_both_policies(
       policies.dots_with_no_batch_dims_saveable,
-      policies.save_only_these_names("attention"),
+      policies.save_only_these_names("attention", *kernels),
     )
   return policies.save_only_these_names(*config.remat_policy)
 
@@ -268,6 +269,7 @@ class Decoder(nn.Module):
     logits_BLV = layers.Dense(
       config.vocab_size,
       config.dtype,
+      axes=("embed", "vocab"),
       output_dtype=jnp.float32,
       lora=config.lora,
       enable_dropout=enable_dropout,

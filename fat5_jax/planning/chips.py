@@ -5,11 +5,19 @@ architecture pages for v4, v5e, v5p, v6e, Ironwood (an Ironwood chip is two
 devices, so half of it each), NVIDIA's data sheets for A100 80GB SXM, H100 SXM,
 H200 SXM. Network is what one device sends to its neighbours in the slice or the
 NVLink domain, in one direction; `wide_network` what it sends beyond.
+
+A TPU's is half of what all its links send, as a group of chips seldom has the
+links of every axis of the torus, or their ends joined, to itself: of v4 half of
+2,400 Gbit/s, of v5e 1,600, of v5p 4,800, of v6e 3,584, of Ironwood, by device,
+half of 300 GB/s. (v5e: four links of 50 GB/s; Google has 400 GB/s in both
+directions, and 1.6 TB/s through the middle of 16 x 16, which 32 links cross.)
+Which links a mesh really has is not looked at.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import importlib.util
 import os
 import re
@@ -44,12 +52,12 @@ class Chip:
 
 
 CHIPS = {
-  "v4": Chip("tpu", 275e12, 30.75 * _GIB, 1228e9, 300e9, 6e9, "v4:2x2x1"),
+  "v4": Chip("tpu", 275e12, 30.75 * _GIB, 1228e9, 150e9, 6e9, "v4:2x2x1"),
   "v5e": Chip("tpu", 197e12, 15.75 * _GIB, 819e9, 100e9, 6e9, "v5e:2x4"),
   "v5p": Chip("tpu", 459e12, 95.74 * _GIB, 2765e9, 300e9, 6e9, "v5p:2x2x1"),
   "v6e": Chip("tpu", 918e12, 31.25 * _GIB, 1640e9, 224e9, 6e9, "v6e:2x4"),
   "tpu7x": Chip(
-    "tpu", 1153e12, 94.75 * _GIB, 3690e9, 300e9, 6e9, "tpu7x:2x2x1"
+    "tpu", 1153e12, 94.75 * _GIB, 3690e9, 150e9, 6e9, "tpu7x:2x2x1"
   ),
   "a100": Chip("cuda", 312e12, 79.1 * _GIB, 2039e9, 300e9, 25e9, "a100:8"),
   "h100": Chip("cuda", 989e12, 79.1 * _GIB, 3350e9, 450e9, 50e9, "h100:8"),
@@ -104,6 +112,7 @@ def prepare_environment(topologies: list[str]) -> None:
     os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {flag}"
 
 
+@functools.cache
 def devices(topology: str) -> list[Any]:
   """The devices of a topology, to compile for.
 
