@@ -14,7 +14,7 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.flash_attention import relative_bias
+from pallas_kernels.flash_attention import relative_bias, tiling
 from pallas_kernels.flash_attention.blocked import (
   mean_key,
   row_delta,
@@ -24,10 +24,20 @@ from pallas_kernels.flash_attention.padding import pad_to, without_padding
 from pallas_kernels.flash_attention.positions import FullBias
 from pallas_kernels.manual_axes import vary_together
 
-# Tiles of 512 x 512 keep the working set at 1 MiB a head in float32 while the
-# matrix products stay large enough to run at speed.
-BLOCK = 512
+# Queries and keys of a tile; tests and tuning set it. 512 keeps the working set
+# at 1 MiB a head in float32 while products stay large enough to run at speed; a
+# CPU's cache wants less, and no more of a batch at a time than it holds.
+BLOCK: int | None = None
+_CACHE_BYTES = 2**22
 _MASKED = -1e30
+
+
+def _on_cpu() -> bool:
+  return tiling.device_kind() == "cpu"
+
+
+def block() -> int:
+  return BLOCK or (256 if _on_cpu() else 512)
 
 
 def _tile_scores(q, k, bias_HQK, mask, scale):
@@ -280,6 +290,12 @@ def _backward(causal, scale, bq, bk, residuals, do):
       preferred_element_type=jnp.float32,
     )
 
+  def of_keys(a_BHQK, b_BHQD):
+    # XLA's CPU products want the first operand as it lies: this transposes the
+    # narrow ones, q or do and the result, and not the whole tile.
+    x_BHDK = product("bhqd,bhqk->bhdk", b_BHQD, a_BHQK)
+    return jnp.swapaxes(x_BHDK, 2, 3)
+
   def key_block(carry, j):
     k_j, v_j = _block(k, j, bk, 2), _block(v, j, bk, 2)
     kv_seg_j = None if kv_seg is None else _block(kv_seg, j, bk, 1)
@@ -301,13 +317,13 @@ def _backward(causal, scale, bq, bk, residuals, do):
       p = jnp.exp(s - _block(lse, i, bq, 2)[..., None])
       if mask is not None:
         p = jnp.where(mask, p, 0.0)
-      dv_j += product("bhqk,bhqd->bhkd", p.astype(do.dtype), do_i)
+      dv_j += of_keys(p.astype(do.dtype), do_i)
       dp = product("bhqd,bhkd->bhqk", do_i, v_j)
       ds = p * (dp - _block(delta, i, bq, 2)[..., None])
       dbias = _add_bias_gradient(dbias, ds, i, j, bq, bk, q_offset)
       ds = _round(ds * scale, q.dtype)
       ds_low = ds.astype(q.dtype)
-      dk_j += product("bhqk,bhqd->bhkd", ds_low, q_i)
+      dk_j += of_keys(ds_low, q_i)
       dq_i = _block(dq, i, bq, 2) + product("bhqk,bhkd->bhqd", ds_low, k_j)
       if k_mean is not None:
         dq_i -= ds.sum(axis=-1)[..., None] * k_mean[:, :, None]
@@ -352,11 +368,15 @@ def attention(
   scale: float,
 ) -> jax.Array:
   """Same function as reference.attention, in memory linear in Q + K."""
-  batch, queries = q_BQHD.shape[:2]
+  batch, queries, heads, _ = q_BQHD.shape
   keys = k_BKHD.shape[1]
-  bq = min(BLOCK, queries)
+  bq = min(block(), queries)
   # Fewer queries leave room for more keys in a tile of the same size.
-  bk = min(BLOCK * BLOCK // bq, keys)
+  bk = min(block() ** 2 // bq, keys)
+  if _on_cpu() and batch > 1 and batch * heads * bq * bk * 4 > _CACHE_BYTES:
+    settings = dict(causal=causal, scale=scale)
+    ids = (q_segment_ids, kv_segment_ids)
+    return _row_by_row(q_BQHD, k_BKHD, v_BKHD, bias, *ids, q_offset, settings)
   # Padding rows are told apart by segment 0, so a padded side needs ids.
   if q_segment_ids is not None or kv_segment_ids is not None or keys % bk:
     if q_segment_ids is None:
@@ -385,3 +405,27 @@ def attention(
     bk,
   )
   return jnp.swapaxes(o[:, :, :queries], 1, 2)
+
+
+def _row_by_row(q, k, v, bias, q_seg, kv_seg, q_offset, settings):
+  """`attention` of one batch row after the other: a tile stays in the cache."""
+  rows = dict(q=q, k=k, v=v, q_seg=q_seg, kv_seg=kv_seg)
+  own_bias = isinstance(bias, FullBias) and bias.bias_BHQK.shape[0] > 1
+  if own_bias:
+    rows["bias"] = bias.bias_BHQK
+
+  def one(row):
+    row = jax.tree.map(lambda x: x[None], row)
+    o = attention(
+      row["q"],
+      row["k"],
+      row["v"],
+      FullBias(row["bias"]) if own_bias else bias,
+      row["q_seg"],
+      row["kv_seg"],
+      q_offset,
+      **settings,
+    )
+    return o[0]
+
+  return jax.lax.map(one, rows)
