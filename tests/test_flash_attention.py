@@ -307,6 +307,40 @@ def test_full_bias_and_its_gradient(implementation):
   np.testing.assert_allclose(full, expected, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("sort", ["buckets", "a bias a row", "one for all"])
+def test_row_by_row_is_all_rows_at_once(monkeypatch, sort):
+  """A CPU takes a batch that does not fit its cache one row at a time."""
+  monkeypatch.setattr(tiling, "chip_is", lambda maker: False)
+  q, k, v, table = small_inputs(200, 150)
+  ids = jnp.asarray(np.random.default_rng(0).integers(0, 3, (2, 200)))
+  make, parameter = FullBias, jnp.ones((1 + (sort == "a bias a row"), 2, 1, 1))
+  parameter = parameter * jnp.arange(200.0)[:, None] * jnp.ones(150) / 100
+  if sort == "buckets":
+    make, parameter = (
+      functools.partial(RelativeBuckets, bidirectional=True),
+      table,
+    )
+
+  def loss(q, k, v, parameter):
+    o = flash_attention(
+      q,
+      k,
+      v,
+      position=make(parameter),
+      q_segment_ids=ids,
+      kv_segment_ids=ids[:, :150],
+      implementation="chunked",
+    )
+    return jnp.sum(o**2)
+
+  def run(cache_bytes):
+    monkeypatch.setattr(chunked, "_CACHE_BYTES", cache_bytes)
+    return jax.grad(loss, argnums=(0, 1, 2, 3))(q, k, v, parameter)
+
+  for found, expected in zip(run(1), run(2**40)):
+    np.testing.assert_allclose(found, expected, rtol=2e-5, atol=2e-6)
+
+
 def test_a_bias_that_is_not_differentiated_costs_no_gradient():
   (q, k, v, table), seen = small_inputs(), []
   kernels = blocked.Kernels(

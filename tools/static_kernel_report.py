@@ -38,8 +38,8 @@ TPUS = {
   "v7x": "tpu7x:2x2x1",
 }
 GPUS = ("a100", "h100")
-# Multiplications and additions of a core's matrix units a cycle: the maker's peak
-# (planning/chips.py) over 1.05, 1.5, 1.75, 1.75 and 2.2 GHz.
+# Multiplications and additions of a core's matrix units a cycle: the peak in
+# planning/chips.py over 1.05, 1.5, 1.75, 1.75 and 2.2 GHz.
 TPU_PRODUCTS = dict.fromkeys(("v4", "v5e", "v5p"), 2**16) | dict.fromkeys(
   ("v6e", "v7x"), 2**18
 )
