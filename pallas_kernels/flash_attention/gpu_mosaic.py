@@ -259,10 +259,11 @@ def _forward(x: Operands, *, plan, for_gradient):
           p = _exp(s, _across(m_new, part))
         else:
           # Softmax does not see a constant: it moves the maximum instead.
-          # Not max(m, top + c) - c, which is not top: see README.md.
+          # Not m_new - c, which is not top where that wins. And c = -inf hides
+          # the tile: m stays, and base is inf, so that every p is 0.
           c = jnp.where(j < span.near, before, after) if plan.biased else 0.0
-          base = jnp.maximum(m - c, s.max(axis=1))
-          m_new = base + c
+          top = s.max(axis=1)
+          base, m_new = jnp.maximum(m - c, top), jnp.maximum(m, top + c)
           p = _exp(s, _across(base, part))
         shrink = jnp.exp2((m - m_new) * LOG2E)
         p = p.astype(q.dtype)
