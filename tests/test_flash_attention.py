@@ -57,11 +57,11 @@ def gpu_interpreter():
   from jax._src.pallas.mosaic_gpu.interpret import interpret_pallas_call
   import jax.experimental.pallas.mosaic_gpu as plgpu
 
-  from pallas_kernels.flash_attention import gpu_mosaic
+  from pallas_kernels.flash_attention import mosaic
 
   parameters = plgpu.InterpretGPUParams(detect_races=True)
   with pytest.MonkeyPatch.context() as patch:
-    patch.setattr(gpu_mosaic, "INTERPRETED", True)
+    patch.setattr(mosaic, "CONFIG", mosaic.Config(interpreted=True))
     with plgpu.force_gpu_interpret_mode(parameters):
       yield
   assert not interpret_pallas_call.get_races().races_found

@@ -7,7 +7,6 @@ the bias are a kernel each, without atomics.
 
 from __future__ import annotations
 
-import functools
 import types
 
 import jax
@@ -25,6 +24,7 @@ from pallas_kernels.flash_attention.gpu_common import (
   dbias_splits,
   id_operands,
   key_spans,
+  near_then_far,
   pairs_of_tile,
   query_spans,
 )
@@ -127,16 +127,6 @@ def _tile(r, plan, i, j, within):
   return r.tiles[index, :, within]
 
 
-def _near_then_far(plan, span, parts, step, carry):
-  start = 0
-  if plan.biased:
-    start = span.near_count * parts
-    carry = lax.fori_loop(0, start, functools.partial(step, True), carry)
-  return lax.fori_loop(
-    start, span.count * parts, functools.partial(step, False), carry
-  )
-
-
 def _forward(x: Operands, *, plan, for_gradient):
   q = x.q
   batch, queries, heads, dim = q.shape
@@ -180,7 +170,7 @@ def _forward(x: Operands, *, plan, for_gradient):
       jnp.full((block,), _LOWEST, jnp.float32),
       jnp.zeros((block,), jnp.float32),
     )
-    o, m, l = _near_then_far(plan, span, parts, step, carry)
+    o, m, l = near_then_far(plan, span, parts, step, carry)
     seen = l > 0
     l = jnp.where(seen, l, 1.0)
     r.o[...], rest = blocked.rounded(o / l[:, None], q.dtype)
@@ -255,7 +245,7 @@ def _dq(inputs, plan, need_dbias):
 
     zero = jnp.zeros((block,), jnp.float32)
     carry = jnp.zeros((block, dim), jnp.float32), zero, zero, zero
-    dq, row_sums, before, after = _near_then_far(plan, span, parts, step, carry)
+    dq, row_sums, before, after = near_then_far(plan, span, parts, step, carry)
     if centred:
       dq -= row_sums[:, None] * r.k_mean[...][None]
     r.dq[...] = dq.astype(q.dtype)
@@ -314,7 +304,7 @@ def _dkv(inputs, plan):
       return dk, dv
 
     zero = jnp.zeros((block, dim), jnp.float32)
-    dk, dv = _near_then_far(plan, span, parts, step, (zero, zero))
+    dk, dv = near_then_far(plan, span, parts, step, (zero, zero))
     r.dk[...], r.dv[...] = dk.astype(k.dtype), dv.astype(k.dtype)
 
   out = (
