@@ -44,6 +44,15 @@ class Span:
     return jnp.where(t < self.near_count, self.near + t, far)
 
 
+def longest_first(plan: Plan, n, nq: int):
+  """The query block of the n-th program of a head: the last sees most keys.
+
+  Programs start in order; those that take long had better not start last. The
+  first key blocks are seen by most queries: they need no such turn.
+  """
+  return nq - 1 - n if plan.causal else n
+
+
 def near_then_far(plan: Plan, span: Span, parts: int, step, carry):
   """carry after step(near, t, carry) of every part of a span's blocks."""
   start = 0

@@ -7,6 +7,7 @@ the bias are a kernel each, without atomics.
 
 from __future__ import annotations
 
+import functools
 import types
 
 import jax
@@ -24,6 +25,7 @@ from pallas_kernels.flash_attention.gpu_common import (
   dbias_splits,
   id_operands,
   key_spans,
+  longest_first,
   near_then_far,
   pairs_of_tile,
   query_spans,
@@ -90,14 +92,18 @@ def _call(name, kernel, grid, inputs, outputs, stages: int):
 
 
 def _inputs(x: Operands, spans, plan, *, transposed=False):
-  """Inputs for a grid (block, head, batch), all of a head's rows at hand."""
+  """Inputs for a grid (block, head, batch), all of a head's rows at hand.
+
+  Blocks next to each other along the first axis start one after the other.
+  """
   whole = lambda x: pl.BlockSpec(
     (None, x.shape[1], None, x.shape[3]), lambda n, h, b: (b, 0, h, 0)
   )
   inputs = {name: (z, whole(z)) for name, z in zip("qkv", (x.q, x.k, x.v))}
+  block = (lambda n: n) if transposed else _query_block(plan, spans.shape[1])
   inputs["spans"] = (
     spans,
-    pl.BlockSpec((None, None, 4), lambda n, h, b: (b, n, 0)),
+    pl.BlockSpec((None, None, 4), lambda n, h, b: (b, block(n), 0)),
   )
   inputs["shift"] = (x.shift[None], pl.BlockSpec((1,), lambda n, h, b: (0,)))
   for name, z in bias_operands(x.bias, plan, transposed=transposed).items():
@@ -117,6 +123,11 @@ def _inputs(x: Operands, spans, plan, *, transposed=False):
   return inputs
 
 
+def _query_block(plan, nq: int):
+  """The program's number -> the block of queries it takes."""
+  return functools.partial(longest_first, plan, nq=nq)
+
+
 def _rows(x, size: int, index):
   """Block spec of a (B, L, H, D) array: this program's rows of a head."""
   return pl.BlockSpec((None, size, None, x.shape[3]), index)
@@ -133,9 +144,10 @@ def _forward(x: Operands, *, plan, for_gradient):
   block, part = plan.bq, _blocks(q).part
   parts = block // part
   nq, nk = queries // block, x.k.shape[1] // block
+  query_block = _query_block(plan, nq)
 
   def kernel(r):
-    i = pl.program_id(0)
+    i = query_block(pl.program_id(0))
     span = Span(r.spans, block)
     rows = pl.ds(i * block, block)
     q_tile = r.q[rows, :]
@@ -182,7 +194,7 @@ def _forward(x: Operands, *, plan, for_gradient):
   outputs = {
     "o": (
       jax.ShapeDtypeStruct(q.shape, q.dtype),
-      _rows(q, block, lambda i, h, b: (b, i, h, 0)),
+      _rows(q, block, lambda n, h, b: (b, query_block(n), h, 0)),
     )
   }
   if for_gradient:
@@ -190,7 +202,7 @@ def _forward(x: Operands, *, plan, for_gradient):
       outputs["rest"] = outputs["o"]
     outputs["lse"] = (
       jax.ShapeDtypeStruct((batch, heads, queries), jnp.float32),
-      pl.BlockSpec((None, None, block), lambda i, h, b: (b, h, i)),
+      pl.BlockSpec((None, None, block), lambda n, h, b: (b, h, query_block(n))),
     )
   spans = key_spans(plan, x.segments, x.shift, batch, nq, nk)
   out = _call(
@@ -211,9 +223,10 @@ def _dq(inputs, plan, need_dbias):
   block, part = plan.bq, _blocks(q).part
   parts = block // part
   centred = "k_mean" in inputs
+  query_block = _query_block(plan, queries // block)
 
   def kernel(r):
-    i = pl.program_id(0)
+    i = query_block(pl.program_id(0))
     span = Span(r.spans, block)
     rows = pl.ds(i * block, block)
     q_tile, do_tile = r.q[rows, :], r.do[rows, :]
@@ -255,13 +268,13 @@ def _dq(inputs, plan, need_dbias):
   outputs = {
     "dq": (
       jax.ShapeDtypeStruct(q.shape, q.dtype),
-      _rows(q, block, lambda i, h, b: (b, i, h, 0)),
+      _rows(q, block, lambda n, h, b: (b, query_block(n), h, 0)),
     )
   }
   if need_dbias:
     row = (
       jax.ShapeDtypeStruct((batch, heads, queries), jnp.float32),
-      pl.BlockSpec((None, None, block), lambda i, h, b: (b, h, i)),
+      pl.BlockSpec((None, None, block), lambda n, h, b: (b, h, query_block(n))),
     )
     outputs |= {"before": row, "after": row}
   grid = (queries // block, heads, batch)

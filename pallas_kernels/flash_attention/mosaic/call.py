@@ -21,8 +21,9 @@ def call(g: Grid, name: str, kernel, axes, inputs, outputs, scratch):
     g: the sizes.
     name: of the kernel, in profiles and dumps.
     kernel: called with a namespace of refs; None is what this variant lacks.
-    axes: name -> programs; those next to each other along the last one run
-      together.
+    axes: name -> programs. Those next to each other along the last axis start
+      one after the other: blocks of a head, which share its keys in the L2
+      cache.
     inputs: name -> array.
     outputs: name -> jax.ShapeDtypeStruct.
     scratch: name -> scratch type or None.

@@ -35,7 +35,7 @@ def dkv(x: Operands, y: Cotangents, config: Config, plan: Plan):
     g,
     "flash_attention_dkv",
     functools.partial(_kernel, g),
-    {"heads": g.heads, "keys": g.nk, "batch": g.batch},
+    {"batch": g.batch, "heads": g.heads, "keys": g.nk},
     inputs,
     {"dk": call.struct(x.k), "dv": call.struct(x.v)},
     _scratch(g, x.q.dtype),

@@ -46,7 +46,7 @@ def dq(
     g,
     "flash_attention_dq",
     functools.partial(_kernel, g, need_dbias),
-    {"heads": g.heads, "queries": g.nq, "batch": g.batch},
+    {"batch": g.batch, "heads": g.heads, "queries": g.nq},
     inputs,
     outputs,
     _scratch(g, x.q.dtype, need_dbias),

@@ -62,7 +62,7 @@ def forward(x: Operands, *, config: Config, plan: Plan, for_gradient: bool):
     g,
     "flash_attention_forward",
     functools.partial(_kernel, g, for_gradient),
-    {"heads": g.heads, "queries": g.nq, "batch": g.batch},
+    {"batch": g.batch, "heads": g.heads, "queries": g.nq},
     inputs,
     outputs,
     _scratch(g, x.q.dtype, for_gradient),

@@ -10,7 +10,7 @@ from jax.experimental import pallas as pl
 import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 
-from pallas_kernels.flash_attention.gpu_common import Span
+from pallas_kernels.flash_attention.gpu_common import Span, longest_first
 from pallas_kernels.flash_attention.mosaic.config import ROWS, Config, Grid
 
 
@@ -27,6 +27,8 @@ class Program:
   def __init__(self, g: Grid, r, axis: str):
     self.h, self.b = lax.axis_index("heads"), lax.axis_index("batch")
     self.block = lax.axis_index(axis)
+    if axis == "queries":
+      self.block = longest_first(g.plan, self.block, g.nq)
     self.span = Span(r.spans.at[self.b, self.block], g.config.block)
     self.total = self.span.count * g.parts
 
