@@ -264,8 +264,16 @@ def find_tool(name: str) -> str | None:
   return shutil.which(name)
 
 
+def warnings(log: str) -> list[str]:
+  """What ptxas warns of: wgmma run one by one (C7510), setmaxnreg ignored."""
+  lines = (line.strip() for line in log.splitlines())
+  return sorted(
+    {x for x in lines if re.search(r"warning|Potential Performance Loss", x)}
+  )
+
+
 def sass(ptx: str, arch: str):
-  """(registers, spilled bytes, [instructions of each softmax loop]).
+  """(registers, spilled bytes, warnings, [instructions of a softmax loop]).
 
   A loop counts if it takes the exponentials of a tile.
   """
@@ -281,7 +289,7 @@ def sass(ptx: str, arch: str):
   spills = int(re.search(r"(\d+) bytes spill stores", log)[1])
   disassembler = find_tool("nvdisasm")
   if disassembler is None:
-    return registers, spills, []
+    return registers, spills, warnings(log), []
   text = subprocess.run(
     [disassembler, "-c", cubin], capture_output=True, text=True, check=True
   ).stdout
@@ -311,7 +319,7 @@ def sass(ptx: str, arch: str):
     if exponentials(a, b) >= 16 and all(b <= c or d <= a for c, d in inner):
       inner.append((a, b))
   inner.sort()
-  return registers, spills, [b - a for a, b in inner]
+  return registers, spills, warnings(log), [b - a for a, b in inner]
 
 
 def gpu_report(target: str, dump: str, quick: bool):
@@ -335,13 +343,14 @@ def gpu_report(target: str, dump: str, quick: bool):
           entry = re.search(r"\.entry (flash_attention_[a-z]+)", text.read())
         if not entry:
           continue
-        registers, spills, tiles = sass(file, arch)
+        registers, spills, warned, tiles = sass(file, arch)
         yield dict(
           kernel=f"{implementation}, {name}",
           part=entry[1].replace("flash_attention_", "").split("_")[0],
           tiles=tiles,
           registers=registers,
           spills=spills,
+          warnings=warned,
         )
 
 
@@ -429,6 +438,9 @@ def show_kernels(found: dict) -> None:
       f"| {row['kernel']} | {row['part']} | {tiles} |"
       f" {row.get('registers', '')} | {row.get('spills', '')} |"
     )
+  for row in found["kernels"]:
+    for line in row.get("warnings", ()):
+      print(f"\n{row['kernel']}, {row['part']}: {line}")
   print()
 
 
