@@ -64,6 +64,11 @@ def staging(g: Grid, dtype):
   return matrix(dtype, g.config.warpgroups, ROWS, g.part)
 
 
+def ids(g: Grid, *shape):
+  """Scratch type of segment ids in shared memory, where there are any."""
+  return plgpu.SMEM(shape, jnp.int32) if g.plan.masked else None
+
+
 def arrivals(g: Grid, number: int):
   """A barrier a stage."""
   return plgpu.Barrier(num_arrivals=number, num_barriers=g.config.stages)

@@ -49,7 +49,9 @@ def _scratch(g: Grid, dtype):
     "do_s": call.matrix(dtype, stages, block, g.dim),
     "k_s": call.matrix(dtype, stages, g.part, g.dim),
     "v_s": call.matrix(dtype, stages, g.part, g.dim),
-    "ready": call.arrivals(g, 4),
+    "row_ids_s": call.ids(g, stages, block),
+    "column_ids_s": call.ids(g, stages, g.part),
+    "ready": call.arrivals(g, 4 + 2 * g.plan.masked),
     "free": call.freed(g),
   }
 
@@ -108,6 +110,15 @@ def _load(g: Grid, r, share: _Share) -> None:
         r.ready.at[slot],
       )
 
+    if g.plan.masked:
+      for ids, span, ids_s in (
+        (r.q_ids, rows, r.row_ids_s),
+        (r.kv_ids, columns, r.column_ids_s),
+      ):
+        plgpu.copy_gmem_to_smem(
+          ids.at[b, span], ids_s.at[slot], r.ready.at[slot]
+        )
+
   pipeline.ring(g, share.total, fetch, r.free)
 
 
@@ -124,8 +135,9 @@ def _compute(g: Grid, r, share: _Share, wg) -> None:
 def _tile(g: Grid, r, share: _Share, wg, t, dtile):
   """dtile with the dS of the t-th pair of blocks."""
   mine, slot = pl.ds(wg * ROWS, ROWS), pipeline.slot_of(g, t)
-  b, i, j, columns = share.place(g, t)
+  b, i, j, _ = share.place(g, t)
   rows = pipeline.my_rows(g, i, wg)
+  ids = tiles.ids_of(r, g, b, i, j, (slot, mine), slot)
   lse, delta = (
     tiles.read(r.statistics.at[b, share.h, n, rows], tiles.PER_ROW)
     for n in (0, 1)
@@ -135,12 +147,12 @@ def _tile(g: Grid, r, share: _Share, wg, t, dtile):
     (r.q_s.at[slot, mine], r.k_s.at[slot]),
     (r.do_s.at[slot, mine], r.v_s.at[slot]),
   )
-  plgpu.barrier_arrive(r.free.at[slot])
-  ids = tiles.Ids(r, b, i, j, rows, columns) if g.plan.masked else None
   # Read again a step: kept in registers, it would make others spill.
   bias = tiles.read(
     r.tiles.at[share.h, share.n, mine, share.within], tiles.TILE
   )
   s = tiles.scores(s, g.plan, ids, bias)
+  # The slot holds ids too.
+  plgpu.barrier_arrive(r.free.at[slot])
   prob = tiles.exp(s, tiles.across(lse, g.part))
   return dtile + tiles.ds(prob, dp, tiles.across(delta, g.part))

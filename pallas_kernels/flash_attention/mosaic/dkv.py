@@ -51,9 +51,11 @@ def _scratch(g: Grid, dtype):
     "q_s": call.matrix(dtype, stages, g.part, g.dim),
     "do_s": call.matrix(dtype, stages, g.part, g.dim),
     "statistics_s": plgpu.SMEM((stages, 2, g.part), jnp.float32),
+    "row_ids_s": call.ids(g, wgs, ROWS),
+    "column_ids_s": call.ids(g, stages, g.part),
     "staging": call.staging(g, dtype),
-    "rows_ready": call.rows_ready(g, 2),
-    "q_ready": call.arrivals(g, 3),
+    "rows_ready": call.rows_ready(g, 2 + g.plan.masked),
+    "q_ready": call.arrivals(g, 3 + g.plan.masked),
     "q_free": call.freed(g),
   }
 
@@ -76,6 +78,9 @@ def _load(g: Grid, r, p: Program) -> None:
     plgpu.copy_gmem_to_smem(
       r.statistics.at[p.b, p.h, :, rows], r.statistics_s.at[slot], ready
     )
+    if g.plan.masked:
+      ids_s = r.column_ids_s.at[slot]
+      plgpu.copy_gmem_to_smem(r.q_ids.at[p.b, rows], ids_s, ready)
 
   pipeline.ring(g, p.total, fetch, r.q_free)
 
@@ -85,6 +90,8 @@ def _compute(g: Grid, r, p: Program, wg) -> None:
   k_s, v_s = r.k_s.at[wg], r.v_s.at[wg]
   plgpu.copy_gmem_to_smem(r.k.at[p.b, rows, p.h], k_s, ready)
   plgpu.copy_gmem_to_smem(r.v.at[p.b, rows, p.h], v_s, ready)
+  if g.plan.masked:
+    plgpu.copy_gmem_to_smem(r.kv_ids.at[p.b, rows], r.row_ids_s.at[wg], ready)
   plgpu.barrier_wait(ready)
   carry = tiles.zeros(ROWS, g.dim), tiles.zeros(ROWS, g.dim)
   step = functools.partial(_tile, g, r, p, wg)
@@ -101,7 +108,8 @@ def _tile(g: Grid, r, p: Program, wg, near: bool, t, carry):
   """(dk, dv) with the t-th part of a block of queries."""
   dk, dv = carry
   slot, j = pipeline.slot_of(g, t), p.block
-  i, within, columns = p.span.part(t, g.parts)
+  i, within, _ = p.span.part(t, g.parts)
+  ids = tiles.ids_of(r, g, p.b, i, j, (wg,), slot)
   # S and dP wait for each other's product once, where both fit registers.
   together = g.dim <= 64
   plgpu.barrier_wait(r.q_ready.at[slot])
@@ -111,10 +119,6 @@ def _tile(g: Grid, r, p: Program, wg, near: bool, t, carry):
     s_KQ, dp_KQ = tiles.products(for_s, for_dp)
   else:
     (s_KQ,) = tiles.products(for_s)
-  ids = None
-  if g.plan.masked:
-    rows = pipeline.my_rows(g, j, wg)
-    ids = tiles.Ids(r, p.b, i, j, columns, rows, transposed=True)
   top = plgpu.load(r.statistics_s.at[slot, 0], layout=tiles.PER_COLUMN)
   bias = None
   if near:

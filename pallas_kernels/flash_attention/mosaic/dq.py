@@ -63,9 +63,11 @@ def _scratch(g: Grid, dtype, need_dbias: bool):
     "v_s": call.matrix(dtype, stages, g.part, g.dim),
     "ones_s": call.matrix(dtype, wgs, COPIES, g.part),
     "far_s": plgpu.SMEM((wgs, 2, ROWS), jnp.float32) if need_dbias else None,
+    "row_ids_s": call.ids(g, wgs, ROWS),
+    "column_ids_s": call.ids(g, stages, g.part),
     "staging": call.staging(g, dtype),
-    "rows_ready": call.rows_ready(g, 3),
-    "kv_ready": call.arrivals(g, 2),
+    "rows_ready": call.rows_ready(g, 3 + g.plan.masked),
+    "kv_ready": call.arrivals(g, 2 + g.plan.masked),
     "kv_free": call.freed(g),
   }
 
@@ -85,6 +87,9 @@ def _load(g: Grid, r, p: Program) -> None:
     ready = r.kv_ready.at[slot]
     plgpu.copy_gmem_to_smem(r.k.at[p.b, rows, p.h], r.k_s.at[slot], ready)
     plgpu.copy_gmem_to_smem(r.v.at[p.b, rows, p.h], r.v_s.at[slot], ready)
+    if g.plan.masked:
+      ids_s = r.column_ids_s.at[slot]
+      plgpu.copy_gmem_to_smem(r.kv_ids.at[p.b, rows], ids_s, ready)
 
   pipeline.ring(g, p.total, fetch, r.kv_free)
 
@@ -94,6 +99,8 @@ def _compute(g: Grid, need_dbias: bool, r, p: Program, wg) -> None:
   plgpu.copy_gmem_to_smem(r.q.at[p.b, rows, p.h], r.q_s.at[wg], ready)
   plgpu.copy_gmem_to_smem(r.do.at[p.b, rows, p.h], r.do_s.at[wg], ready)
   plgpu.copy_gmem_to_smem(r.ones, r.ones_s.at[wg], ready)
+  if g.plan.masked:
+    plgpu.copy_gmem_to_smem(r.q_ids.at[p.b, rows], r.row_ids_s.at[wg], ready)
   statistics = tuple(
     tiles.read(r.statistics.at[p.b, p.h, n, rows], tiles.PER_ROW)
     for n in (0, 1)
@@ -114,7 +121,8 @@ def _tile(g: Grid, r, p: Program, wg, statistics, constants, near, t, carry):
   dq, row_sums, sums = carry
   lse, delta = statistics
   slot = pipeline.slot_of(g, t)
-  j, within, columns = p.span.part(t, g.parts)
+  j, within, _ = p.span.part(t, g.parts)
+  ids = tiles.ids_of(r, g, p.b, p.block, j, (wg,), slot)
   bias = None
   if near:
     place = tiles.tile_of(r, g.plan, p.h, p.block, j, wg, within)
@@ -122,10 +130,6 @@ def _tile(g: Grid, r, p: Program, wg, statistics, constants, near, t, carry):
   plgpu.barrier_wait(r.kv_ready.at[slot])
   k_s, v_s = r.k_s.at[slot], r.v_s.at[slot]
   s, dp = tiles.products((r.q_s.at[wg], k_s), (r.do_s.at[wg], v_s))
-  ids = None
-  if g.plan.masked:
-    rows = pipeline.my_rows(g, p.block, wg)
-    ids = tiles.Ids(r, p.b, p.block, j, rows, columns)
   s = tiles.scores(s, g.plan, ids, bias)
   is_before = j < p.span.near
   top = lse

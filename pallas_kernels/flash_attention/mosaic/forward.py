@@ -78,9 +78,11 @@ def _scratch(g: Grid, dtype, for_gradient: bool):
     "v_s": call.matrix(dtype, stages, g.part, g.dim),
     "ones_s": call.matrix(dtype, wgs, COPIES, g.part),
     "lse_s": plgpu.SMEM((wgs, ROWS), jnp.float32) if for_gradient else None,
+    "row_ids_s": call.ids(g, wgs, ROWS),
+    "column_ids_s": call.ids(g, stages, g.part),
     "staging": call.staging(g, dtype),
-    "q_ready": call.rows_ready(g, 2),
-    "k_ready": call.arrivals(g, 1),
+    "q_ready": call.rows_ready(g, 2 + g.plan.masked),
+    "k_ready": call.arrivals(g, 1 + g.plan.masked),
     "v_ready": call.arrivals(g, 1),
     "k_free": call.freed(g),
     "v_free": call.freed(g),
@@ -98,16 +100,21 @@ def _kernel(g: Grid, for_gradient: bool, r) -> None:
 
 
 def _load(g: Grid, r, p: Program) -> None:
-  def fetch(name, t, slot):
+  def fetch_keys(t, slot):
     *_, rows = p.span.part(t, g.parts)
-    plgpu.copy_gmem_to_smem(
-      getattr(r, name).at[p.b, rows, p.h],
-      getattr(r, f"{name}_s").at[slot],
-      getattr(r, f"{name}_ready").at[slot],
-    )
+    ready = r.k_ready.at[slot]
+    plgpu.copy_gmem_to_smem(r.k.at[p.b, rows, p.h], r.k_s.at[slot], ready)
+    if g.plan.masked:
+      ids_s = r.column_ids_s.at[slot]
+      plgpu.copy_gmem_to_smem(r.kv_ids.at[p.b, rows], ids_s, ready)
 
-  loads = [functools.partial(fetch, name) for name in ("k", "v")]
-  pipeline.ring(g, p.total, loads, [r.k_free, r.v_free])
+  def fetch_values(t, slot):
+    *_, rows = p.span.part(t, g.parts)
+    ready = r.v_ready.at[slot]
+    plgpu.copy_gmem_to_smem(r.v.at[p.b, rows, p.h], r.v_s.at[slot], ready)
+
+  loads, frees = [fetch_keys, fetch_values], [r.k_free, r.v_free]
+  pipeline.ring(g, p.total, loads, frees)
 
 
 def _in_turn(r) -> None:
@@ -120,6 +127,8 @@ def _compute(g: Grid, for_gradient: bool, r, p: Program, wg) -> None:
   rows = pipeline.my_rows(g, p.block, wg)
   plgpu.copy_gmem_to_smem(r.q.at[p.b, rows, p.h], q_s, ready)
   plgpu.copy_gmem_to_smem(r.ones, r.ones_s.at[wg], ready)
+  if g.plan.masked:
+    plgpu.copy_gmem_to_smem(r.q_ids.at[p.b, rows], r.row_ids_s.at[wg], ready)
   plgpu.barrier_wait(ready)
   constants = None
   if g.plan.biased:
@@ -141,13 +150,12 @@ def _tile(g: Grid, r, p: Program, wg, constants, near: bool, t, carry):
   """The t-th part of a block of keys: (o, m, l) with it."""
   o, m, l = carry
   slot = pipeline.slot_of(g, t)
-  j, within, columns = p.span.part(t, g.parts)
+  j, within, _ = p.span.part(t, g.parts)
+  ids = tiles.ids_of(r, g, p.b, p.block, j, (wg,), slot)
   s, bias = _product(g, r, p, wg, near, slot, j, within)
-  ids = None
-  if g.plan.masked:
-    rows = pipeline.my_rows(g, p.block, wg)
-    ids = tiles.Ids(r, p.b, p.block, j, rows, columns)
   s = tiles.scores(s, g.plan, ids, bias)
+  # Keys' slot holds their ids too.
+  plgpu.barrier_arrive(r.k_free.at[slot])
   m_new, prob = _probabilities(s, m, _constant(constants, near, j, p.span))
   shrink = jnp.exp2((m - m_new) * LOG2E)
   prob = prob.astype(r.q.dtype)
@@ -183,9 +191,7 @@ def _product(g: Grid, r, p: Program, wg, near: bool, slot, j, within):
     _in_turn(r)
     return accumulator[...], bias
 
-  s, bias = pl.run_scoped(run, plgpu.ACC((ROWS, g.part), jnp.float32))
-  plgpu.barrier_arrive(r.k_free.at[slot])
-  return s, bias
+  return pl.run_scoped(run, plgpu.ACC((ROWS, g.part), jnp.float32))
 
 
 def _constant(constants, near: bool, j, span):

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
+import jax
 from jax import lax
 from jax.experimental import pallas as pl
 import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 
 from pallas_kernels.flash_attention.blocked import LOG2E, Plan
-from pallas_kernels.flash_attention.mosaic.config import ROWS
+from pallas_kernels.flash_attention.mosaic.config import ROWS, Grid
 
 TILE = plgpu.Layout.WGMMA
 PER_ROW, PER_COLUMN = TILE.reduce(1), TILE.reduce(0)
@@ -95,19 +98,36 @@ def tile_of(r, plan: Plan, h, i, j, wg, within):
   return r.tiles.at[h, index, pl.ds(wg * ROWS, ROWS), within]
 
 
-class Ids:
-  """The segment ids of a tile, refs that are read only where they matter.
+class Ids(NamedTuple):
+  """The segment ids of a tile.
 
   Attributes:
     whole: whether the tile is all of one id, as most are.
-    down, across: ids of rows and columns.
+    down, across: ids of its rows and columns: refs in shared memory, where
+      they came with the operands, read unless the tile is whole.
   """
 
-  def __init__(self, r, b, i, j, queries, keys, *, transposed=False):
-    self.whole = r.q_only[b, i] == r.kv_only[b, j]
-    self.down, self.across = r.q_ids.at[b, queries], r.kv_ids.at[b, keys]
-    if transposed:
-      self.down, self.across = self.across, self.down
+  whole: jax.Array
+  down: object
+  across: object
+
+
+def ids_of(r, g: Grid, b, i, j, rows, columns) -> Ids | None:
+  """The Ids of tile (i, j); None where the call is not masked.
+
+  Asked for before a product is issued: nobody then waits for `whole` after it.
+
+  Args:
+    r: refs; row_ids_s and column_ids_s are in shared memory.
+    g: the sizes.
+    b, i, j: batch row and blocks.
+    rows: index of r.row_ids_s, a tuple.
+    columns: of r.column_ids_s.
+  """
+  if not g.plan.masked:
+    return None
+  whole = r.q_only[b, i] == r.kv_only[b, j]
+  return Ids(whole, r.row_ids_s.at[*rows], r.column_ids_s.at[columns])
 
 
 def scores(s, plan: Plan, ids: Ids | None, bias=None):
@@ -127,9 +147,10 @@ def scores(s, plan: Plan, ids: Ids | None, bias=None):
 
 def _masked(s, ids: Ids):
   def mask(s):
-    rows = across(read(ids.down, PER_ROW), s.shape[1])
-    columns = down(read(ids.across, PER_COLUMN), s.shape[0])
-    return jnp.where(rows == columns, s, -jnp.inf)
+    rows = plgpu.load(ids.down, layout=PER_ROW)
+    columns = plgpu.load(ids.across, layout=PER_COLUMN)
+    same = across(rows, s.shape[1]) == down(columns, s.shape[0])
+    return jnp.where(same, s, -jnp.inf)
 
   return lax.cond(ids.whole, lambda s: s, mask, s)
 
