@@ -1,7 +1,7 @@
 """What the compilers say about our kernels, for chips that are not here.
 
   python tools/static_kernel_report.py v5e v6e
-  python tools/static_kernel_report.py h100 a100       (jax 0.11, cuda plugin)
+  python tools/static_kernel_report.py h100 a100 b200  (jax 0.11, cuda plugin)
 
 For each chip, from programs compiled by its real compiler: issue slots a tile
 (VLIW bundles on a TPU, SASS instructions a warp on a GPU), registers, spills,
@@ -35,7 +35,10 @@ TPUS = {
   "v6e": "v6e:2x2",
   "v7x": "tpu7x:2x2x1",
 }
-GPUS = ("a100", "h100")
+# What ptxas calls them.
+GPUS = {"a100": "sm_80", "h100": "sm_90a", "b200": "sm_100a"}
+# wgmma, mma.sync and tcgen05.mma as SASS has them.
+PRODUCTS = r"HGMMA|HMMA|UTC\w*MMA"
 BATCH, HEADS, HEAD_DIM = 1, 12, 64
 LENGTHS = (4096, 8192, 16384)
 LONG = 131072
@@ -272,10 +275,11 @@ def warnings(log: str) -> list[str]:
   )
 
 
-def sass(ptx: str, arch: str):
-  """(registers, spilled bytes, warnings, [instructions of a softmax loop]).
+def sass(ptx: str, arch: str) -> dict:
+  """Registers, spilled bytes, warnings, products, tiles of a kernel.
 
-  A loop counts if it takes the exponentials of a tile.
+  `products` are the instructions that multiply matrices, `tiles` how many
+  instructions each softmax loop has: one that takes a tile's exponentials.
   """
   cubin = ptx + ".cubin"
   result = subprocess.run(
@@ -285,11 +289,16 @@ def sass(ptx: str, arch: str):
     check=True,
   )
   log = result.stderr
-  registers = int(re.search(r"Used (\d+) registers", log)[1])
-  spills = int(re.search(r"(\d+) bytes spill stores", log)[1])
+  found = dict(
+    registers=int(re.search(r"Used (\d+) registers", log)[1]),
+    spills=int(re.search(r"(\d+) bytes spill stores", log)[1]),
+    warnings=warnings(log),
+    products=[],
+    tiles=[],
+  )
   disassembler = find_tool("nvdisasm")
   if disassembler is None:
-    return registers, spills, warnings(log), []
+    return found
   text = subprocess.run(
     [disassembler, "-c", cubin], capture_output=True, text=True, check=True
   ).stdout
@@ -319,11 +328,12 @@ def sass(ptx: str, arch: str):
     if exponentials(a, b) >= 16 and all(b <= c or d <= a for c, d in inner):
       inner.append((a, b))
   inner.sort()
-  return registers, spills, warnings(log), [b - a for a, b in inner]
+  names = (name.partition(".")[0] for name, _ in instructions)
+  products = sorted({name for name in names if re.fullmatch(PRODUCTS, name)})
+  return found | dict(products=products, tiles=[b - a for a, b in inner])
 
 
 def gpu_report(target: str, dump: str, quick: bool):
-  arch = "sm_90a" if target == "h100" else "sm_80"
   names = ["mosaic_gpu", "triton"] if target == "h100" else ["triton"]
   variants = {"T5 bias": {}}
   if not quick:
@@ -343,14 +353,10 @@ def gpu_report(target: str, dump: str, quick: bool):
           entry = re.search(r"\.entry (flash_attention_[a-z]+)", text.read())
         if not entry:
           continue
-        registers, spills, warned, tiles = sass(file, arch)
         yield dict(
           kernel=f"{implementation}, {name}",
           part=entry[1].replace("flash_attention_", "").split("_")[0],
-          tiles=tiles,
-          registers=registers,
-          spills=spills,
-          warnings=warned,
+          **sass(file, GPUS[target]),
         )
 
 
@@ -369,9 +375,9 @@ def clear(folder: str) -> None:
 
 def memory_report(target: str, quick: bool):
   """Temporary bytes of a base-size layer, forward and backward, by length."""
-  implementation = {"a100": "triton", "h100": "mosaic_gpu"}.get(
-    target, "mosaic_tpu"
-  )
+  implementation = "triton" if target in GPUS else "mosaic_tpu"
+  if target == "h100":
+    implementation = "mosaic_gpu"
   for length in LENGTHS if quick else (*LENGTHS, LONG):
     compiled = compile_for(
       target, *flatten(layer(implementation, length=length))
@@ -430,13 +436,16 @@ def show(found: dict) -> None:
 
 def show_kernels(found: dict) -> None:
   unit = "bundles" if found["target"] in TPUS else "instructions"
-  print(f"| kernel | part | {unit} a tile | registers | spilled bytes |")
-  print("|---|---|---|---|---|")
+  print(
+    f"| kernel | part | {unit} a tile | registers | spilled bytes | products |"
+  )
+  print("|---|---|---|---|---|---|")
   for row in found["kernels"]:
     tiles = " / ".join(map(str, row["tiles"])) or "not counted"
     print(
       f"| {row['kernel']} | {row['part']} | {tiles} |"
       f" {row.get('registers', '')} | {row.get('spills', '')} |"
+      f" {', '.join(row.get('products', ()))} |"
     )
   for row in found["kernels"]:
     for line in row.get("warnings", ()):
