@@ -64,6 +64,11 @@ def staging(g: Grid, dtype):
   return matrix(dtype, g.config.warpgroups, ROWS, g.part)
 
 
+def of(ref, wg):
+  """A warpgroup's part of scratch that not every variant has."""
+  return None if ref is None else ref.at[wg]
+
+
 def ids(g: Grid, *shape):
   """Scratch type of segment ids in shared memory, where there are any."""
   return plgpu.SMEM(shape, jnp.int32) if g.plan.masked else None

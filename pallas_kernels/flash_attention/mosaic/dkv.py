@@ -109,7 +109,6 @@ def _tile(g: Grid, r, p: Program, wg, near: bool, t, carry):
   dk, dv = carry
   slot, j = pipeline.slot_of(g, t), p.block
   i, within, _ = p.span.part(t, g.parts)
-  ids = tiles.ids_of(r, g, p.b, i, j, (wg,), slot)
   # S and dP wait for each other's product once, where both fit registers.
   together = g.dim <= 64
   plgpu.barrier_wait(r.q_ready.at[slot])
@@ -119,18 +118,18 @@ def _tile(g: Grid, r, p: Program, wg, near: bool, t, carry):
     s_KQ, dp_KQ = tiles.products(for_s, for_dp)
   else:
     (s_KQ,) = tiles.products(for_s)
+  # Nothing is read ahead: dk and dv leave no registers to hold it.
+  ids = tiles.ids_of(r, g, p.b, i, j, (wg,), slot)
+  s_KQ = tiles.scores(s_KQ, g.plan, ids)
   top = plgpu.load(r.statistics_s.at[slot, 0], layout=tiles.PER_COLUMN)
-  bias = None
   if near:
-    # Not read ahead: dk and dv leave no registers to hold it.
     place = tiles.tile_of(r, g.plan, p.h, i, j, wg, within)
-    bias = tiles.read(place, tiles.TILE)
+    s_KQ += tiles.read(place, tiles.TILE)
   elif g.plan.biased:
     # Queries before the near ones see these keys after themselves.
     top = top - r.constants[p.h, jnp.where(i < p.span.near, 1, 0)]
-  s_KQ = tiles.scores(s_KQ, g.plan, ids, bias)
   p_KQ = tiles.exp(s_KQ, tiles.down(top, ROWS))
-  staging = r.staging and r.staging.at[wg]
+  staging = call.of(r.staging, wg)
   dv = tiles.add_product(dv, p_KQ.astype(r.q.dtype), do_s, staging)
   if not together:
     (dp_KQ,) = tiles.products(for_dp)

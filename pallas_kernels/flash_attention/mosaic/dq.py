@@ -146,7 +146,7 @@ def _tile(g: Grid, r, p: Program, wg, statistics, constants, near, t, carry):
     )
   ds = tiles.scaled(ds, g.plan).astype(r.q.dtype)
   rights = k_s, r.ones_s.at[wg].T
-  staging = r.staging and r.staging.at[wg]
+  staging = call.of(r.staging, wg)
   dq, row_sums = tiles.add_products((dq, row_sums), ds, rights, staging)
   plgpu.barrier_arrive(r.kv_free.at[slot])
   return dq, row_sums, sums

@@ -173,7 +173,7 @@ def _tile(g: Grid, r, p: Program, wg, constants, near: bool, t, carry):
 
   # The sum of what is multiplied: a key that takes all gives o = v.
   rights = r.v_s.at[slot], r.ones_s.at[wg].T
-  staging = r.staging and r.staging.at[wg]
+  staging = call.of(r.staging, wg)
   o, l = tiles.add_products((o, l), prob, rights, staging, next_keys)
   plgpu.barrier_arrive(r.v_free.at[slot])
   return o, m_new, l

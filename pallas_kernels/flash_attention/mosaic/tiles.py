@@ -115,7 +115,8 @@ class Ids(NamedTuple):
 def ids_of(r, g: Grid, b, i, j, rows, columns) -> Ids | None:
   """The Ids of tile (i, j); None where the call is not masked.
 
-  Asked for before a product is issued: nobody then waits for `whole` after it.
+  Better asked for before a product is issued, where registers are left: nobody
+  then waits for `whole` after it.
 
   Args:
     r: refs; row_ids_s and column_ids_s are in shared memory.
