@@ -44,6 +44,8 @@ class Case:
   # is about `scores`, around `level`.
   scores: float = 4.0
   level: float = 0.0
+  # Buckets of the first head that are -inf: it does not see their pairs.
+  hidden: tuple[int, ...] = ()
 
   @property
   def bidirectional(self):
@@ -89,6 +91,12 @@ CASES = {
     200, 300, position="alibi", causal=True, q_offset=90, segments="padded"
   ),
   "fully masked rows": Case(150, 270, batch=2, segments="masked"),
+  # Far before, the diagonal and one near; the last rows see nothing else.
+  "buckets of -inf": Case(400, 300, hidden=(0, 15, 20)),
+  "far after of -inf, scores about -5,000": Case(
+    150, 400, hidden=(31,), level=-5_000, segments="padded"
+  ),
+  "all buckets of -inf": Case(140, 130, causal=True, hidden=(*range(32),)),
 }
 
 
@@ -147,6 +155,8 @@ def make_inputs(case: Case):
   position = np.abs(rng.normal(size=shape)).astype(np.float32)
   if case.position == "alibi":
     position = Alibi.slopes(case.heads)
+  if case.hidden:
+    position[0, list(case.hidden)] = -np.inf
   ids = None
   if case.segments:
     ids = (
@@ -200,21 +210,29 @@ def position_gradient(case, position, ds_HQK):
   )
 
 
+def visible(case: Case):
+  """Boolean (B, H, Q, K): the pairs of softmax; a bias of -inf is none."""
+  (*_, position), _, ids = make_inputs(case)
+  seen = (dense_bias(case, position) > -np.inf)[None]
+  if case.causal:
+    seen = seen & (distances(case) <= 0)
+  if ids:
+    q_ids, kv_ids = ids[0][:, None, :, None], ids[1][:, None, None, :]
+    seen = seen & (q_ids == kv_ids) & (kv_ids != 0)
+  shape = case.batch, case.heads, case.queries, case.keys
+  return np.broadcast_to(seen, shape)
+
+
 @functools.lru_cache(maxsize=2)
 def oracle(case: Case):
   """([o, dq, dk, dv, dposition] in float64, the greatest score)."""
-  (q, k, v, position), do, ids = make_inputs(case)
+  (q, k, v, position), do, _ = make_inputs(case)
   q, k, v, do = (x.astype(np.float64) for x in (q, k, v, do))
   groups = q.shape[2] // k.shape[2]
   k, v = (np.repeat(x, groups, axis=2) for x in (k, v))
   s = case.scale * np.einsum("bqhd,bkhd->bhqk", q, k, optimize=True)
   s += dense_bias(case, position)
-  mask = np.ones(s.shape, bool)
-  if case.causal:
-    mask &= distances(case) <= 0
-  if ids:
-    q_ids, kv_ids = ids[0][:, None, :, None], ids[1][:, None, None, :]
-    mask &= (q_ids == kv_ids) & (kv_ids != 0)
+  mask = visible(case)
   s = np.where(mask, s, -np.inf)
   top = s.max(axis=-1, keepdims=True)
   e = np.exp(s - np.where(np.isfinite(top), top, 0))
@@ -288,8 +306,8 @@ def naive_attention(case):
       preferred_element_type=jnp.float32,
     )
     s = product("bqhd,bkhd->bhqk", q, k)
-    s = s * case.scale + bias_HQK
-    mask = jnp.ones((1, 1, *s.shape[2:]), bool)
+    mask = (bias_HQK > -jnp.inf)[None]
+    s = s * case.scale + jnp.where(mask, bias_HQK, 0)
     if case.causal:
       mask &= jnp.asarray(distances(case) <= 0)
     if q_ids is not None:
@@ -387,7 +405,7 @@ def check(implementation: str, case: Case):
 
 def check_results(found, case: Case):
   """Within twice the naive error, nowhere NaN, zero where all is masked."""
-  _, do, ids = make_inputs(case)
+  _, do, _ = make_inputs(case)
   unit = _unit(case, oracle(case)[1])
   for (name, row), f in zip(errors(found, case).items(), found):
     assert np.isfinite(f).all(), f"{name} is not finite"
@@ -401,7 +419,12 @@ def check_results(found, case: Case):
     row = np.linalg.norm(o, axis=3) * np.linalg.norm(do, axis=3)
     sums = np.abs(dposition.sum(axis=1))
     assert (sums <= 4 * unit * np.linalg.norm(row) + 1e-6).all(), sums
-  if ids:
-    seen = (ids[0][:, :, None] == ids[1][:, None, :]) & (ids[1] != 0)[:, None]
-    assert not o[~seen.any(axis=2)].any() and not dq[~seen.any(axis=2)].any()
-    assert not dk[~seen.any(axis=1)].any() and not dv[~seen.any(axis=1)].any()
+  seen = visible(case)
+  blind_BQH = ~seen.any(axis=3).swapaxes(1, 2)
+  assert not o[blind_BQH].any() and not dq[blind_BQH].any()
+  # Queries of a group of heads share their keys.
+  unseen = ~seen.any(axis=2).reshape(case.batch, dk.shape[2], -1, case.keys)
+  unseen_BKH = unseen.all(axis=2).swapaxes(1, 2)
+  assert not dk[unseen_BKH].any() and not dv[unseen_BKH].any()
+  if case.hidden:
+    assert not dposition[0, list(case.hidden)].any()

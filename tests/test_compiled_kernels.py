@@ -130,11 +130,39 @@ def test_compiles_for_gpu_without_spills(chip, tmp_path):
   assert {part for name, part in rows if name == "triton"} == parts
   for name, row in rows.items():
     assert row["spills"] == 0, name
+    # C7508, C7510: wgmma one by one, or without the registers asked for.
+    assert not row["warnings"], name
   assert_memory_is_linear(report)
   if chip == "h100":
     assert {part for name, part in rows if name == "mosaic_gpu"} == parts
     near, far = rows["mosaic_gpu", "forward"]["tiles"]
     assert near <= H100_BUDGET[0] and far <= H100_BUDGET[1]
+
+
+WITHOUT_ITS_REGISTERS = """
+.version 8.0
+.target sm_90a
+.address_size 64
+.visible .entry f() {
+  setmaxnreg.inc.sync.aligned.u32 240;
+  ret;
+}
+"""
+
+
+def test_the_report_sees_what_ptxas_warns_of(tmp_path):
+  path = tmp_path / "f.ptx"
+  path.write_text(WITHOUT_ITS_REGISTERS)
+  program = "import sys, static_kernel_report as report\n"
+  program += "print(report.sass(sys.argv[1], 'sm_90a'))"
+  result = subprocess.run(
+    [gpu_python(), "-c", program, str(path)],
+    env=other_jax() | {"PYTHONPATH": os.path.join(ROOT, "tools")},
+    capture_output=True,
+    text=True,
+  )
+  assert result.returncode == 0, result.stderr
+  assert "C7508" in result.stdout
 
 
 ON_TWO = """

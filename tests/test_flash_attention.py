@@ -57,11 +57,11 @@ def gpu_interpreter():
   from jax._src.pallas.mosaic_gpu.interpret import interpret_pallas_call
   import jax.experimental.pallas.mosaic_gpu as plgpu
 
-  from pallas_kernels.flash_attention import gpu_mosaic
+  from pallas_kernels.flash_attention import mosaic
 
   parameters = plgpu.InterpretGPUParams(detect_races=True)
   with pytest.MonkeyPatch.context() as patch:
-    patch.setattr(gpu_mosaic, "INTERPRETED", True)
+    patch.setattr(mosaic, "CONFIG", mosaic.Config(interpreted=True))
     with plgpu.force_gpu_interpret_mode(parameters):
       yield
   assert not interpret_pallas_call.get_races().races_found
@@ -592,6 +592,38 @@ def test_a_kernel_for_another_chip_says_so(monkeypatch, implementation):
   q, k, v, _ = small_inputs()
   with pytest.raises(NotImplementedError, match=r"runs on .*, this is"):
     flash_attention(q, k, v, implementation=implementation)
+
+
+@pytest.mark.parametrize("shape", ["batch", "queries", "keys"])
+@pytest.mark.parametrize("implementation", [None, *CONTEXTS])
+def test_an_empty_axis_gives_zeros(implementation, shape):
+  q, k, v, table = small_inputs()
+  q, k, v = {
+    "batch": (q[:0], k[:0], v[:0]),
+    "queries": (q[:, :0], k, v),
+    "keys": (q, k[:, :0], v[:, :0]),
+  }[shape]
+
+  def loss(q, k, v, table):
+    position = RelativeBuckets(table, bidirectional=True)
+    o = flash_attention(
+      q, k, v, position=position, implementation=implementation
+    )
+    return o.sum(), o
+
+  grad = jax.grad(loss, argnums=(0, 1, 2, 3), has_aux=True)
+  gradients, o = grad(q, k, v, table)
+  assert o.shape == q.shape and not o.any()
+  for x, dx in zip((q, k, v, table), gradients):
+    assert dx.shape == x.shape and not dx.any()
+
+
+@pytest.mark.parametrize("implementation", [None, *CONTEXTS])
+@pytest.mark.parametrize("scale", [0, -1.0, float("nan")])
+def test_a_scale_that_is_not_positive_is_an_error(implementation, scale):
+  q, k, v, _ = small_inputs()
+  with pytest.raises(ValueError, match="scale"):
+    flash_attention(q, k, v, scale=scale, implementation=implementation)
 
 
 def test_shapes_that_do_not_fit_name_the_argument():

@@ -1,7 +1,7 @@
 """What the compilers say about our kernels, for chips that are not here.
 
   python tools/static_kernel_report.py v5e v6e
-  python tools/static_kernel_report.py h100 a100       (jax 0.11, cuda plugin)
+  python tools/static_kernel_report.py h100 a100 b200  (jax 0.11, cuda plugin)
 
 For each chip, from programs compiled by its real compiler: issue slots a tile
 (VLIW bundles on a TPU, SASS instructions a warp on a GPU), registers, spills,
@@ -37,7 +37,10 @@ TPUS = {
   "v6e": "v6e:2x2",
   "v7x": "tpu7x:2x2x1",
 }
-GPUS = ("a100", "h100")
+# What ptxas calls them.
+GPUS = {"a100": "sm_80", "h100": "sm_90a", "b200": "sm_100a"}
+# wgmma, mma.sync and tcgen05.mma as SASS has them.
+PRODUCTS = r"HGMMA|HMMA|UTC\w*MMA"
 # Multiplications and additions of a core's matrix units a cycle: the peak in
 # planning/chips.py over 1.05, 1.5, 1.75, 1.75 and 2.2 GHz.
 TPU_PRODUCTS = dict.fromkeys(("v4", "v5e", "v5p"), 2**16) | dict.fromkeys(
@@ -299,10 +302,19 @@ def find_tool(name: str) -> str | None:
   return shutil.which(name)
 
 
-def sass(ptx: str, arch: str):
-  """(registers, spilled bytes, [instructions of each softmax loop]).
+def warnings(log: str) -> list[str]:
+  """What ptxas warns of: wgmma run one by one (C7510), setmaxnreg ignored."""
+  lines = (line.strip() for line in log.splitlines())
+  return sorted(
+    {x for x in lines if re.search(r"warning|Potential Performance Loss", x)}
+  )
 
-  A loop counts if it takes the exponentials of a tile.
+
+def sass(ptx: str, arch: str) -> dict:
+  """Registers, spilled bytes, warnings, products, tiles of a kernel.
+
+  `products` are the instructions that multiply matrices, `tiles` how many
+  instructions each softmax loop has: one that takes a tile's exponentials.
   """
   cubin = ptx + ".cubin"
   result = subprocess.run(
@@ -312,11 +324,16 @@ def sass(ptx: str, arch: str):
     check=True,
   )
   log = result.stderr
-  registers = int(re.search(r"Used (\d+) registers", log)[1])
-  spills = int(re.search(r"(\d+) bytes spill stores", log)[1])
+  found = dict(
+    registers=int(re.search(r"Used (\d+) registers", log)[1]),
+    spills=int(re.search(r"(\d+) bytes spill stores", log)[1]),
+    warnings=warnings(log),
+    products=[],
+    tiles=[],
+  )
   disassembler = find_tool("nvdisasm")
   if disassembler is None:
-    return registers, spills, []
+    return found
   text = subprocess.run(
     [disassembler, "-c", cubin], capture_output=True, text=True, check=True
   ).stdout
@@ -346,11 +363,12 @@ def sass(ptx: str, arch: str):
     if exponentials(a, b) >= 16 and all(b <= c or d <= a for c, d in inner):
       inner.append((a, b))
   inner.sort()
-  return registers, spills, [b - a for a, b in inner]
+  names = (name.partition(".")[0] for name, _ in instructions)
+  products = sorted({name for name in names if re.fullmatch(PRODUCTS, name)})
+  return found | dict(products=products, tiles=[b - a for a, b in inner])
 
 
 def gpu_report(target: str, dump: str, quick: bool):
-  arch = "sm_90a" if target == "h100" else "sm_80"
   names = ["mosaic_gpu", "triton"] if target == "h100" else ["triton"]
   variants = {"T5 bias": {}}
   if not quick:
@@ -370,13 +388,10 @@ def gpu_report(target: str, dump: str, quick: bool):
           entry = re.search(r"\.entry (flash_attention_[a-z]+)", text.read())
         if not entry:
           continue
-        registers, spills, tiles = sass(file, arch)
         yield dict(
           kernel=f"{implementation}, {name}",
           part=entry[1].replace("flash_attention_", "").split("_")[0],
-          tiles=tiles,
-          registers=registers,
-          spills=spills,
+          **sass(file, GPUS[target]),
         )
 
 
@@ -395,9 +410,9 @@ def clear(folder: str) -> None:
 
 def memory_report(target: str, quick: bool):
   """Temporary bytes of a base-size layer, forward and backward, by length."""
-  implementation = {"a100": "triton", "h100": "mosaic_gpu"}.get(
-    target, "mosaic_tpu"
-  )
+  implementation = "triton" if target in GPUS else "mosaic_tpu"
+  if target == "h100":
+    implementation = "mosaic_gpu"
   for length in LENGTHS if quick else (*LENGTHS, LONG):
     compiled = compile_for(
       target, *flatten(layer(implementation, length=length))
@@ -465,13 +480,20 @@ def show_kernels(found: dict) -> None:
         f" {row.get('floor', '')} |"
       )
   else:
-    print("| kernel | part | instructions a tile | registers | spilled bytes |")
-    print("|---|---|---|---|---|")
+    print(
+      "| kernel | part | instructions a tile | registers | spilled bytes |"
+      " products |"
+    )
+    print("|---|---|---|---|---|---|")
     for row in found["kernels"]:
       print(
         f"| {row['kernel']} | {row['part']} | {_tiles(row)} |"
         f" {row['registers']} | {row['spills']} |"
+        f" {', '.join(row['products'])} |"
       )
+  for row in found["kernels"]:
+    for line in row.get("warnings", ()):
+      print(f"\n{row['kernel']}, {row['part']}: {line}")
   print()
 
 

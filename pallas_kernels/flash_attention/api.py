@@ -24,7 +24,7 @@ _MODULES = {
   "reference": "reference",
   "chunked": "chunked",
   "mosaic_tpu": "tpu",
-  "mosaic_gpu": "gpu_mosaic",
+  "mosaic_gpu": "mosaic",
   "triton": "gpu_triton",
 }
 

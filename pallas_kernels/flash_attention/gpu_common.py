@@ -8,6 +8,8 @@ no branch inside.
 
 from __future__ import annotations
 
+import functools
+
 from jax import lax
 from jax.experimental import pallas as pl
 import jax.numpy as jnp
@@ -40,6 +42,26 @@ class Span:
     far = t + self.start
     far += jnp.where(far < self.near, 0, self.near_count)
     return jnp.where(t < self.near_count, self.near + t, far)
+
+
+def longest_first(plan: Plan, n, nq: int):
+  """The query block of the n-th program of a head: the last sees most keys.
+
+  Programs start in order; those that take long had better not start last. The
+  first key blocks are seen by most queries: they need no such turn.
+  """
+  return nq - 1 - n if plan.causal else n
+
+
+def near_then_far(plan: Plan, span: Span, parts: int, step, carry):
+  """carry after step(near, t, carry) of every part of a span's blocks."""
+  start = 0
+  if plan.biased:
+    start = span.near_count * parts
+    carry = lax.fori_loop(0, start, functools.partial(step, True), carry)
+  return lax.fori_loop(
+    start, span.count * parts, functools.partial(step, False), carry
+  )
 
 
 def _span(start, near, far, stop):

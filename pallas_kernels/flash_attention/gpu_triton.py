@@ -25,6 +25,8 @@ from pallas_kernels.flash_attention.gpu_common import (
   dbias_splits,
   id_operands,
   key_spans,
+  longest_first,
+  near_then_far,
   pairs_of_tile,
   query_spans,
 )
@@ -90,14 +92,18 @@ def _call(name, kernel, grid, inputs, outputs, stages: int):
 
 
 def _inputs(x: Operands, spans, plan, *, transposed=False):
-  """Inputs for a grid (block, head, batch), all of a head's rows at hand."""
+  """Inputs for a grid (block, head, batch), all of a head's rows at hand.
+
+  Blocks next to each other along the first axis start one after the other.
+  """
   whole = lambda x: pl.BlockSpec(
     (None, x.shape[1], None, x.shape[3]), lambda n, h, b: (b, 0, h, 0)
   )
   inputs = {name: (z, whole(z)) for name, z in zip("qkv", (x.q, x.k, x.v))}
+  block = (lambda n: n) if transposed else _query_block(plan, spans.shape[1])
   inputs["spans"] = (
     spans,
-    pl.BlockSpec((None, None, 4), lambda n, h, b: (b, n, 0)),
+    pl.BlockSpec((None, None, 4), lambda n, h, b: (b, block(n), 0)),
   )
   inputs["shift"] = (x.shift[None], pl.BlockSpec((1,), lambda n, h, b: (0,)))
   for name, z in bias_operands(x.bias, plan, transposed=transposed).items():
@@ -117,6 +123,11 @@ def _inputs(x: Operands, spans, plan, *, transposed=False):
   return inputs
 
 
+def _query_block(plan, nq: int):
+  """The program's number -> the block of queries it takes."""
+  return functools.partial(longest_first, plan, nq=nq)
+
+
 def _rows(x, size: int, index):
   """Block spec of a (B, L, H, D) array: this program's rows of a head."""
   return pl.BlockSpec((None, size, None, x.shape[3]), index)
@@ -127,25 +138,16 @@ def _tile(r, plan, i, j, within):
   return r.tiles[index, :, within]
 
 
-def _near_then_far(plan, span, parts, step, carry):
-  start = 0
-  if plan.biased:
-    start = span.near_count * parts
-    carry = lax.fori_loop(0, start, functools.partial(step, True), carry)
-  return lax.fori_loop(
-    start, span.count * parts, functools.partial(step, False), carry
-  )
-
-
 def _forward(x: Operands, *, plan, for_gradient):
   q = x.q
   batch, queries, heads, dim = q.shape
   block, part = plan.bq, _blocks(q).part
   parts = block // part
   nq, nk = queries // block, x.k.shape[1] // block
+  query_block = _query_block(plan, nq)
 
   def kernel(r):
-    i = pl.program_id(0)
+    i = query_block(pl.program_id(0))
     span = Span(r.spans, block)
     rows = pl.ds(i * block, block)
     q_tile = r.q[rows, :]
@@ -180,7 +182,7 @@ def _forward(x: Operands, *, plan, for_gradient):
       jnp.full((block,), _LOWEST, jnp.float32),
       jnp.zeros((block,), jnp.float32),
     )
-    o, m, l = _near_then_far(plan, span, parts, step, carry)
+    o, m, l = near_then_far(plan, span, parts, step, carry)
     seen = l > 0
     l = jnp.where(seen, l, 1.0)
     r.o[...], rest = blocked.rounded(o / l[:, None], q.dtype)
@@ -192,7 +194,7 @@ def _forward(x: Operands, *, plan, for_gradient):
   outputs = {
     "o": (
       jax.ShapeDtypeStruct(q.shape, q.dtype),
-      _rows(q, block, lambda i, h, b: (b, i, h, 0)),
+      _rows(q, block, lambda n, h, b: (b, query_block(n), h, 0)),
     )
   }
   if for_gradient:
@@ -200,7 +202,7 @@ def _forward(x: Operands, *, plan, for_gradient):
       outputs["rest"] = outputs["o"]
     outputs["lse"] = (
       jax.ShapeDtypeStruct((batch, heads, queries), jnp.float32),
-      pl.BlockSpec((None, None, block), lambda i, h, b: (b, h, i)),
+      pl.BlockSpec((None, None, block), lambda n, h, b: (b, h, query_block(n))),
     )
   spans = key_spans(plan, x.segments, x.shift, batch, nq, nk)
   out = _call(
@@ -221,9 +223,10 @@ def _dq(inputs, plan, need_dbias):
   block, part = plan.bq, _blocks(q).part
   parts = block // part
   centred = "k_mean" in inputs
+  query_block = _query_block(plan, queries // block)
 
   def kernel(r):
-    i = pl.program_id(0)
+    i = query_block(pl.program_id(0))
     span = Span(r.spans, block)
     rows = pl.ds(i * block, block)
     q_tile, do_tile = r.q[rows, :], r.do[rows, :]
@@ -255,7 +258,7 @@ def _dq(inputs, plan, need_dbias):
 
     zero = jnp.zeros((block,), jnp.float32)
     carry = jnp.zeros((block, dim), jnp.float32), zero, zero, zero
-    dq, row_sums, before, after = _near_then_far(plan, span, parts, step, carry)
+    dq, row_sums, before, after = near_then_far(plan, span, parts, step, carry)
     if centred:
       dq -= row_sums[:, None] * r.k_mean[...][None]
     r.dq[...] = dq.astype(q.dtype)
@@ -265,13 +268,13 @@ def _dq(inputs, plan, need_dbias):
   outputs = {
     "dq": (
       jax.ShapeDtypeStruct(q.shape, q.dtype),
-      _rows(q, block, lambda i, h, b: (b, i, h, 0)),
+      _rows(q, block, lambda n, h, b: (b, query_block(n), h, 0)),
     )
   }
   if need_dbias:
     row = (
       jax.ShapeDtypeStruct((batch, heads, queries), jnp.float32),
-      pl.BlockSpec((None, None, block), lambda i, h, b: (b, h, i)),
+      pl.BlockSpec((None, None, block), lambda n, h, b: (b, h, query_block(n))),
     )
     outputs |= {"before": row, "after": row}
   grid = (queries // block, heads, batch)
@@ -314,7 +317,7 @@ def _dkv(inputs, plan):
       return dk, dv
 
     zero = jnp.zeros((block, dim), jnp.float32)
-    dk, dv = _near_then_far(plan, span, parts, step, (zero, zero))
+    dk, dv = near_then_far(plan, span, parts, step, (zero, zero))
     r.dk[...], r.dv[...] = dk.astype(k.dtype), dv.astype(k.dtype)
 
   out = (
