@@ -167,7 +167,8 @@ def outer_equations(jaxpr):
 
 
 @pytest.mark.parametrize(
-  "implementation", [x for x in ("triton", "mosaic_tpu") if x in CONTEXTS]
+  "implementation",
+  [x for x in ("triton", "mosaic_tpu", "mosaic_gpu") if x in CONTEXTS],
 )
 def test_the_forward_pass_takes_queries_keys_and_values_as_they_are(
   implementation,

@@ -6,7 +6,9 @@ softmax while the other multiplies.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
+import itertools
 
 import jax
 from jax import lax
@@ -30,7 +32,6 @@ from pallas_kernels.flash_attention.mosaic.config import (
   Grid,
 )
 from pallas_kernels.flash_attention.mosaic.pipeline import Program
-from pallas_kernels.flash_attention.padding import without_padding
 
 # The running maximum starts here rather than at -inf, so that a row that has
 # seen no key yet subtracts a finite number from -inf.
@@ -40,18 +41,19 @@ _LOWEST = -1e30
 def forward(x: Operands, *, config: Config, plan: Plan, for_gradient: bool):
   """(o, rest, lse) as blocked.Kernels wants them."""
   g = Grid.of(x, config, plan, tiling.mosaic_parts(x.q.shape[3]).forward)
-  # wgmma reads values from shared memory as they are, and 0 * NaN is NaN.
-  v = without_padding(x.v, None if x.segments is None else x.segments.kv_BK)
   inputs = {
     "q": x.q,
     "k": x.k,
-    "v": v,
+    "v": x.v,
     "ones": jnp.ones((COPIES, g.part), x.q.dtype),
     "spans": key_spans(plan, x.segments, x.shift, g.batch, g.nq, g.nk),
     "shift": x.shift[None],
     **bias_operands(x.bias, plan),
     **id_operands(x.segments),
   }
+  if plan.masked:
+    blocks = x.segments.kv_BK.reshape(g.batch, g.nk, plan.bk)
+    inputs["kv_padded"] = (blocks == 0).any(axis=2).astype(jnp.int32)
   outputs = {"o": call.struct(x.q)}
   if for_gradient:
     outputs["rest"] = outputs["o"]
@@ -84,6 +86,7 @@ def _scratch(g: Grid, dtype, for_gradient: bool):
     "q_ready": call.rows_ready(g, 2 + g.plan.masked),
     "k_ready": call.arrivals(g, 1 + g.plan.masked),
     "v_ready": call.arrivals(g, 1),
+    "v_loaded": plgpu.Barrier() if g.plan.masked else None,
     "k_free": call.freed(g),
     "v_free": call.freed(g),
     "turn": plgpu.Barrier(num_arrivals=wgs),
@@ -92,8 +95,12 @@ def _scratch(g: Grid, dtype, for_gradient: bool):
 
 def _kernel(g: Grid, for_gradient: bool, r) -> None:
   p = Program(g, r, "queries")
+  config = g.config
+  if g.plan.masked:
+    # Emptying padding takes the loading threads more than they have.
+    config = dataclasses.replace(config, registers=(232, 40))
   pipeline.by_role(
-    g.config,
+    config,
     functools.partial(_compute, g, for_gradient, r, p),
     functools.partial(_load, g, r, p),
   )
@@ -109,12 +116,42 @@ def _load(g: Grid, r, p: Program) -> None:
       plgpu.copy_gmem_to_smem(r.kv_ids.at[p.b, rows], ids_s, ready)
 
   def fetch_values(t, slot):
-    *_, rows = p.span.part(t, g.parts)
-    ready = r.v_ready.at[slot]
-    plgpu.copy_gmem_to_smem(r.v.at[p.b, rows, p.h], r.v_s.at[slot], ready)
+    j, _, rows = p.span.part(t, g.parts)
+    v, v_s, ready = r.v.at[p.b, rows, p.h], r.v_s.at[slot], r.v_ready.at[slot]
+    if not g.plan.masked:
+      plgpu.copy_gmem_to_smem(v, v_s, ready)
+      return
+    padded = r.kv_padded[p.b, j] != 0
+
+    @pl.when(jnp.logical_not(padded))
+    def _():
+      plgpu.copy_gmem_to_smem(v, v_s, ready)
+
+    @pl.when(padded)
+    def _():
+      plgpu.copy_gmem_to_smem(v, v_s, r.v_loaded)
+      plgpu.barrier_wait(r.v_loaded)
+      _empty_padding(g, v_s, r.kv_ids.at[p.b, rows])
+      plgpu.commit_smem()
+      plgpu.barrier_arrive(ready)
 
   loads, frees = [fetch_keys, fetch_values], [r.k_free, r.v_free]
   pipeline.ring(g, p.total, loads, frees)
+
+
+def _empty_padding(g: Grid, v_s, ids) -> None:
+  """Zeros in values' rows of id 0, by one warpgroup.
+
+  Padding may hold anything, and 0 * NaN is NaN: wgmma reads shared memory as it
+  is.
+  """
+  for start, lane in itertools.product(
+    range(0, g.part, ROWS), range(0, g.dim, 64)
+  ):
+    piece = v_s.at[pl.ds(start, ROWS), pl.ds(lane, 64)]
+    real = tiles.read(ids.at[pl.ds(start, ROWS)], tiles.PER_ROW) != 0
+    v = plgpu.load(piece, layout=tiles.TILE)
+    piece[...] = jnp.where(tiles.across(real, 64), v, jnp.zeros((), v.dtype))
 
 
 def _in_turn(r) -> None:
