@@ -77,9 +77,9 @@ def _chunked(head_dim: int):
   def apply(block):
     chunked.BLOCK = block
 
-  for block in _BLOCKS[chunked.block()]:
+  for block in _BLOCKS[chunked.BLOCK]:
     yield f"block={block}", apply, block
-  yield AS_IT_IS, apply, None
+  yield AS_IT_IS, apply, chunked.BLOCK
 
 
 _KNOBS = {

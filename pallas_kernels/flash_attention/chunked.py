@@ -24,20 +24,13 @@ from pallas_kernels.flash_attention.padding import pad_to, without_padding
 from pallas_kernels.flash_attention.positions import FullBias
 from pallas_kernels.manual_axes import vary_together
 
-# Queries and keys of a tile; tests and tuning set it. 512 keeps the working set
-# at 1 MiB a head in float32 while products stay large enough to run at speed; a
-# CPU's cache wants less, and no more of a batch at a time than it holds.
-BLOCK: int | None = None
+# Tiles of 512 x 512 keep the working set at 1 MiB a head in float32 while the
+# matrix products stay large enough to run at speed.
+BLOCK = 512
+# Beyond this, a CPU takes tiles of one batch row at a time: they stay in its
+# cache.
 _CACHE_BYTES = 2**22
 _MASKED = -1e30
-
-
-def _on_cpu() -> bool:
-  return tiling.device_kind() == "cpu"
-
-
-def block() -> int:
-  return BLOCK or (256 if _on_cpu() else 512)
 
 
 def _tile_scores(q, k, bias_HQK, mask, scale):
@@ -370,10 +363,11 @@ def attention(
   """Same function as reference.attention, in memory linear in Q + K."""
   batch, queries, heads, _ = q_BQHD.shape
   keys = k_BKHD.shape[1]
-  bq = min(block(), queries)
+  bq = min(BLOCK, queries)
   # Fewer queries leave room for more keys in a tile of the same size.
-  bk = min(block() ** 2 // bq, keys)
-  if _on_cpu() and batch > 1 and batch * heads * bq * bk * 4 > _CACHE_BYTES:
+  bk = min(BLOCK * BLOCK // bq, keys)
+  on_cpu = tiling.device_kind() == "cpu"
+  if on_cpu and batch > 1 and batch * heads * bq * bk * 4 > _CACHE_BYTES:
     settings = dict(causal=causal, scale=scale)
     ids = (q_segment_ids, kv_segment_ids)
     return _row_by_row(q_BQHD, k_BKHD, v_BKHD, bias, *ids, q_offset, settings)

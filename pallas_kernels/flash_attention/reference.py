@@ -75,11 +75,13 @@ def attention(
     q_segment_ids=q_segment_ids,
     kv_segment_ids=kv_segment_ids,
   )
-  # A bias of -inf hides a pair as a mask does. A row that sees nothing gives 0,
-  # and no gradient, instead of 0 / 0.
-  visible = s_BHQK > -jnp.inf
-  visible = visible if mask is None else visible & mask
-  p_BHQK = jax.nn.softmax(s_BHQK, axis=-1, where=visible)
-  p_BHQK = jnp.where(visible, p_BHQK, 0.0)
+  if mask is not None:
+    s_BHQK = jnp.where(mask, s_BHQK, -jnp.inf)
+  # A row that sees nothing, by masks or a bias of -inf, gives 0, and no
+  # gradient, instead of 0 / 0.
+  top_BHQ1 = jax.lax.stop_gradient(s_BHQK.max(axis=-1, keepdims=True))
+  e_BHQK = jnp.exp(s_BHQK - jnp.where(top_BHQ1 > -jnp.inf, top_BHQ1, 0.0))
+  sum_BHQ1 = e_BHQK.sum(axis=-1, keepdims=True)
+  p_BHQK = e_BHQK / jnp.where(sum_BHQ1 > 0, sum_BHQ1, 1.0)
   o_BQHD = jnp.einsum("bhqk,bkhd->bqhd", p_BHQK, v, precision=highest)
   return without_padding(o_BQHD.astype(q_BQHD.dtype), q_segment_ids)
