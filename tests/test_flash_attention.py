@@ -494,6 +494,23 @@ def test_a_fallback_is_a_warning_with_its_reason(monkeypatch, caplog):
   assert "dense" in record.message
 
 
+def test_none_leaves_to_xla_what_a_tpu_kernel_cannot_load(monkeypatch):
+  from pallas_kernels.flash_attention import api
+
+  device = types.SimpleNamespace(device_kind="TPU v5 lite")
+  monkeypatch.setattr(tiling, "_device", lambda: device)
+  like = lambda dtype: jax.ShapeDtypeStruct((1, 512, 2, 64), dtype)
+  half, low, full = map(like, (jnp.float16, jnp.bfloat16, jnp.float32))
+  for q, k, reason in (
+    (half, half, "float16"),
+    (low, full, "keys float32"),
+    (full, low, "keys bfloat16"),
+  ):
+    name, [said] = api.best(q, k, None)
+    assert name == "chunked" and reason in said
+  assert api.best(low, low, None) == ("mosaic_tpu", [])
+
+
 @pytest.mark.parametrize("kind", TPU_CHIPS)
 @pytest.mark.parametrize("dim", [64, 128, 256])
 def test_tpu_blocks_compute_little_that_nobody_needs(monkeypatch, kind, dim):
@@ -640,3 +657,84 @@ def test_shapes_that_do_not_fit_name_the_argument():
     flash_attention(q, k, v, position=FullBias(jnp.zeros((1, 2, 40, 4))))
   with pytest.raises(ValueError, match="odd"):
     flash_attention(q, k, v, position=DistanceVector(jnp.zeros((2, 8))))
+
+
+@pytest.mark.parametrize(
+  "name,wrong",
+  [
+    ("scale", dict(scale=0.0)),
+    ("scale", dict(scale=float("inf"))),
+    ("scale", dict(scale=None)),
+    ("q_offset", dict(q_offset=2.5)),
+    ("q_offset", dict(q_offset=None)),
+    ("q_offset", dict(q_offset=2**31)),
+    ("q_offset", dict(q_offset=jnp.zeros(2, jnp.int32))),
+    ("position", dict(position=jnp.zeros((2, 32)))),
+    ("RelativeBuckets", dict(position=RelativeBuckets(jnp.zeros(32), True))),
+    ("Alibi", dict(position=Alibi(jnp.zeros((2, 2))))),
+    ("DistanceVector", dict(position=DistanceVector([[0.0], [0.0]]))),
+    ("q_segment_ids", dict(q_segment_ids=np.full((2, 40), 0.5))),
+    ("q_segment_ids", dict(q_segment_ids=np.full((2, 40), 2**32))),
+    ("kv_segment_ids", dict(kv_segment_ids=[[1] * 4] * 2)),
+  ],
+)
+def test_a_wrong_argument_is_named(name, wrong):
+  q, k, v, _ = small_inputs()
+  with pytest.raises(ValueError, match=f"flash_attention: {name}"):
+    flash_attention(q, k, v, **wrong)
+
+
+def test_wrong_arrays_are_named():
+  q, k, v, _ = small_inputs()
+  with pytest.raises(ValueError, match="q_BQHD is int32"):
+    flash_attention(q.astype(jnp.int32), k, v)
+  with pytest.raises(ValueError, match="v_BKHD is bfloat16, k_BKHD float32"):
+    flash_attention(q, k, v.astype(jnp.bfloat16))
+  with pytest.raises(ValueError, match="k_BKHD"):
+    flash_attention(q, k[:, :, :0], v[:, :, :0])
+  assert flash_attention(*(x[:, :, :0] for x in (q, k, v))).size == 0
+  with pytest.raises(NotImplementedError, match="does not exist"):
+    flash_attention(q[:, :0], k, v, implementation="cuda")
+
+
+@pytest.mark.parametrize("implementation", CONTEXTS)
+def test_ids_at_the_ends_of_32_bits_are_ids(implementation):
+  rng = np.random.default_rng(0)
+  q, k, v, _ = small_inputs(160, 300, dim=64)
+  q, k, v = (x.astype(jnp.bfloat16) for x in (q, k, v))
+  least, most = np.iinfo(np.int32).min, np.iinfo(np.int32).max
+  q_ids = rng.choice([least, 7, most], (2, 160)).astype(np.int32)
+  kv_ids = rng.choice([least, 7, most], (2, 300)).astype(np.int32)
+  q_ids[0], kv_ids[0, ::2] = least + 1, least + 1
+  # The least three are one.
+  small = lambda ids: np.where(ids < 0, 1, np.where(ids == 7, 2, 3))
+
+  def gradients(q_ids, kv_ids):
+    attend = lambda *x: flash_attention(
+      *x,
+      q_segment_ids=q_ids,
+      kv_segment_ids=kv_ids,
+      implementation=implementation,
+    )
+    return jax.vjp(attend, q, k, v)[1](q)
+
+  with CONTEXTS[implementation]():
+    found = gradients(q_ids, kv_ids)
+    expected = gradients(small(q_ids), small(kv_ids))
+  for f, e in zip(found, expected):
+    assert np.array_equal(f, e) and np.asarray(e, np.float32).any()
+
+
+def test_small_gradients_survive_float16():
+  q, k, v, _ = (x.astype(jnp.float16) for x in small_inputs(512, 512, dim=64))
+  do = q * jnp.float16(1e-3)
+
+  def gradients(*inputs):
+    attend = functools.partial(flash_attention, implementation="chunked")
+    return jax.vjp(attend, *inputs[:3])[1](inputs[3])
+
+  found = gradients(q, k, v, do)
+  expected = gradients(*(x.astype(jnp.float32) for x in (q, k, v, do)))
+  for f, e in zip(found, expected):
+    error = jnp.linalg.norm(f.astype(jnp.float32) - e)
+    assert error <= 3e-3 * jnp.linalg.norm(e)

@@ -10,8 +10,8 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.flash_attention import tiling
-from pallas_kernels.flash_attention.positions import FullBias, Position
+from pallas_kernels.flash_attention import checks, tiling
+from pallas_kernels.flash_attention.positions import Position
 from pallas_kernels.manual_axes import vary_together
 
 Implementation = Literal[
@@ -56,7 +56,7 @@ def flash_attention(
     causal: a query sees only keys at its own position or before.
     q_segment_ids: integers (B, Q); a query sees only keys of its own segment.
       Segment 0 is padding: it sees nothing and is seen by nothing. None is all
-      ones.
+      ones. The three least numbers of 32 bits are one segment.
     kv_segment_ids: integers (B, K), likewise.
     scale: multiplies q k^T. T5 uses 1 (no 1/sqrt(D)).
     implementation: "reference" (dense, float32), "chunked" (plain XLA, memory
@@ -73,15 +73,23 @@ def flash_attention(
     -inf. Where there is no query or no key, the result is zeros.
 
   Raises:
-    ValueError: if the shapes do not fit together, naming the argument, or if
-      `scale` is not positive.
+    ValueError: if an argument is not what it must be or the shapes do not fit
+      together, naming the argument.
     NotImplementedError: if the named implementation does not exist or cannot
       take these arguments, with the reason.
   """
   q_BQHD, k_BKHD, v_BKHD = map(jnp.asarray, (q_BQHD, k_BKHD, v_BKHD))
-  _check_shapes(q_BQHD, k_BKHD, v_BKHD, position, q_segment_ids, kv_segment_ids)
-  if not scale > 0:
-    raise ValueError(f"flash_attention: scale is {scale}, it must be positive")
+  q_segment_ids = checks.segment_ids("q_segment_ids", q_segment_ids)
+  kv_segment_ids = checks.segment_ids("kv_segment_ids", kv_segment_ids)
+  scale = checks.scale(scale)
+  q_offset = checks.offset(q_offset)
+  checks.position(position)
+  checks.shapes(q_BQHD, k_BKHD, v_BKHD, position, q_segment_ids, kv_segment_ids)
+  if implementation is not None and implementation not in list(_MODULES):
+    raise NotImplementedError(
+      f"attention implementation {implementation!r} does not exist; there "
+      f"are: {', '.join(_MODULES)}"
+    )
   if 0 in (*q_BQHD.shape, *k_BKHD.shape):
     # No pair: nothing is seen, and no gradient flows.
     return jnp.zeros_like(q_BQHD)
@@ -109,11 +117,6 @@ def _choose(implementation: str | None, q, k, bias):
     name, reasons = best(q, k, bias)
     _say_once(name, "; ".join(reasons))
     return _module(name)
-  if implementation not in _MODULES:
-    raise NotImplementedError(
-      f"attention implementation {implementation!r} does not exist; there "
-      f"are: {', '.join(_MODULES)}"
-    )
   reason = _unsupported(implementation, q, k, bias)
   if reason:
     raise NotImplementedError(
@@ -156,40 +159,3 @@ def _say_once(name: str, reasons: str) -> None:
     log.warning("attention: %s (%s)", name, reasons)
   else:
     log.info("attention: %s", name)
-
-
-def _check_shapes(q, k, v, position, q_segment_ids, kv_segment_ids) -> None:
-  def fail(name, array, expected):
-    raise ValueError(
-      f"flash_attention: {name} has shape {array.shape}, expected {expected}"
-    )
-
-  if q.ndim != 4:
-    fail("q_BQHD", q, "(batch, queries, heads, head_dim)")
-  batch, queries, heads, head_dim = q.shape
-  if k.ndim != 4 or k.shape[0] != batch or k.shape[3] != head_dim:
-    fail("k_BKHD", k, f"({batch}, keys, heads, {head_dim})")
-  if heads % k.shape[2]:
-    fail("k_BKHD", k, f"a number of heads that divides {heads}")
-  if v.shape != k.shape:
-    fail("v_BKHD", v, f"that of k_BKHD, {k.shape}")
-  if isinstance(position, FullBias):
-    sizes = ((1, batch), (1, heads), (queries,), (k.shape[1],))
-    shape = position.bias_BHQK.shape
-    if len(shape) != 4 or any(a not in b for a, b in zip(shape, sizes)):
-      fail(
-        "FullBias.bias_BHQK",
-        position.bias_BHQK,
-        f"(1 or {batch}, 1 or {heads}, {queries}, {k.shape[1]})",
-      )
-  elif position is not None and position.num_heads != heads:
-    raise ValueError(
-      f"flash_attention: position has {position.num_heads} heads, "
-      f"q_BQHD has {heads}"
-    )
-  for name, ids, length in (
-    ("q_segment_ids", q_segment_ids, queries),
-    ("kv_segment_ids", kv_segment_ids, k.shape[1]),
-  ):
-    if ids is not None and ids.shape != (batch, length):
-      fail(name, ids, f"({batch}, {length})")

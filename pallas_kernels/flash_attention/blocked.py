@@ -32,8 +32,10 @@ LOG2E = math.log2(math.e)
 MAX_RADIUS = 1024
 MAX_HEAD_DIM = 256
 # Segment 0 is padding on both sides and must match nothing.
+# Ids start above these two.
 PADDING_QUERY = np.iinfo(np.int32).min
 _NO_ID = np.iinfo(np.int32).min + 1
+LEAST_ID = _NO_ID + 1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -383,10 +385,14 @@ def mean_key(k, kv_segment_ids_BK, axis: int):
   return (k * real).sum(axis=axis) / count_B[:, None, None]
 
 
-def unsupported(q_BQHD, bias) -> str | None:
+def unsupported(q_BQHD, k_BKHD, bias) -> str | None:
   """Why no kernel can take these arguments, or None."""
   if isinstance(bias, FullBias):
     return "a FullBias is dense; use implementation='chunked'"
+  if q_BQHD.dtype != k_BKHD.dtype:
+    return f"queries are {q_BQHD.dtype}, keys {k_BKHD.dtype}"
+  if q_BQHD.dtype not in (jnp.bfloat16, jnp.float16, jnp.float32):
+    return f"it computes in bfloat16, float16 and float32, not {q_BQHD.dtype}"
   if bias is not None and bias.radius > MAX_RADIUS:
     return (
       f"the bias changes up to distance {bias.radius}; the kernels keep its "

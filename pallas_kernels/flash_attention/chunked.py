@@ -65,8 +65,11 @@ def _round(x, dtype):
   """
   if dtype == jnp.float32:
     return x
-  info = jnp.finfo(dtype)
-  return jax.lax.reduce_precision(x, info.nexp, info.nmant)
+  if dtype == jnp.bfloat16:
+    info = jnp.finfo(dtype)
+    return jax.lax.reduce_precision(x, info.nexp, info.nmant)
+  # reduce_precision has no subnormals, and float16 needs its own.
+  return jax.lax.optimization_barrier(x.astype(dtype)).astype(jnp.float32)
 
 
 def _with_rest(x, dtype):

@@ -439,7 +439,6 @@ _KERNELS = blocked.Kernels(_forward, _backward)
 
 def unsupported(q_BQHD, k_BKHD, bias) -> str | None:
   """Why these arguments cannot run here, or None."""
-  del k_BKHD
   if not tiling.chip_is("NVIDIA"):
     return f"it runs on NVIDIA GPUs, this is {tiling.device_kind()}"
   capability = tiling.compute_capability()
@@ -448,7 +447,7 @@ def unsupported(q_BQHD, k_BKHD, bias) -> str | None:
     return f"it needs compute capability 8.0, Ampere; this GPU has {number}"
   if bias is not None and getattr(bias, "slopes_H2", None) is not None:
     return "ALiBi is not constant far away; use 'chunked'"
-  return blocked.unsupported(q_BQHD, bias)
+  return blocked.unsupported(q_BQHD, k_BKHD, bias)
 
 
 def attention(q_BQHD, k_BKHD, *operands, **settings) -> jax.Array:

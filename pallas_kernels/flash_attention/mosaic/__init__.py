@@ -65,7 +65,7 @@ def unsupported(q_BQHD, k_BKHD, bias) -> str | None:
   kind = tiling.device_kind()
   if not tiling.chip_is("NVIDIA"):
     return f"it runs on NVIDIA GPUs, this is {kind}"
-  reason = blocked.unsupported(q_BQHD, bias)
+  reason = blocked.unsupported(q_BQHD, k_BKHD, bias)
   if reason:
     return reason
   if kind.startswith("NVIDIA") and not tiling.is_hopper():
@@ -75,8 +75,6 @@ def unsupported(q_BQHD, k_BKHD, bias) -> str | None:
       f"wgmma multiplies 16-bit floats, the inputs are {q_BQHD.dtype}; use "
       "'triton' or 'chunked'"
     )
-  if {q_BQHD.dtype, k_BKHD.dtype} != {q_BQHD.dtype}:
-    return f"queries are {q_BQHD.dtype}, keys {k_BKHD.dtype}"
   if q_BQHD.shape[3] > 128:
     return "head dimensions above 128 leave no registers; use 'triton'"
   if bias is not None and bias.slopes_H2 is not None:

@@ -18,6 +18,7 @@ projections leave them: nothing is transposed or padded in HBM.
 from __future__ import annotations
 
 import jax
+import jax.numpy as jnp
 
 from pallas_kernels.flash_attention import blocked, tiling
 from pallas_kernels.flash_attention.tpu import chunks
@@ -30,7 +31,9 @@ def unsupported(q_BQHD, k_BKHD, bias) -> str | None:
   """Why these arguments cannot run here, or None."""
   if not tiling.chip_is("TPU"):
     return f"it runs on TPUs, this is {tiling.device_kind()}"
-  reason = blocked.unsupported(q_BQHD, bias)
+  if q_BQHD.dtype == jnp.float16:
+    return "TPUs have no float16; use bfloat16"
+  reason = blocked.unsupported(q_BQHD, k_BKHD, bias)
   if reason or _blocks(q_BQHD, k_BKHD, bias):
     return reason
   return (
