@@ -117,13 +117,16 @@ def plain_table(
   rows: Iterable[Iterable[str]],
   show_header: bool = True,
 ) -> None:
-  """Texts in columns."""
+  """Texts in columns; many columns are folded on a terminal, never in a log."""
   table = Table(title=title, title_justify="left", show_header=show_header)
   for name in header:
     table.add_column(name, overflow="fold")
   for row in rows:
     table.add_row(*map(escape, row))
-  console.print(table)
+  if len(table.columns) <= 2 or console.is_terminal:
+    console.print(table)
+  else:
+    Console(stderr=True, width=160, quiet=console.quiet).print(table)
 
 
 def samples_table(rows: Iterable[Mapping[str, Any]]) -> None:

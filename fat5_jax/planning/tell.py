@@ -136,7 +136,7 @@ def ranked(found: Sequence[Compiled]) -> None:
   """Settings, best first, and the lines of the best."""
   topology = found[0].report.topology
   header = ("", "mesh", "remat", "parts", "rows", "GiB a chip")
-  header += ("compute / memory / network, ms", "step, ms", "of compute")
+  header += ("ms: compute / memory / network", "ms a step", "of compute")
   header += ("tokens/s",)
   rows = [_row(str(n), c) for n, c in enumerate(found, 1)]
   console.plain_table(f"{topology}, fastest by roofline first", header, rows)
