@@ -27,6 +27,7 @@ from fat5_jax.planning.rehearse import (
 from fat5_jax.program import Program
 from fat5_jax.sharding import Partitioner
 
+# From what keeps most to what keeps least.
 _POLICIES = ("none", "gathered", "minimal", "full")
 _MICROBATCHES = (1, 2, 4, 8, 16)
 # A guess of memory that is this much too large is still compiled.
@@ -350,7 +351,7 @@ def _changes(program: Program, shapes, topology: str) -> Iterator[Setting]:
   if sizes["data"] > 1 and not program.partitioner.dcn_mesh:
     current = with_mesh(fsdp=sizes["fsdp"] * sizes["data"])
     yield _setting(program, current, shapes)
-  order = ("none", "gathered", "minimal", "full")
+  order: tuple = _POLICIES
   policy = program.model.config.remat_policy
   if not isinstance(policy, str):
     order = (policy, "full")

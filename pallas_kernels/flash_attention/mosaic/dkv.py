@@ -78,9 +78,7 @@ def _load(g: Grid, r, p: Program) -> None:
     plgpu.copy_gmem_to_smem(
       r.statistics.at[p.b, p.h, :, rows], r.statistics_s.at[slot], ready
     )
-    if g.plan.masked:
-      ids_s = r.column_ids_s.at[slot]
-      plgpu.copy_gmem_to_smem(r.q_ids.at[p.b, rows], ids_s, ready)
+    pipeline.copy_ids(r, "q", p.b, rows, r.column_ids_s, slot, ready)
 
   pipeline.ring(g, p.total, fetch, r.q_free)
 
@@ -90,8 +88,7 @@ def _compute(g: Grid, r, p: Program, wg) -> None:
   k_s, v_s = r.k_s.at[wg], r.v_s.at[wg]
   plgpu.copy_gmem_to_smem(r.k.at[p.b, rows, p.h], k_s, ready)
   plgpu.copy_gmem_to_smem(r.v.at[p.b, rows, p.h], v_s, ready)
-  if g.plan.masked:
-    plgpu.copy_gmem_to_smem(r.kv_ids.at[p.b, rows], r.row_ids_s.at[wg], ready)
+  pipeline.copy_ids(r, "kv", p.b, rows, r.row_ids_s, wg, ready)
   plgpu.barrier_wait(ready)
   carry = tiles.zeros(ROWS, g.dim), tiles.zeros(ROWS, g.dim)
   step = functools.partial(_tile, g, r, p, wg)

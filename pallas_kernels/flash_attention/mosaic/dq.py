@@ -87,9 +87,7 @@ def _load(g: Grid, r, p: Program) -> None:
     ready = r.kv_ready.at[slot]
     plgpu.copy_gmem_to_smem(r.k.at[p.b, rows, p.h], r.k_s.at[slot], ready)
     plgpu.copy_gmem_to_smem(r.v.at[p.b, rows, p.h], r.v_s.at[slot], ready)
-    if g.plan.masked:
-      ids_s = r.column_ids_s.at[slot]
-      plgpu.copy_gmem_to_smem(r.kv_ids.at[p.b, rows], ids_s, ready)
+    pipeline.copy_ids(r, "kv", p.b, rows, r.column_ids_s, slot, ready)
 
   pipeline.ring(g, p.total, fetch, r.kv_free)
 
@@ -99,15 +97,12 @@ def _compute(g: Grid, need_dbias: bool, r, p: Program, wg) -> None:
   plgpu.copy_gmem_to_smem(r.q.at[p.b, rows, p.h], r.q_s.at[wg], ready)
   plgpu.copy_gmem_to_smem(r.do.at[p.b, rows, p.h], r.do_s.at[wg], ready)
   plgpu.copy_gmem_to_smem(r.ones, r.ones_s.at[wg], ready)
-  if g.plan.masked:
-    plgpu.copy_gmem_to_smem(r.q_ids.at[p.b, rows], r.row_ids_s.at[wg], ready)
+  pipeline.copy_ids(r, "q", p.b, rows, r.row_ids_s, wg, ready)
   statistics = tuple(
     tiles.read(r.statistics.at[p.b, p.h, n, rows], tiles.PER_ROW)
     for n in (0, 1)
   )
-  constants = None
-  if g.plan.biased:
-    constants = r.constants[p.h, 0], r.constants[p.h, 1]
+  constants = tiles.far_constants(r, g.plan, p.h)
   plgpu.barrier_wait(ready)
   sums = (tiles.zeros(ROWS), tiles.zeros(ROWS)) if need_dbias else ()
   carry = tiles.zeros(ROWS, g.dim), tiles.zeros(ROWS, COPIES), sums

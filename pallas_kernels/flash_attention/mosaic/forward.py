@@ -111,9 +111,7 @@ def _load(g: Grid, r, p: Program) -> None:
     *_, rows = p.span.part(t, g.parts)
     ready = r.k_ready.at[slot]
     plgpu.copy_gmem_to_smem(r.k.at[p.b, rows, p.h], r.k_s.at[slot], ready)
-    if g.plan.masked:
-      ids_s = r.column_ids_s.at[slot]
-      plgpu.copy_gmem_to_smem(r.kv_ids.at[p.b, rows], ids_s, ready)
+    pipeline.copy_ids(r, "kv", p.b, rows, r.column_ids_s, slot, ready)
 
   def fetch_values(t, slot):
     j, _, rows = p.span.part(t, g.parts)
@@ -164,12 +162,9 @@ def _compute(g: Grid, for_gradient: bool, r, p: Program, wg) -> None:
   rows = pipeline.my_rows(g, p.block, wg)
   plgpu.copy_gmem_to_smem(r.q.at[p.b, rows, p.h], q_s, ready)
   plgpu.copy_gmem_to_smem(r.ones, r.ones_s.at[wg], ready)
-  if g.plan.masked:
-    plgpu.copy_gmem_to_smem(r.q_ids.at[p.b, rows], r.row_ids_s.at[wg], ready)
+  pipeline.copy_ids(r, "q", p.b, rows, r.row_ids_s, wg, ready)
   plgpu.barrier_wait(ready)
-  constants = None
-  if g.plan.biased:
-    constants = r.constants[p.h, 0], r.constants[p.h, 1]
+  constants = tiles.far_constants(r, g.plan, p.h)
   pl.when(p.total > 0)(lambda: plgpu.barrier_wait(r.k_ready.at[0]))
   pl.when(wg == 1)(lambda: _in_turn(r))
   carry = (

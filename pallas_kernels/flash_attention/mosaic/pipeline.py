@@ -49,6 +49,22 @@ def by_role(config: Config, compute, load) -> None:
     load()
 
 
+def copy_ids(r, side: str, b, rows, target, index, ready) -> None:
+  """Starts to load segment ids of "q" or "kv", where the call is masked.
+
+  Args:
+    r: refs.
+    side: whose ids.
+    b, rows: batch row and positions.
+    target: scratch, None where the call is not masked.
+    index: of the target.
+    ready: the barrier, which counts on them where there are any.
+  """
+  if target is not None:
+    ids = getattr(r, f"{side}_ids").at[b, rows]
+    plgpu.copy_gmem_to_smem(ids, target.at[index], ready)
+
+
 def my_rows(g: Grid, block, wg):
   """The positions that a warpgroup computes."""
   return pl.ds(block * g.config.block + wg * ROWS, ROWS)

@@ -98,6 +98,11 @@ def tile_of(r, plan: Plan, h, i, j, wg, within):
   return r.tiles.at[h, index, pl.ds(wg * ROWS, ROWS), within]
 
 
+def far_constants(r, plan: Plan, h):
+  """What far tiles before and after add to a score; None without a bias."""
+  return (r.constants[h, 0], r.constants[h, 1]) if plan.biased else None
+
+
 class Ids(NamedTuple):
   """The segment ids of a tile.
 
