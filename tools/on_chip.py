@@ -30,9 +30,11 @@ there again.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import glob
 import hashlib
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -138,7 +140,13 @@ def run(flags) -> int:
     say,
     lambda key, folder: keep_dumps(inside("dumps.zip"), key, folder),
   )
-  phases = chip_units.plan(machine, flags.smoke)
+  phases = [
+    dataclasses.replace(
+      phase,
+      units=[unit for unit in phase.units if flags.matching.search(unit.key)],
+    )
+    for phase in chip_units.plan(machine, flags.smoke)
+  ]
   wanted = [phase for phase in phases if phase.name in flags.only]
   # What failed in an earlier call waits until everything had its turn.
   retries = [
@@ -183,6 +191,13 @@ def write_table(folder: str) -> str:
   return text
 
 
+def pattern(text: str) -> re.Pattern:
+  try:
+    return re.compile(text)
+  except re.error as error:
+    raise argparse.ArgumentTypeError(f"{text!r} is no regex: {error}") from None
+
+
 def parse(words=None):
   parser = argparse.ArgumentParser(
     description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -193,6 +208,13 @@ def parse(words=None):
   parser.add_argument("--smoke", action="store_true", help="tiny, on a CPU")
   parser.add_argument(
     "--only", nargs="+", choices=PHASES, default=PHASES, help="parts of it"
+  )
+  parser.add_argument(
+    "--matching",
+    type=pattern,
+    default="",
+    metavar="REGEX",
+    help="the rows whose key this finds",
   )
   parser.add_argument(
     "--again", action="store_true", help="what failed, however often it did"
