@@ -28,6 +28,7 @@ HEADS, HEAD_DIM = 12, 64
 # Of T5 1.1: rows of 512 and 128 tokens, and how many.
 TRAINING = {"base": 32, "large": 16}
 INPUTS, TARGETS = 512, 128
+LONG = dict(inputs=16384, targets=512, batch=1)
 SANITIZER_TOOLS = ("memcheck", "racecheck", "synccheck")
 SUITE_WORKERS = 12
 # A program that becomes the one named by its arguments.
@@ -368,12 +369,20 @@ def _trainings(torch: bool, smoke) -> Iterator[Unit]:
   if smoke:
     torch, sides = True, [("tiny", "ours"), ("tiny", "torch eager + sdpa")]
     sizes = dict(inputs=32, targets=16, rounds=1)
-  for size, side in sides:
+  found = [
+    (f"{size}, {side}", dict(batch=TRAINING.get(size, 2), **sizes), size, side)
+    for size, side in sides
+  ]
+  if not smoke:
+    # Long documents, before what torch does in other ways.
+    found[2:2] = [
+      (f"base, {LONG['inputs']:,} tokens, {side}", sizes | LONG, "base", side)
+      for side in ("ours, scanned", "torch compile + sdpa")
+    ]
+  for key, numbers, size, side in found:
     if "torch" not in side or torch:
-      rows = TRAINING.get(size, 2)
-      arguments = dict(size=size, side=side, batch=rows, **sizes)
-      key = f"train, {size}, {side}"
-      yield Unit(key, "train", arguments, limit=300, needs=60)
+      arguments = dict(size=size, side=side, **numbers)
+      yield Unit(f"train, {key}", "train", arguments, limit=300, needs=60)
 
 
 def _tunings(knobs: dict, kernel: str, smoke) -> Iterator[Unit]:

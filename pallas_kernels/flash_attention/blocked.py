@@ -279,12 +279,17 @@ class Kernels(NamedTuple):
   backward: Callable
 
   def run_forward(self, operands: Operands, **static):
-    call = functools.partial(self.forward, **static)
-    return sequential_vmap(call)(operands)
+    return _run(self.forward, tuple(static.items()), operands)
 
   def run_backward(self, operands: Operands, cotangents: Cotangents, **static):
-    call = functools.partial(self.backward, **static)
-    return sequential_vmap(call)(operands, cotangents)
+    return _run(self.backward, tuple(static.items()), operands, cotangents)
+
+
+# A function of its own in the program: layers of one shape share it, and it is
+# traced and lowered once. A kernel of Mosaic GPU takes seconds.
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _run(kernel: Callable, static: tuple, *arrays):
+  return sequential_vmap(functools.partial(kernel, **dict(static)))(*arrays)
 
 
 def _operands(plan, q, k, v, bias, segments, q_offset) -> Operands:
