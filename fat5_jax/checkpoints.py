@@ -10,7 +10,7 @@ written by host 0.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 import contextlib
 import dataclasses
 import functools
@@ -29,6 +29,7 @@ import orbax.checkpoint as ocp
 
 from fat5_jax.convert import orbax_files
 from fat5_jax.errors import UserError
+from fat5_jax.models import layer_stack
 from fat5_jax.models.config import T5Config
 from fat5_jax.sharding import Partitioner, put_parts
 
@@ -67,55 +68,12 @@ class CheckpointConfig:
   restore: RestoreCheckpointConfig = RestoreCheckpointConfig()
 
 
-# ---- Layers: a loop's layout and a scan's ------------------------------------
-
-
-def _is_loop(node: Any) -> bool:
-  return isinstance(node, dict) and "layers_0" in node
-
-
-def _is_scan(node: Any) -> bool:
-  return isinstance(node, dict) and "layers" in node
-
-
-def _apart(node: dict[str, Any]) -> tuple[list[Any], dict[str, Any]]:
-  """(the layers of a loop in their order, what lies beside them)."""
-  rest = {k: v for k, v in node.items() if not k.startswith("layers_")}
-  return [node[f"layers_{i}"] for i in range(len(node) - len(rest))], rest
-
-
-def stack_layers(tree: Any) -> Any:
-  """`layers_0`, `layers_1`, ... as one `layers` with a leading layer axis."""
-
-  def stack(node):
-    if not _is_loop(node):
-      return node
-    layers, rest = _apart(node)
-    return rest | {"layers": jax.tree.map(lambda *x: jnp.stack(x), *layers)}
-
-  return jax.tree.map(stack, tree, is_leaf=_is_loop)
-
-
-def unstack_layers(tree: Any, split: Callable[[Any], Sequence] = list) -> Any:
-  """The inverse of `stack_layers`; `split` takes a stacked array apart."""
-
-  def unstack(node):
-    if not _is_scan(node):
-      return node
-    rest = {k: v for k, v in node.items() if k != "layers"}
-    leaves, structure = jax.tree.flatten(node["layers"])
-    layers = zip(*map(split, leaves))
-    return rest | {
-      f"layers_{i}": jax.tree.unflatten(structure, layer)
-      for i, layer in enumerate(layers)
-    }
-
-  return jax.tree.map(unstack, tree, is_leaf=_is_scan)
+# ---- As on disk, and as a run has it -----------------------------------------
 
 
 def as_on_disk(abstract: Any) -> Any:
   """Shapes of a state as they lie on disk."""
-  return jax.eval_shape(unstack_layers, abstract)
+  return jax.eval_shape(layer_stack.unstack, abstract)
 
 
 def as_running(reads: Any, abstract: Any) -> Any:
@@ -140,13 +98,13 @@ def as_running(reads: Any, abstract: Any) -> Any:
     return stacked
 
   def stack(node, like):
-    if not _is_loop(node) or not _is_scan(like):
+    if not layer_stack.is_loop(node) or not layer_stack.is_scan(like):
       return jax.tree.map(lambda read: read(), node)
-    layers, rest = _apart(node)
+    layers, rest = layer_stack.apart(node)
     stacked = jax.tree.map(join, like["layers"], *layers)
     return jax.tree.map(lambda read: read(), rest) | {"layers": stacked}
 
-  return jax.tree.map(stack, reads, abstract, is_leaf=_is_loop)
+  return jax.tree.map(stack, reads, abstract, is_leaf=layer_stack.is_loop)
 
 
 def _to_hosts(stacked: jax.Array) -> Sequence[jax.Array]:
@@ -322,8 +280,10 @@ class Checkpointer:
     self._manager.save(
       step,
       args=ocp.args.Composite(
-        params=ocp.args.StandardSave(unstack_layers(params, _to_hosts)),
-        optimizer=ocp.args.StandardSave(unstack_layers(opt_state, _to_hosts)),
+        params=ocp.args.StandardSave(layer_stack.unstack(params, _to_hosts)),
+        optimizer=ocp.args.StandardSave(
+          layer_stack.unstack(opt_state, _to_hosts)
+        ),
         data=ocp.args.JsonSave(data),
       ),
     )

@@ -14,7 +14,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from fat5_jax import checkpoints, decoding, steps, trainable
+from fat5_jax import decoding, steps, trainable
+from fat5_jax.models import layer_stack
 from fat5_jax.sharding import Partitioner
 
 
@@ -84,9 +85,7 @@ class Program:
     """Fresh values of some parameters, named as on disk."""
 
     def init():
-      params = checkpoints.unstack_layers(
-        steps.init_params(self.model, self.seed)
-      )
+      params = layer_stack.unstack(steps.init_params(self.model, self.seed))
       return {
         steps.path_name(path): x
         for path, x in jax.tree_util.tree_leaves_with_path(params)

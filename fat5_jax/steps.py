@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import optax
 
 from fat5_jax import losses, objectives, trainable
+from fat5_jax.models import layer_stack
 from fat5_jax.models.config import T5Config
 
 Batch = Mapping[str, jax.Array]
@@ -27,10 +28,19 @@ class TrainState(NamedTuple):
 
 
 def init_params(model, seed: int) -> Any:
-  """Fresh float32 parameters; jit it to make them on the devices."""
+  """Fresh float32 parameters; jit it to make them on the devices.
+
+  Drawn by a scan over the layers whether or not the model has one: the same
+  parameters in either layout, and a program that does not grow with the depth.
+  XLA would fuse all draws of one shape into one kernel, and compile that for
+  many minutes on a GPU.
+  """
+  config = model.config
   tokens = jnp.zeros((1, 8), jnp.int32)
-  inputs = [tokens, tokens] if model.config.is_language_model else [tokens]
-  return model.init(jax.random.key(seed), *inputs)["params"]
+  inputs = [tokens, tokens] if config.is_language_model else [tokens]
+  scanned = model.clone(config=config.replace(scan_layers=True))
+  params = scanned.init(jax.random.key(seed), *inputs)["params"]
+  return params if config.scan_layers else layer_stack.unstack(params)
 
 
 def has_dropout(config: T5Config) -> bool:

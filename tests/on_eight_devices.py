@@ -14,7 +14,7 @@ import pytest
 from fat5_jax import checkpoints, optimizers, weights
 from fat5_jax.convert import table
 from fat5_jax.errors import UserError
-from fat5_jax.models import factory, partitioning
+from fat5_jax.models import factory, layer_stack, partitioning
 from fat5_jax.models.config import HeadConfig, LoRAConfig, T5Config
 from fat5_jax.planning import cost
 from fat5_jax.program import Program, prediction
@@ -325,7 +325,7 @@ def test_a_checkpoint_goes_from_one_mesh_and_layout_to_another(tmp_path):
       (opt_state, state.opt_state),
     ):
       if not scan:
-        original = checkpoints.unstack_layers(original)
+        original = layer_stack.unstack(original)
       jax.tree.map(np.testing.assert_array_equal, tree, original)
     wanted = jax.tree.map(lambda x: x.sharding, abstract.params)
     found = jax.tree.map(lambda x: x.sharding, params)
@@ -423,7 +423,7 @@ def test_t5x_s_slots_go_onto_a_mesh(scan, tmp_path):
   split = [x for x in jax.tree.leaves(state[0].m) if not x.is_fully_replicated]
   assert split
   for slot in ("m", "v"):
-    tree = checkpoints.unstack_layers(getattr(state[0], slot))
+    tree = layer_stack.unstack(getattr(state[0], slot))
     found = {k: np.asarray(x) for k, x in table.flatten(tree).items()}
     for k, x in theirs.layout(found).items():
       np.testing.assert_array_equal(x, theirs.slots[k][slot].astype("float32"))

@@ -3,6 +3,7 @@
 import contextlib
 import functools
 import os
+import re
 import subprocess
 import sys
 import types
@@ -13,6 +14,7 @@ from attention_suite import (
   check,
   gradients,
   kernel_attention,
+  make_inputs,
   supported,
 )
 from conftest import with_devices
@@ -109,6 +111,8 @@ TPU_CHIPS = dict(tiling._TPU)
 @pytest.fixture(autouse=True)
 def small_blocks(monkeypatch):
   """Blocks that short inputs meet several of, with odd ends."""
+  # Kernels that another test has traced with its own.
+  blocked._run.clear_cache()
   monkeypatch.setattr(chunked, "BLOCK", 128)
   # Interpreters stand in for the chips.
   monkeypatch.setattr(tiling, "chip_is", lambda maker: True)
@@ -151,6 +155,24 @@ def test_lists_of_visits_beyond_scalar_memory_are_taken_in_chunks(monkeypatch):
   monkeypatch.setattr(tiling, "tpu_visits", lambda: 4)
   with CONTEXTS["mosaic_tpu"]():
     check("mosaic_tpu", Case(600, 300, batch=2, segments="packed"))
+
+
+@pytest.mark.skipif("triton" not in CONTEXTS, reason="no Triton")
+def test_layers_of_one_shape_share_one_kernel():
+  """An unrolled model of 12 layers has 36 attentions and compiles 3."""
+  case = Case(130, 130)
+  (q, k, v, table), _, _ = make_inputs(case)
+  attend = kernel_attention(case, "triton")
+
+  def layers(q, k, v):
+    for _ in range(3):
+      q = attend(q, k, v, table, None, None, 0)
+    return q.astype(jnp.float32).sum()
+
+  with CONTEXTS["triton"]():
+    text = jax.jit(jax.grad(layers)).lower(q, k, v).as_text()
+  assert len(re.findall(r"func private @_run", text)) == 2  # And its gradient.
+  assert len(re.findall(r"call @_run", text)) == 6
 
 
 def outer_equations(jaxpr):

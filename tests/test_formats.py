@@ -14,7 +14,7 @@ import pytest
 import safetensors.numpy
 import t5x_adafactor
 
-from fat5_jax import checkpoints, optimizers, weights
+from fat5_jax import optimizers, weights
 from fat5_jax.convert import (
   enct5,
   flash_t5,
@@ -29,7 +29,7 @@ from fat5_jax.convert import (
   tensor_files,
 )
 from fat5_jax.errors import UserError
-from fat5_jax.models import factory
+from fat5_jax.models import factory, layer_stack
 from fat5_jax.models.config import HeadConfig, LoRAConfig, T5Config
 from fat5_jax.sharding import Partitioner
 
@@ -679,7 +679,7 @@ def test_training_goes_on_where_t5x_left_off(name, scan, tmp_path):
     rules = optimizers.standard_logical_factor_rules()
   optimizer = optimizers.adafactor(0.01, logical_factor_rules=rules, **settings)
   config = theirs.config.replace(scan_layers=scan, dtype="bfloat16")
-  lay = jax.jit(checkpoints.stack_layers) if scan else lambda tree: tree
+  lay = jax.jit(layer_stack.stack) if scan else lambda tree: tree
   shapes = {
     k: jax.ShapeDtypeStruct(x, "float32") for k, x in theirs.minimal.items()
   }
@@ -700,7 +700,7 @@ def test_training_goes_on_where_t5x_left_off(name, scan, tmp_path):
   step, converted = weights.adafactor_state(source, theirs.config)
   assert step == 1003
   for a, b in zip(
-    jax.tree.leaves(jax.jit(checkpoints.unstack_layers)(state)),
+    jax.tree.leaves(jax.jit(layer_stack.unstack)(state)),
     jax.tree.leaves(converted),
     strict=True,
   ):
@@ -712,7 +712,7 @@ def test_training_goes_on_where_t5x_left_off(name, scan, tmp_path):
     grads = lay(table.nest(grads))
     updates, state = update(grads, state, params)
     params = jax.tree.map(np.add, params, updates)
-  found = table.flatten(jax.jit(checkpoints.unstack_layers)(params))
+  found = table.flatten(jax.jit(layer_stack.unstack)(params))
   found = theirs.layout({k: np.asarray(x, float) for k, x in found.items()})
   for k, wanted in theirs.params.items():
     error = np.abs(found[k] - wanted).max() / np.abs(wanted).max()

@@ -384,13 +384,13 @@ def test_a_row_of_padding_alone_is_finite(head):
 
 
 def test_layers_looped_and_scanned_agree():
-  from fat5_jax.checkpoints import stack_layers
+  from fat5_jax.models import layer_stack
 
   for head in (HEADS[1], HEADS[-1]):
     model, params = init(CONFIG, head=head)
     scanned = factory.create(CONFIG.replace(scan_layers=True), head)
     close(
-      apply(scanned, jax.jit(stack_layers)(params), text()),
+      apply(scanned, jax.jit(layer_stack.stack)(params), text()),
       apply(model, params, text()),
       1e-5,
     )

@@ -79,7 +79,7 @@ def test_logits_loss_and_gradients(family, implementation, tmp_path):
 @pytest.mark.parametrize("family", ALL)
 def test_greedy_output_is_that_of_generate(family, tmp_path):
   """Looped and scanned layers, against one run of theirs."""
-  from fat5_jax import checkpoints
+  from fat5_jax.models import layer_stack
 
   model, config, params = ours_and_theirs(family, tmp_path)
   x, _ = hf_models.tokens(rows=6)
@@ -90,7 +90,7 @@ def test_greedy_output_is_that_of_generate(family, tmp_path):
     do_sample=False,
     num_beams=1,
   ).numpy()[:, 1:]
-  for layers in (params, checkpoints.stack_layers(params)):
+  for layers in (params, layer_stack.stack(params)):
     scans = layers is not params
     ours = Transformer(config.replace(scan_layers=scans))
     generate = functools.partial(decoding.generate, ours, max_length=40)

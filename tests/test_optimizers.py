@@ -7,12 +7,13 @@ import optax
 import pytest
 import t5x_adafactor
 
-from fat5_jax import checkpoints, optimizers
+from fat5_jax import optimizers
 from fat5_jax.convert import table
 from fat5_jax.errors import UserError
+from fat5_jax.models import layer_stack
 
-stack = jax.jit(checkpoints.stack_layers)
-unstack = jax.jit(checkpoints.unstack_layers)
+stack = jax.jit(layer_stack.stack)
+unstack = jax.jit(layer_stack.unstack)
 
 
 def random_tree(seed, layers=3):

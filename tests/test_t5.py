@@ -8,9 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from fat5_jax import checkpoints, losses, steps
+from fat5_jax import losses, steps
 from fat5_jax.convert import table
-from fat5_jax.models import layers
+from fat5_jax.models import layer_stack, layers
 from fat5_jax.models.config import T5Config
 from fat5_jax.models.t5 import Transformer
 
@@ -51,7 +51,7 @@ def init(config, seed=0):
     return x * 5 if "rel_embedding" in jax.tree_util.keystr(path) else x
 
   params = jax.tree_util.tree_map_with_path(widen, params)
-  return checkpoints.stack_layers(params) if config.scan_layers else params
+  return layer_stack.stack(params) if config.scan_layers else params
 
 
 def sentences(count, seed=0):
@@ -152,7 +152,7 @@ def loss_and_grads(config):
     return losses.weighted_sum(loss_BL, batch["decoder_loss_weights"])
 
   loss, grads = jax.jit(jax.value_and_grad(objective))(init(config))
-  return loss, checkpoints.unstack_layers(grads)
+  return loss, layer_stack.unstack(grads)
 
 
 @pytest.mark.parametrize(
@@ -374,3 +374,31 @@ def test_microbatches_do_not_change_the_update():
     assert micro_loss == pytest.approx(float(loss), rel=1e-5)
     for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected)):
       np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
+
+
+def test_fresh_parameters_are_drawn_by_one_layer_of_each_stack():
+  """XLA fuses all draws of a shape, which a GPU compiles for many minutes."""
+
+  def draws(layers):
+    config = CONFIG.replace(
+      num_encoder_layers=layers, num_decoder_layers=layers
+    )
+    fresh = lambda: steps.init_params(Transformer(config), 0)
+    return str(jax.make_jaxpr(fresh)()).count("random_fold_in")
+
+  assert draws(2) == draws(5) > 10
+
+
+def test_fresh_parameters_do_not_depend_on_the_layout():
+  scanned, looped = (
+    jax.jit(lambda c=c: steps.init_params(Transformer(c), 0))()
+    for c in (CONFIG.replace(scan_layers=x) for x in (True, False))
+  )
+  jax.tree.map(
+    np.testing.assert_array_equal, layer_stack.unstack(scanned), looped
+  )
+  layers = looped["encoder"]
+  assert (
+    layers["layers_0"]["mlp"]["wo"]["kernel"]
+    != layers["layers_1"]["mlp"]["wo"]["kernel"]
+  ).all()

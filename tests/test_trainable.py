@@ -8,10 +8,9 @@ import pytest
 from test_heads import CONFIG, batch_of, text
 
 from fat5_jax import optimizers, steps, trainable
-from fat5_jax.checkpoints import stack_layers
 from fat5_jax.convert import table
 from fat5_jax.errors import UserError
-from fat5_jax.models import factory
+from fat5_jax.models import factory, layer_stack
 from fat5_jax.models.config import HeadConfig, LoRAConfig
 
 HEAD = HeadConfig("enct5", num_labels=3)
@@ -153,7 +152,9 @@ def test_a_pattern_that_does_nothing_is_an_error(pattern, frozen, match):
 
 def test_scanned_layers_go_together_or_say_so():
   params = jax.eval_shape(
-    lambda: stack_layers(steps.init_params(factory.create(CONFIG, HEAD), 0))
+    lambda: layer_stack.stack(
+      steps.init_params(factory.create(CONFIG, HEAD), 0)
+    )
   )
   chosen = trainable.choose(params, r"layers_\d+/mlp", None)
   assert ("encoder", "layers", "mlp", "wo", "kernel") in chosen

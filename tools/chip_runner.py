@@ -15,6 +15,7 @@ import contextlib
 import ctypes
 import dataclasses
 import datetime
+import faulthandler
 import fcntl
 import json
 import os
@@ -180,6 +181,8 @@ def serve(functions: dict[str, Callable], start: Callable = lambda: None):
   def answer(message):
     print(json.dumps(message), file=answers, flush=True)
 
+  # A unit that is stopped says where it was.
+  faulthandler.register(signal.SIGUSR1)
   start()
   answer({"started": True})
   for line in sys.stdin:
@@ -243,6 +246,15 @@ class Worker:
     self.errors.seek(max(0, self.errors.tell() - 2**16))
     text = self.errors.read().decode(errors="replace")
     return [line[:300] for line in text.splitlines()[-count:]]
+
+  def stack(self) -> list[str]:
+    """Its last words, then where its unit is now, the innermost call first."""
+    with contextlib.suppress(ProcessLookupError):
+      self.process.send_signal(signal.SIGUSR1)
+    time.sleep(0.5)
+    words = self.last_words(80)
+    begins = [n for n, line in enumerate(words) if "most recent call" in line]
+    return words[max(0, begins[-1] - 8) :] if begins else words[-15:]
 
   def end(self) -> int:
     """Kills it and all it started; its exit status."""
@@ -311,13 +323,15 @@ class Runner:
     if row and row["status"] == "failed":
       row["stderr"] = worker.last_words()
     if died or row is None:
-      words = worker.last_words()
+      words = worker.last_words() if died else worker.stack()
       status = slot.end(selector)
       if died:
         how = f"signal {-status}" if status < 0 else f"exit status {status}"
         row = {"status": "failed", "reason": [how], "stderr": words}
       elif now < worker.deadline:
-        self._say(f"{unit.key}: time is over, not measured")
+        self._say(f"{unit.key}: time is over, not measured; it was in")
+        for word in words[:12]:
+          self._say(word)
         slot.unit = None
         return
       else:
