@@ -62,6 +62,7 @@ setup(
     "tensorflow-datasets>=4.9",
     "tensorstore>=0.1.71",
     "transformers>=4.57",
+    "xxhash>=3",
   ],
   extras_require={
     "gpu": ["jax[cuda13]>=0.10.2,<0.13"],

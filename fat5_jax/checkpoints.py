@@ -14,19 +14,25 @@ from collections.abc import Sequence
 import contextlib
 import dataclasses
 import functools
+import glob
+import itertools
 import json
 import logging
 import os
 import re
+import shutil
 import tempfile
 from typing import Any
 
 import jax
+from jax.experimental import multihost_utils
 import jax.numpy as jnp
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
+import numpy as np
 import orbax.checkpoint as ocp
 
+from fat5_jax import console, integrity
 from fat5_jax.convert import orbax_files
 from fat5_jax.errors import UserError
 from fat5_jax.models import layer_stack
@@ -35,14 +41,37 @@ from fat5_jax.sharding import Partitioner, put_parts
 
 logger = logging.getLogger("fat5_jax")
 STEP_FOLDER = re.compile(r"checkpoint_(\d+)$")
+# Begins the names of what is not finished.
+_SCRATCH = ".writing-"
+_UNFINISHED = re.compile(r"checkpoint_\d+\.orbax-checkpoint-tmp")
+_DAMAGED = "damaged"
+# Of model.json; raised when a reader of before would misread it.
+FORMAT = 1
+_MODEL_JSON = {
+  *("format", "model", "vocabulary", "random_seed", "task", "own_head", "base")
+}
 
 
 @dataclasses.dataclass(frozen=True)
 class SaveCheckpointConfig:
-  """How often to save, and how many to keep (None keeps all)."""
+  """How often to save, and how many to keep (None keeps all).
+
+  Raises:
+    UserError: if either is no whole number of 1 or more.
+  """
 
   period: int = 1000
   keep: int | None = None
+
+  def __post_init__(self):
+    for name, macro in (("period", "CHECKPOINT_PERIOD"), ("keep", "KEEP")):
+      value = getattr(self, name)
+      if name == "keep" and value is None:
+        continue
+      if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise UserError(
+          f"{macro} = {value!r} must be a whole number, 1 or more"
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -135,11 +164,18 @@ def write_atomically(path: str, text: str) -> None:
     return
   folder = os.path.dirname(os.path.abspath(path))
   with tempfile.NamedTemporaryFile(
-    "w", dir=folder, delete=False, encoding="utf-8"
+    "w", dir=folder, prefix=_SCRATCH, delete=False, encoding="utf-8"
   ) as file:
-    file.write(text)
-  os.chmod(file.name, 0o644)
-  os.replace(file.name, path)
+    try:
+      file.write(text)
+      file.flush()
+      os.fsync(file.fileno())
+      os.chmod(file.name, 0o644)
+      os.replace(file.name, path)
+    except BaseException:
+      os.unlink(file.name)
+      raise
+  integrity.sync_folder(folder)
 
 
 def prepare_model_dir(model_dir: str) -> str:
@@ -167,32 +203,64 @@ def prepare_model_dir(model_dir: str) -> str:
 
 
 def read_model_json(folder: str) -> dict[str, Any] | None:
-  """The contents of a run folder's model.json, or None."""
+  """The contents of a run folder's model.json, or None where there is none.
+
+  Raises:
+    UserError: if it is damaged, or says what this version does not know.
+  """
   path = os.path.join(folder, "model.json")
   if not os.path.exists(path):
     return None
   try:
     with open(path, encoding="utf-8") as file:
-      return json.load(file)
-  except json.JSONDecodeError as e:
+      found = json.load(file)
+  except (ValueError, RecursionError) as e:
     raise UserError(f"{path}: not valid JSON: {e}") from None
+  except OSError as e:
+    raise UserError(f"{path} cannot be read: {e.strerror}") from None
+  if not isinstance(found, dict) or not isinstance(found.get("model"), dict):
+    raise UserError(f"{path} describes no model")
+  # What was written before there were numbers is of the first format.
+  number = found.get("format", 1)
+  unknown = sorted({*found} - _MODEL_JSON)
+  if number != FORMAT or unknown:
+    what = f"field {unknown[0]!r}" if unknown else f"format {number!r}"
+    raise UserError(
+      f"{path} has {what}, which this fat5_jax does not know: a newer one wrote"
+      " it, or it was edited"
+    )
+  return found
+
+
+def read_config(folder: str) -> T5Config | None:
+  """The T5Config in a run folder's model.json, or None where there is none.
+
+  Raises:
+    UserError: as read_model_json, and for a config that no model can have.
+  """
+  found = read_model_json(folder)
+  if found is None:
+    return None
+  try:
+    return T5Config(**found["model"])
+  except (TypeError, ValueError) as e:
+    reason = str(e).removeprefix("T5Config.__init__() ")
+    raise UserError(f"{folder}/model.json: model: {reason}") from None
 
 
 def check_same_model(model_dir: str, config: T5Config) -> None:
   """Raises UserError if the folder holds a run of another architecture."""
-  found = read_model_json(model_dir)
+  found = read_config(model_dir)
   if found is None:
     return
-  before = T5Config(**found["model"]).architecture()
-  now = config.architecture()
+  before, now = found.architecture(), config.architecture()
   lines = [
     f"  - {key} = {before[key]!r}\n  + {key} = {now[key]!r}"
     for key in now
     if before[key] != now[key]
   ]
   labels = [
-    c.head.label_names if c.head is not None else ()
-    for c in (T5Config(**found["model"]), config)
+    c.head.label_names if c.head is not None else () for c in (found, config)
   ]
   if labels[0] != labels[1]:
     lines.append(f"  - labels = {labels[0]!r}\n  + labels = {labels[1]!r}")
@@ -211,6 +279,7 @@ def write_model_json(
 ) -> None:
   """Records what a reader of the checkpoints needs to know."""
   value = {
+    "format": FORMAT,
     "model": dataclasses.asdict(config),
     "vocabulary": vocabulary,
     **more,
@@ -226,6 +295,84 @@ def steps(model_dir: str) -> list[int]:
     return []
   matches = map(STEP_FOLDER.match, os.listdir(model_dir))
   return sorted(int(match[1]) for match in matches if match)
+
+
+def latest_whole(
+  model_dir: str, items: Sequence[str] = integrity.ITEMS
+) -> tuple[int | None, list[int]]:
+  """(the latest step that is whole, the later ones that are damaged).
+
+  Says so, where a step is passed over.
+
+  Args:
+    model_dir: the run folder.
+    items: what will be read of it.
+
+  Raises:
+    UserError: if there are checkpoints, and all are damaged.
+  """
+  damaged: dict[int, str] = {}
+  for step in reversed(steps(model_dir)):
+    folder = os.path.join(model_dir, f"checkpoint_{step}")
+    reason = integrity.problem(folder, items)
+    if reason is None:
+      for bad, why in damaged.items():
+        console.say(
+          f"warning: {model_dir}/checkpoint_{bad} is damaged ({why}): passed"
+          f" over for step {step}, the last whole one"
+        )
+      return step, list(damaged)
+    damaged[step] = reason
+  if damaged:
+    listed = "\n".join(
+      f"  checkpoint_{step}: {reason}" for step, reason in damaged.items()
+    )
+    raise UserError(
+      f"{model_dir}: every checkpoint is damaged:\n{listed}\nStart from"
+      " another with --gin.INITIAL_CHECKPOINT_PATH=..., in another MODEL_DIR"
+    )
+  return None, []
+
+
+def _put_aside(model_dir: str, step: int) -> None:
+  """Takes a damaged checkpoint's name, so that the step can be saved anew."""
+  path = os.path.join(model_dir, f"checkpoint_{step}")
+  free = (f"{path}.{_DAMAGED}{n or ''}" for n in itertools.count())
+  os.rename(path, next(name for name in free if not os.path.exists(name)))
+
+
+def _remove_unfinished(model_dir: str) -> None:
+  """What a process that was killed had begun to write, or to remove."""
+  for entry in list(os.scandir(model_dir)):
+    if entry.name.startswith(_SCRATCH) or _UNFINISHED.match(entry.name):
+      if entry.is_dir(follow_symlinks=False):
+        shutil.rmtree(entry.path, ignore_errors=True)
+      else:
+        os.unlink(entry.path)
+
+
+@contextlib.contextmanager
+def _without_wildcards(folder: str):
+  """The folder by a path that no program takes for a pattern.
+
+  orbax looks for its own files with glob, to which `[1]` is a pattern: it finds
+  none, and leaves a checkpoint without its index.
+  """
+  if not glob.has_magic(folder):
+    yield folder
+    return
+  with tempfile.TemporaryDirectory(prefix="fat5_jax_") as scratch:
+    link = os.path.join(scratch, "run")
+    os.symlink(folder, link, target_is_directory=True)
+    yield link
+
+
+def _reason(error: BaseException) -> str:
+  if isinstance(error, OSError) and error.strerror:
+    return f"{error.strerror} ({error.filename})"
+  text = " ".join(str(error).split()) or type(error).__name__
+  # tensorstore's messages end with where in its source they come from.
+  return text.split(" [source locations")[0][:300]
 
 
 def open_item(folder: str, abstract: Any) -> Any:
@@ -256,41 +403,91 @@ def open_item(folder: str, abstract: Any) -> Any:
 
 
 class Checkpointer:
-  """Saves and restores a run, asynchronously, keeping the latest few."""
+  """Saves and restores a run, asynchronously, keeping the latest few.
+
+  Every step is a folder of its own, which gets its name when all of it is on
+  disk, read back, and summed (integrity.py).
+  """
 
   def __init__(self, model_dir: str, config: SaveCheckpointConfig):
-    self._manager = ocp.CheckpointManager(
-      model_dir,
-      item_names=("params", "optimizer", "data"),
-      options=ocp.CheckpointManagerOptions(
-        step_prefix="checkpoint",
-        max_to_keep=config.keep,
-        cleanup_tmp_directories=True,
-        enable_async_checkpointing=True,
+    self._folder, self._keep = model_dir, config.keep
+    self._saving: int | None = None
+    self._last = max(steps(model_dir), default=None)
+    self._opened = contextlib.ExitStack()
+    self._there = self._opened.enter_context(_without_wildcards(model_dir))
+    if jax.process_index() == 0:
+      _remove_unfinished(model_dir)
+    self._orbax = ocp.AsyncCheckpointer(
+      ocp.CompositeCheckpointHandler(),
+      async_options=ocp.options.AsyncOptions(
+        # Host 0 reads all of a checkpoint back; the others wait.
+        timeout_secs=7200,
+        post_finalization_callback=self._seal,
       ),
     )
 
   def latest_step(self) -> int | None:
-    return self._manager.latest_step()
+    """The last one that is complete, as far as is known."""
+    return self._last
+
+  def find_latest(self) -> int | None:
+    """The latest whole checkpoint; damaged ones after it are put aside.
+
+    Raises:
+      UserError: if there are checkpoints, and all are damaged.
+    """
+    step, said = -1, ""
+    if jax.process_index() == 0:
+      try:
+        found, damaged = latest_whole(self._folder)
+        step = -1 if found is None else found
+        for n in damaged:
+          _put_aside(self._folder, n)
+      except UserError as e:
+        step, said = -2, str(e)
+    if jax.process_count() > 1:
+      step = int(multihost_utils.broadcast_one_to_all(np.int64(step)))
+    if step == -2:
+      raise UserError(said or f"{self._folder}: every checkpoint is damaged")
+    self._last = None if step == -1 else step
+    return self._last
 
   def save(self, step: int, params, opt_state, data: dict[str, Any]) -> None:
-    """Starts a save; waits for an earlier one first. A saved step is left."""
-    if self._manager.latest_step() == step:
+    """Starts a save; waits for an earlier one first. A saved step is left.
+
+    Raises:
+      UserError: if the earlier one, or this one, cannot be written.
+    """
+    self.wait()
+    if self._last == step:
       return
-    self._manager.save(
-      step,
-      args=ocp.args.Composite(
-        params=ocp.args.StandardSave(layer_stack.unstack(params, _to_hosts)),
-        optimizer=ocp.args.StandardSave(
-          layer_stack.unstack(opt_state, _to_hosts)
+    self._saving = step
+    with self._explaining():
+      self._orbax.save(
+        os.path.join(self._there, f"checkpoint_{step}"),
+        args=ocp.args.Composite(
+          params=ocp.args.StandardSave(layer_stack.unstack(params, _to_hosts)),
+          optimizer=ocp.args.StandardSave(
+            layer_stack.unstack(opt_state, _to_hosts)
+          ),
+          data=ocp.args.JsonSave(data),
         ),
-        data=ocp.args.JsonSave(data),
-      ),
-    )
+      )
+
+  def _seal(self) -> None:
+    """Sums what was written, on host 0, before it gets its name."""
+    name = f"checkpoint_{self._saving}"
+    [folder] = [
+      entry.path
+      for entry in os.scandir(self._folder)
+      if entry.name.startswith(f"{name}.")
+      and not entry.name.startswith(f"{name}.{_DAMAGED}")
+    ]
+    integrity.write(folder)
 
   def restore(self, step: int, params, opt_state, partitioner: Partitioner):
     """(params, opt_state, data) of a step, given abstract ones as they run."""
-    folder = os.path.join(self._manager.directory, f"checkpoint_{step}")
+    folder = os.path.join(self._folder, f"checkpoint_{step}")
     on_disk = as_on_disk(params)
     try:
       found = {
@@ -304,27 +501,67 @@ class Checkpointer:
       }
     except (ValueError, KeyError, TypeError) as e:
       raise UserError(
-        f"{self._manager.directory}: the optimizer of step {step} is that of"
+        f"{self._folder}: the optimizer of step {step} is that of"
         " other settings (optimizer, TRAINABLE, FROZEN):"
         f" {str(e).splitlines()[0][:200]}. Use another --gin.MODEL_DIR=..., and"
         " this one as INITIAL_CHECKPOINT_PATH"
       ) from None
-    data = self._manager.restore(
-      step, args=ocp.args.Composite(data=ocp.args.JsonRestore())
-    )
     return (
       as_running(found["params"], params),
       as_running(found["optimizer"], opt_state),
-      data["data"],
+      integrity.read_data(folder),
     )
 
   def wait(self) -> None:
-    """Until the last save is complete on disk."""
-    self._manager.wait_until_finished()
+    """Until the last save is complete on disk.
+
+    Raises:
+      UserError: if it could not be written.
+    """
+    with self._explaining():
+      self._orbax.wait_until_finished()
+    if self._saving is None:
+      return
+    self._last, self._saving = self._saving, None
+    if jax.process_index() == 0:
+      integrity.sync_folder(self._folder)
+      self._drop_old()
+
+  def _drop_old(self) -> None:
+    """Removes what is beyond `keep`; a name is gone before its files are."""
+    for step in steps(self._folder)[: -self._keep] if self._keep else []:
+      folder = os.path.join(self._folder, f"checkpoint_{step}")
+      leaving = os.path.join(self._folder, f"{_SCRATCH}checkpoint_{step}")
+      os.rename(folder, leaving)
+      shutil.rmtree(leaving, ignore_errors=True)
+
+  @contextlib.contextmanager
+  def _explaining(self):
+    """A save that fails is a disk that is full, gone or read-only."""
+    try:
+      yield
+    except UserError:
+      raise
+    except Exception as e:
+      step, self._saving = self._saving, None
+      raise UserError(
+        f"{self._folder}: the checkpoint of step {step} could not be written:"
+        f" {_reason(e)}. {self.last_good()}"
+      ) from e
+
+  def last_good(self) -> str:
+    if self._last is None:
+      return "There is no earlier one"
+    return f"The last good checkpoint is step {self._last} and untouched"
 
   def close(self) -> None:
     """Waits for what is being saved."""
-    self._manager.close()
+    try:
+      self.wait()
+    finally:
+      with contextlib.suppress(Exception):
+        self._orbax.close()
+      self._opened.close()
 
   def __enter__(self) -> Checkpointer:
     return self

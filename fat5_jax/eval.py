@@ -278,6 +278,7 @@ def load_model(
     partitioner.place(abstract_params(model)),
     partitioner,
   )
+  console.say(f"weights of {source.path}")
   vocabulary = None
   if source.kind != "fat5":
     if any(

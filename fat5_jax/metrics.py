@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 import csv
 import json
+import math
 import os
 from typing import Any
 
@@ -64,7 +65,8 @@ class MetricsLog:
     self._writers: dict[str, metric_writers.SummaryWriter] = {}
     self._rows = [row for row in read_csv(self._path) if row[0] <= first_step]
     self._rewrite()
-    _drop_later_lines(model_dir, first_step)
+    evaluated = self.has(first_step, "inference_eval/")
+    _drop_later_lines(model_dir, first_step if evaluated else first_step - 1)
 
   def _rewrite(self) -> None:
     lines = [",".join(_COLUMNS)]
@@ -142,8 +144,10 @@ def read_csv(path: str) -> list[tuple[int, str, str, float]]:
   return rows
 
 
-def _drop_later_lines(model_dir: str, first_step: int) -> None:
-  """Removes later steps from SeqIO's `<task>-metrics.jsonl` files."""
+def _drop_later_lines(model_dir: str, last_step: int) -> None:
+  """Removes later steps from SeqIO's `<task>-metrics.jsonl` files, and what a
+  kill has cut short.
+  """
   folder = os.path.join(model_dir, "inference_eval")
   if not os.path.isdir(folder):
     return
@@ -152,8 +156,16 @@ def _drop_later_lines(model_dir: str, first_step: int) -> None:
       continue
     path = os.path.join(folder, name)
     with open(path, encoding="utf-8") as file:
-      lines = [line for line in file if json.loads(line)["step"] <= first_step]
+      lines = [line for line in file if _step_of(line) <= last_step]
     checkpoints.write_atomically(path, "".join(lines))
+
+
+def _step_of(line: str) -> float:
+  """Of a row of JSON; infinity where it is none."""
+  try:
+    return json.loads(line)["step"]
+  except (ValueError, KeyError, TypeError):
+    return math.inf
 
 
 def plot(rows: Iterable[tuple[int, str, str, float]], path: str) -> None:
@@ -193,7 +205,7 @@ def plot(rows: Iterable[tuple[int, str, str, float]], path: str) -> None:
     axis.grid(alpha=0.3)
     if axis.get_legend_handles_labels()[0]:
       axis.legend(fontsize="small")
-  temporary = f"{path}.tmp.png"
+  temporary = os.path.join(os.path.dirname(path), ".writing-curves.png")
   figure.savefig(temporary, dpi=110)
   os.replace(temporary, path)
   plt.close(figure)

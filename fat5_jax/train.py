@@ -34,6 +34,7 @@ from fat5_jax import (
   hosts,
   metrics,
   run_folder,
+  run_lock,
   steps,
   weights,
 )
@@ -193,276 +194,282 @@ def train(
     return None
 
   model_dir = checkpoints.prepare_model_dir(model_dir)
-  checkpoints.check_same_model(model_dir, config)
-  record = train_dataset_cfg.record()
-  run_folder.check_same_task(model_dir, record, own_head)
-  _check_shared(model_dir)
-  checkpointer = checkpoints.Checkpointer(model_dir, checkpoint_cfg.save)
+  with contextlib.ExitStack() as opened:
+    if jax.process_index() == 0:
+      opened.enter_context(run_lock.held(model_dir))
+    checkpoints.check_same_model(model_dir, config)
+    record = train_dataset_cfg.record()
+    run_folder.check_same_task(model_dir, record, own_head)
+    _check_shared(model_dir)
+    checkpointer = opened.enter_context(
+      checkpoints.Checkpointer(model_dir, checkpoint_cfg.save)
+    )
+    opened.enter_context(_disk_errors(model_dir, checkpointer))
 
-  # Where the state comes from, first match wins:
-  #   1. the latest checkpoint of this run;
-  #   2. INITIAL_CHECKPOINT_PATH, a checkpoint of the same model with its
-  #      optimizer (ours, T5X's, Mesh TensorFlow's): weights, optimizer and
-  #      step, as T5X does;
-  #   3. INITIAL_CHECKPOINT_PATH, any other: its weights, and fresh ones where
-  #      the model has what it has not (a head, LoRA), step 0;
-  #   4. scratch.
-  rows = partitioner.rows(train_dataset_cfg.batch_size)
-  groups = partitioner.row_groups(train_dataset_cfg.batch_size)
-  position = {
-    "batches": 0,
-    "dataset": train_dataset_cfg.fingerprint(),
-    "data_shards": data_shards or groups,
-  }
-  total: dict[str, float] = {}
-  own_step = checkpointer.latest_step()
-  initial_path = checkpoint_cfg.restore.path
-  if own_step is not None:
-    params, opt_state, found = checkpointer.restore(
-      own_step, abstract.params, abstract.opt_state, partitioner
-    )
-    state = steps.TrainState(jnp.int32(own_step), params, opt_state)
-    begin_step, total = found["begin_step"], found["sums"]
-    shards_then = found.get("data_shards", 1)
-    if found["dataset"] == position["dataset"] and (
-      data_shards in (None, shards_then)
-    ):
-      position["batches"] = found["batches"]
-      position["data_shards"] = shards_then
-    else:
-      console.say(
-        "the training data's settings changed since the checkpoint; reading it"
-        " from its beginning"
+    # Where the state comes from, first match wins:
+    #   1. the latest checkpoint of this run;
+    #   2. INITIAL_CHECKPOINT_PATH, a checkpoint of the same model with its
+    #      optimizer (ours, T5X's, Mesh TensorFlow's): weights, optimizer and
+    #      step, as T5X does;
+    #   3. INITIAL_CHECKPOINT_PATH, any other: its weights, and fresh ones where
+    #      the model has what it has not (a head, LoRA), step 0;
+    #   4. scratch.
+    rows = partitioner.rows(train_dataset_cfg.batch_size)
+    groups = partitioner.row_groups(train_dataset_cfg.batch_size)
+    position = {
+      "batches": 0,
+      "dataset": train_dataset_cfg.fingerprint(),
+      "data_shards": data_shards or groups,
+    }
+    total: dict[str, float] = {}
+    own_step = checkpointer.find_latest()
+    initial_path = checkpoint_cfg.restore.path
+    if own_step is not None:
+      params, opt_state, found = checkpointer.restore(
+        own_step, abstract.params, abstract.opt_state, partitioner
       )
-    console.say(f"going on from step {own_step} of {model_dir}")
-    if config_text is not None:
-      run_folder.tell_changes(model_dir, config_text())
-  elif initial_path:
-    params, source, fresh = weights.initial_params(
-      initial_path,
-      config,
-      abstract.params,
-      partitioner,
-      checkpoint_cfg.restore.reinitialize,
-      program.fresh_params,
-    )
-    begin_step, opt_state = 0, None
-    if source.has_optimizer and source.continues:
-      begin_step = weights.read_step(source)
-      if len(program.trains) == len(table.flatten(abstract.params)):
-        try:
-          opt_state = weights.initial_optimizer(
-            source, abstract.opt_state, abstract.params, partitioner
-          )
-        except weights.OtherOptimizerError as e:
-          if source.kind == "fat5":
-            raise
-          console.say(f"a fresh optimizer: {e}")
+      state = steps.TrainState(jnp.int32(own_step), params, opt_state)
+      begin_step, total = found["begin_step"], found["sums"]
+      shards_then = found.get("data_shards", 1)
+      if found["dataset"] == position["dataset"] and (
+        data_shards in (None, shards_then)
+      ):
+        position["batches"] = found["batches"]
+        position["data_shards"] = shards_then
       else:
-        console.say("a part of the parameters trains: a fresh optimizer")
-    if opt_state is None:
-      opt_state = program.init_optimizer(params)
-    state = steps.TrainState(jnp.int32(begin_step), params, opt_state)
-    console.say(f"starting from {source.path}, step {begin_step}")
-    if fresh:
-      console.say(f"not in it, so initialised: {', '.join(fresh)}")
-  else:
-    state = program.init_state()
-    begin_step = 0
-    console.say(f"starting from scratch, seed {random_seed}")
-
-  step = first_step = int(state.step)
-  hosts.everyone.agree("step and data position", [step, position])
-  last_step = total_steps
-  if relative_steps is not None:
-    last_step = begin_step + relative_steps
-  if step > last_step:
-    raise UserError(
-      f"the run is at step {step}, past TRAIN_STEPS = {last_step}; steps of"
-      " the checkpoint count, so raise it or use TRAIN_STEPS_RELATIVE"
-    )
-  if step == last_step and own_step is not None:
-    console.say(f"nothing is left to train: step {step} is the last")
-  evaluator = None
-  if infer_eval_dataset_cfg is not None:
-    evaluator = InferenceEvaluator(
-      model, infer_eval_dataset_cfg, model_dir, partitioner
-    )
-  batches = pipeline.train_batches(
-    train_dataset_cfg,
-    config.vocab_size,
-    skip=position["batches"],
-    rows=rows,
-    num_shards=position["data_shards"],
-  )
-  # The first batch shows bad data before anything is written.
-  batches = itertools.chain([next(batches)], batches)
-
-  text_side = "inputs" if features.label_feature(task) else "targets"
-  vocabulary = task.output_features[text_side].vocabulary
-  checkpoints.write_model_json(
-    model_dir,
-    config,
-    vocabularies.save(vocabulary, model_dir),
-    random_seed=random_seed,
-    task=record,
-    own_head=own_head,
-    base=run_folder.base_of(model_dir, initial_path, own_step),
-  )
-  _write_model_info(model_dir, abstract, program.trains)
-  if config_text is not None:
-    checkpoints.write_atomically(
-      os.path.join(model_dir, "config.gin"), config_text()
-    )
-  log = metrics.MetricsLog(model_dir, first_step)
-  console.say(
-    f"{_count(abstract.params):,} parameters, {_count(program.moving):,} of"
-    f" them training, on {jax.device_count()} {jax.default_backend()}"
-    f" device(s) ({partitioner.describe()}), {config.dtype}; results in"
-    f" {model_dir}"
-  )
-
-  def save() -> None:
-    hosts.everyone.agree("step and data position", [step, position])
-    checkpointer.save(
-      step,
-      state.params,
-      state.opt_state,
-      # The sums of a row of metrics that is not complete yet.
-      position | {"begin_step": begin_step, "sums": total},
-    )
-
-  def run_evaluation() -> None:
-    if train_eval_dataset_cfg is not None:
-      values = loss_metrics(
-        program, state.params, train_eval_dataset_cfg, eval_steps
-      )
-      name = f"training_eval/{train_eval_dataset_cfg.task().name}"
-      log.write(step, name, values, events=name)
-      console.say(
-        f"step {step}  {name}  "
-        + "  ".join(
-          f"{k} {values[k]:.4f}"
-          for k in ("loss_per_nonpadding_target_token", "accuracy")
-          if k in values
-        )
-      )
-    if evaluator is not None:
-      for name, values in evaluator.evaluate(state.params, step).items():
-        log.write(step, f"inference_eval/{name}", values)
         console.say(
-          f"step {step}  inference_eval/{name}  "
-          + "  ".join(f"{k} {v:.4g}" for k, v in values.items())
+          "the training data's settings changed since the checkpoint; reading"
+          " it from its beginning"
         )
-    cuts = features.cuts_of(task, train_dataset_cfg.lengths())
-    for name, cut in cuts.items():
-      if cut.describe():
-        console.say(f"{name}: cut to TASK_FEATURE_LENGTHS: {cut.describe()}")
-    log.plot()
-
-  stats_period = stats_period or min(100, eval_period or 100)
-  progress = console.Progress(first_step, last_step)
-  pending: collections.deque = collections.deque()
-  mark, waited = time.monotonic(), 0.0
-  last_evaluated = None
-  last_part = "training_eval/" if evaluator is None else "inference_eval/"
-  if log.has(first_step, last_part):
-    last_evaluated = first_step
-
-  def drain(limit: int) -> None:
-    """Takes the sums of finished steps in, until `limit` are in flight."""
-    nonlocal total, mark, waited
-    while len(pending) > limit:
-      done_step, sums = pending.popleft()
-      sums = jax.device_get(sums)
-      bad_leaf = sums.pop("bad_leaf")
-      rate = sums.pop("learning_rate", None)
-      if bad_leaf >= 0 or not np.isfinite(sums["loss"]):
-        where = _not_finite(done_step, sums, bad_leaf, program.moving)
-        if not getattr(optimizer, "skip_nan_updates", False):
-          raise UserError(where + _mends(checkpointer))
-        console.say(f"{where} skip_nan_updates: the run goes on")
-      metrics.add(total, sums)
-      seconds = max(time.monotonic() - mark - waited, 1e-9)
-      values = metrics.scalars(total)
-      due = done_step % stats_period == 0 or done_step == last_step
-      progress.update(
-        done_step,
-        loss=values["loss_per_nonpadding_target_token"],
-        learning_rate=rate,
-        tokens_per_second=total["target_tokens"] / seconds,
-        padding=1 - values["non_padding_fraction/overall"],
-        force=due,
+      console.say(f"going on from step {own_step} of {model_dir}")
+      if config_text is not None:
+        run_folder.tell_changes(model_dir, config_text())
+    elif initial_path:
+      params, source, fresh = weights.initial_params(
+        initial_path,
+        config,
+        abstract.params,
+        partitioner,
+        checkpoint_cfg.restore.reinitialize,
+        program.fresh_params,
       )
-      if due:
-        if rate is not None:
-          values["learning_rate"] = rate
-        values |= {
-          "timing/steps_per_second": total["steps"] / seconds,
-          "timing/target_tokens_per_second": total["target_tokens"] / seconds,
-          "timing/input_tokens_per_second": total["encoder_tokens"] / seconds,
-        }
-        log.write(done_step, "train", values, events="train")
-        total = {}
-        mark, waited = time.monotonic(), 0.0
+      begin_step, opt_state = 0, None
+      if source.has_optimizer and source.continues:
+        begin_step = weights.read_step(source)
+        if len(program.trains) == len(table.flatten(abstract.params)):
+          try:
+            opt_state = weights.initial_optimizer(
+              source, abstract.opt_state, abstract.params, partitioner
+            )
+          except weights.OtherOptimizerError as e:
+            if source.kind == "fat5":
+              raise
+            console.say(f"a fresh optimizer: {e}")
+        else:
+          console.say("a part of the parameters trains: a fresh optimizer")
+      if opt_state is None:
+        opt_state = program.init_optimizer(params)
+      state = steps.TrainState(jnp.int32(begin_step), params, opt_state)
+      console.say(f"starting from {source.path}, step {begin_step}")
+      if fresh:
+        console.say(f"not in it, so initialised: {', '.join(fresh)}")
+    else:
+      state = program.init_state()
+      begin_step = 0
+      console.say(f"starting from scratch, seed {random_seed}")
 
-  @contextlib.contextmanager
-  def off_the_clock():
-    nonlocal waited
-    begin = time.monotonic()
-    progress.pause()
-    yield
-    progress.resume()
-    waited += time.monotonic() - begin
-
-  with checkpointer, hosts.StopSignal() as stop:
-    if own_step is None:
-      save()
-    elif (
-      eval_period
-      and step > begin_step
-      and step % eval_period == 0
-      and last_evaluated != step
-    ):
-      # The run was killed between saving this step and evaluating it.
-      with off_the_clock():
-        run_evaluation()
-        last_evaluated = step
-    while step < last_step and not stop.at(step):
-      batch = partitioner.to_devices(
-        next(batches), rows[0], train_dataset_cfg.batch_size
+    step = first_step = int(state.step)
+    hosts.everyone.agree("step and data position", [step, position])
+    last_step = total_steps
+    if relative_steps is not None:
+      last_step = begin_step + relative_steps
+    if step > last_step:
+      raise UserError(
+        f"the run is at step {step}, past TRAIN_STEPS = {last_step}; steps of"
+        " the checkpoint count, so raise it or use TRAIN_STEPS_RELATIVE"
       )
-      state, sums = program.train_step(state, batch)
-      step += 1
-      position["batches"] += 1
-      pending.append((step, sums))
-      drain(_IN_FLIGHT)
-      evaluate_now = eval_period and step % eval_period == 0
-      save_now = step % checkpoint_cfg.save.period == 0
-      if evaluate_now or save_now:
-        drain(0)
-        with off_the_clock():
-          if save_now:
-            save()
-          if evaluate_now:
-            run_evaluation()
-            last_evaluated = step
-    drain(0)
-    progress.pause()
-    save()
-    if not stop.received and last_evaluated != step:
-      run_evaluation()
-    checkpointer.wait()
-  if stop.received:
-    log.close()
-    console.say(
-      f"stopped by {stop.name} at step {step}, which is saved in {model_dir}."
-      " Run the same command again to go on:\n  " + _command_line()
+    if step == last_step and own_step is not None:
+      console.say(f"nothing is left to train: step {step} is the last")
+    evaluator = None
+    if infer_eval_dataset_cfg is not None:
+      evaluator = InferenceEvaluator(
+        model, infer_eval_dataset_cfg, model_dir, partitioner
+      )
+    batches = pipeline.train_batches(
+      train_dataset_cfg,
+      config.vocab_size,
+      skip=position["batches"],
+      rows=rows,
+      num_shards=position["data_shards"],
     )
-    return None
-  _closing_words(log, evaluator, task, model_dir, step)
-  log.close()
-  return state
+    # The first batch shows bad data before anything is written.
+    batches = itertools.chain([next(batches)], batches)
+
+    text_side = "inputs" if features.label_feature(task) else "targets"
+    vocabulary = task.output_features[text_side].vocabulary
+    checkpoints.write_model_json(
+      model_dir,
+      config,
+      vocabularies.save(vocabulary, model_dir),
+      random_seed=random_seed,
+      task=record,
+      own_head=own_head,
+      base=run_folder.base_of(model_dir, initial_path, own_step),
+    )
+    _write_model_info(model_dir, abstract, program.trains)
+    if config_text is not None:
+      checkpoints.write_atomically(
+        os.path.join(model_dir, "config.gin"), config_text()
+      )
+    log = metrics.MetricsLog(model_dir, first_step)
+    console.say(
+      f"{_count(abstract.params):,} parameters, {_count(program.moving):,} of"
+      f" them training, on {jax.device_count()} {jax.default_backend()}"
+      f" device(s) ({partitioner.describe()}), {config.dtype}; results in"
+      f" {model_dir}"
+    )
+
+    def save() -> None:
+      hosts.everyone.agree("step and data position", [step, position])
+      checkpointer.save(
+        step,
+        state.params,
+        state.opt_state,
+        # The sums of a row of metrics that is not complete yet.
+        position | {"begin_step": begin_step, "sums": total},
+      )
+
+    def run_evaluation() -> None:
+      if train_eval_dataset_cfg is not None:
+        values = loss_metrics(
+          program, state.params, train_eval_dataset_cfg, eval_steps
+        )
+        name = f"training_eval/{train_eval_dataset_cfg.task().name}"
+        log.write(step, name, values, events=name)
+        console.say(
+          f"step {step}  {name}  "
+          + "  ".join(
+            f"{k} {values[k]:.4f}"
+            for k in ("loss_per_nonpadding_target_token", "accuracy")
+            if k in values
+          )
+        )
+      if evaluator is not None:
+        for name, values in evaluator.evaluate(state.params, step).items():
+          log.write(step, f"inference_eval/{name}", values)
+          console.say(
+            f"step {step}  inference_eval/{name}  "
+            + "  ".join(f"{k} {v:.4g}" for k, v in values.items())
+          )
+      cuts = features.cuts_of(task, train_dataset_cfg.lengths())
+      for name, cut in cuts.items():
+        if cut.describe():
+          console.say(f"{name}: cut to TASK_FEATURE_LENGTHS: {cut.describe()}")
+      log.plot()
+
+    stats_period = stats_period or min(100, eval_period or 100)
+    progress = console.Progress(first_step, last_step)
+    pending: collections.deque = collections.deque()
+    mark, waited = time.monotonic(), 0.0
+    last_evaluated = None
+    last_part = "training_eval/" if evaluator is None else "inference_eval/"
+    if log.has(first_step, last_part):
+      last_evaluated = first_step
+
+    def drain(limit: int) -> None:
+      """Takes the sums of finished steps in, until `limit` are in flight."""
+      nonlocal total, mark, waited
+      while len(pending) > limit:
+        done_step, sums = pending.popleft()
+        sums = jax.device_get(sums)
+        bad_leaf = sums.pop("bad_leaf")
+        rate = sums.pop("learning_rate", None)
+        if bad_leaf >= 0 or not np.isfinite(sums["loss"]):
+          where = _not_finite(done_step, sums, bad_leaf, program.moving)
+          if not getattr(optimizer, "skip_nan_updates", False):
+            raise UserError(where + _mends(checkpointer))
+          console.say(f"{where} skip_nan_updates: the run goes on")
+        metrics.add(total, sums)
+        seconds = max(time.monotonic() - mark - waited, 1e-9)
+        values = metrics.scalars(total)
+        due = done_step % stats_period == 0 or done_step == last_step
+        progress.update(
+          done_step,
+          loss=values["loss_per_nonpadding_target_token"],
+          learning_rate=rate,
+          tokens_per_second=total["target_tokens"] / seconds,
+          padding=1 - values["non_padding_fraction/overall"],
+          force=due,
+        )
+        if due:
+          if rate is not None:
+            values["learning_rate"] = rate
+          values |= {
+            "timing/steps_per_second": total["steps"] / seconds,
+            "timing/target_tokens_per_second": total["target_tokens"] / seconds,
+            "timing/input_tokens_per_second": total["encoder_tokens"] / seconds,
+          }
+          log.write(done_step, "train", values, events="train")
+          total = {}
+          mark, waited = time.monotonic(), 0.0
+
+    @contextlib.contextmanager
+    def off_the_clock():
+      nonlocal waited
+      begin = time.monotonic()
+      progress.pause()
+      yield
+      progress.resume()
+      waited += time.monotonic() - begin
+
+    with hosts.StopSignal() as stop:
+      if own_step is None:
+        save()
+      elif (
+        eval_period
+        and step > begin_step
+        and step % eval_period == 0
+        and last_evaluated != step
+      ):
+        # The run was killed between saving this step and evaluating it.
+        with off_the_clock():
+          run_evaluation()
+          last_evaluated = step
+      while step < last_step and not stop.at(step):
+        batch = partitioner.to_devices(
+          next(batches), rows[0], train_dataset_cfg.batch_size
+        )
+        state, sums = program.train_step(state, batch)
+        step += 1
+        position["batches"] += 1
+        pending.append((step, sums))
+        drain(_IN_FLIGHT)
+        evaluate_now = eval_period and step % eval_period == 0
+        save_now = step % checkpoint_cfg.save.period == 0
+        if evaluate_now or save_now:
+          drain(0)
+          with off_the_clock():
+            if save_now:
+              save()
+            if evaluate_now:
+              run_evaluation()
+              last_evaluated = step
+      drain(0)
+      progress.pause()
+      save()
+      if not stop.received and last_evaluated != step:
+        run_evaluation()
+      checkpointer.wait()
+    if stop.received:
+      log.close()
+      console.say(
+        f"stopped by {stop.name} at step {step}, which is saved in {model_dir}."
+        " Run the same command again to go on:\n  " + _command_line()
+      )
+      return None
+    _closing_words(log, evaluator, task, model_dir, step)
+    log.close()
+    return state
 
 
 def _check_shared(model_dir: str) -> None:
@@ -497,12 +504,23 @@ def _not_finite(step, sums, bad_leaf, abstract_params) -> str:
 
 def _mends(checkpointer) -> str:
   checkpointer.wait()
-  good = checkpointer.latest_step()
   return (
-    f" The last good checkpoint is step {good} and untouched. Usual mends: a"
-    " lower learning rate or more warm-up, global_norm_clip_threshold = 1.0,"
-    " dtype = 'float32'"
+    f" {checkpointer.last_good()}. Usual mends: a lower learning rate or more"
+    " warm-up, global_norm_clip_threshold = 1.0, dtype = 'float32'"
   )
+
+
+@contextlib.contextmanager
+def _disk_errors(model_dir: str, checkpointer):
+  """A disk that is full, gone or read-only, in a line."""
+  try:
+    yield
+  except OSError as e:
+    if e.strerror is None:
+      raise
+    raise UserError(
+      f"{e.filename or model_dir}: {e.strerror}. {checkpointer.last_good()}"
+    ) from e
 
 
 def _closing_words(log, evaluator, task, model_dir: str, step: int) -> None:

@@ -19,7 +19,7 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
-from fat5_jax import checkpoints, trainable
+from fat5_jax import checkpoints, integrity, trainable
 from fat5_jax.convert import formats, hf, mesh_tf, orbax_files, t5x, table
 from fat5_jax.errors import UserError
 from fat5_jax.models.config import T5Config
@@ -88,15 +88,16 @@ def find(path: str) -> Source:
       )
     raise UserError(f"{path}: no such checkpoint{hint}")
   match = checkpoints.STEP_FOLDER.match(os.path.basename(path))
-  if match and os.path.isdir(os.path.join(path, "params")):
+  if match:
+    if reason := integrity.problem(path, ("params",)):
+      raise UserError(
+        f"{path} is damaged ({reason}). Name its run folder for the last whole"
+        " one"
+      )
     return Source("fat5", path, int(match[1]))
-  own = [
-    step
-    for step in checkpoints.steps(path)
-    if os.path.isdir(os.path.join(path, f"checkpoint_{step}", "params"))
-  ]
-  if own:
-    return Source("fat5", os.path.join(path, f"checkpoint_{own[-1]}"), own[-1])
+  step, _ = checkpoints.latest_whole(path, ("params",))
+  if step is not None:
+    return Source("fat5", os.path.join(path, f"checkpoint_{step}"), step)
   found = formats.find(path)
   if found is not None:
     return Source(*found, base=formats.base_of(found))
@@ -136,10 +137,9 @@ def open_params(
   Layers are unstacked. `without_decoder` leaves the decoder out, unread.
   """
   if source.kind == "fat5":
-    found = checkpoints.read_model_json(source.run_dir)
-    if found is None:
+    config = checkpoints.read_config(source.run_dir)
+    if config is None:
       raise UserError(f"{source.run_dir}: model.json is missing")
-    config = T5Config(**found["model"])
     leaves = orbax_files.read_item(os.path.join(source.path, "params"))
   else:
     config, leaves = formats.open_model(
@@ -340,6 +340,8 @@ def initial_optimizer(
   if source.kind in _SLOT_READERS:
     found = _adafactor_reads(source, on_disk)
   else:
+    if reason := integrity.problem(source.path, ("optimizer",)):
+      raise UserError(f"{source.path} is damaged ({reason})")
     try:
       path = os.path.join(source.path, "optimizer")
       found = checkpoints.open_item(path, on_disk)
@@ -464,4 +466,5 @@ def write_params(
     if vocabulary is not None:
       description = vocabularies.save(vocabulary, folder)
     checkpoints.write_model_json(folder, config, description)
+    integrity.write(target)
     os.rename(target, final)

@@ -1,0 +1,122 @@
+"""One writer of a run folder: a lock that ends with its process.
+
+The system's lock (flock) on MODEL_DIR/.lock is freed whatever ends a process,
+but on some shared file systems other hosts do not see it. So the holder also
+signs the file every few seconds; a host that finds another's signature waits to
+see whether it changes. Clocks are not compared.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import errno
+import fcntl
+import json
+import os
+import secrets
+import socket
+import sys
+import threading
+import time
+
+from fat5_jax import console
+from fat5_jax.errors import UserError
+
+NAME = ".lock"
+SIGN_SECONDS = 5.0
+# As long as a holder may take to be seen: a signature, and what a file system
+# of several hosts keeps back.
+PATIENCE_SECONDS = 30.0
+
+
+@contextlib.contextmanager
+def held(model_dir: str):
+  """While it lasts no other process trains in the folder.
+
+  Raises:
+    UserError: if one does, naming it.
+  """
+  path = os.path.join(model_dir, NAME)
+  try:
+    file = open(path, "a+", encoding="utf-8")
+  except OSError as e:
+    raise UserError(f"{path} cannot be written: {e.strerror}") from None
+  with file:
+    try:
+      fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as e:
+      if e.errno in (errno.EAGAIN, errno.EACCES):
+        raise UserError(_refusal(model_dir, _read(path))) from None
+      # A file system without locks: the signature alone must do.
+    holder = _read(path)
+    if holder.get("host") not in (None, socket.gethostname()):
+      _wait_for(model_dir, path, holder)
+    ended = threading.Event()
+    signer = threading.Thread(target=_sign, args=(file, ended), daemon=True)
+    signer.start()
+    try:
+      yield
+    finally:
+      ended.set()
+      signer.join()
+      with contextlib.suppress(OSError):
+        os.ftruncate(file.fileno(), 0)
+
+
+def _sign(file, ended: threading.Event) -> None:
+  words = " ".join(getattr(sys, "orig_argv", sys.argv))[:500]
+  holder = {
+    "host": socket.gethostname(),
+    "process": os.getpid(),
+    "since": datetime.datetime.now().isoformat(" ", timespec="seconds"),
+    "command": words,
+  }
+  while True:
+    # The disk may be full, or away: saving says so.
+    with contextlib.suppress(OSError):
+      text = json.dumps(holder | {"sign": secrets.token_hex(4)}) + "\n"
+      os.pwrite(file.fileno(), text.encode(), 0)
+      os.ftruncate(file.fileno(), len(text.encode()))
+    if ended.wait(SIGN_SECONDS):
+      return
+
+
+def _read(path: str) -> dict:
+  try:
+    with open(path, encoding="utf-8") as file:
+      found = json.loads(file.read() or "{}")
+    return found if isinstance(found, dict) else {}
+  except (OSError, ValueError):
+    return {}
+
+
+def _wait_for(model_dir: str, path: str, holder: dict) -> None:
+  """Until the signature of another host is surely a dead one's."""
+  console.say(
+    f"MODEL_DIR was held by {_name(holder)}: looking for"
+    f" {PATIENCE_SECONDS:.0f} s whether it still lives"
+  )
+  ends = time.monotonic() + PATIENCE_SECONDS
+  while time.monotonic() < ends:
+    time.sleep(min(1.0, PATIENCE_SECONDS / 5))
+    now = _read(path)
+    if now.get("sign") != holder.get("sign") and now:
+      raise UserError(_refusal(model_dir, now))
+
+
+def _name(holder: dict) -> str:
+  if not holder:
+    return "another process"
+  return (
+    f"process {holder.get('process')} on {holder.get('host')}, since"
+    f" {holder.get('since')}"
+  )
+
+
+def _refusal(model_dir: str, holder: dict) -> str:
+  return (
+    f"MODEL_DIR {model_dir} is in use by {_name(holder)}"
+    f" ({holder.get('command', 'unknown command')}). Wait until it ends, stop"
+    " it, or choose another --gin.MODEL_DIR=..."
+  )
