@@ -10,9 +10,11 @@ import inspect
 import logging
 import os
 import re
+import signal
 import sys
 import traceback
 
+from fat5_jax import interrupts
 from fat5_jax.errors import UserError
 
 _COMMANDS = {
@@ -279,14 +281,29 @@ def _meet_other_hosts(flags: argparse.Namespace) -> None:
 def main(command: str, arguments: list[str] | None = None) -> int:
   """Runs a command; the process's exit status.
 
-  0 is success or a saved stop, 1 a mistake of the user's, told in one message.
+  0 is success, or SIGTERM and a saved stop; 1 a mistake of the user's, told in
+  one message; 130 Ctrl-C, saved or not; 143 SIGTERM before there was anything
+  to save.
   """
+  with interrupts.watched():
+    return _answer(command, arguments)
+
+
+def _answer(command: str, arguments: list[str] | None) -> int:
+  """Runs a command, and tells what a person wants to know of its end."""
   try:
     _run(command, sys.argv[1:] if arguments is None else arguments)
   except BrokenPipeError:
     # Standard output was closed by `| head`.
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
   except BaseException as e:
+    status = interrupts.ending(f"fat5_jax.{command}:")
+    if status is not None:
+      if (hosts := sys.modules.get("fat5_jax.hosts")) is not None:
+        hosts.everyone.leave("stopped by a person")
+      if arguments is None:
+        _end_now(status)
+      return status
     message = _user_message(e)
     _leave_other_hosts(message, e)
     if message is None:
@@ -298,13 +315,16 @@ def main(command: str, arguments: list[str] | None = None) -> int:
       _end_now()
     return 1
   _leave_other_hosts()
-  return 0
+  # SIGTERM asks for no more than a saved stop.
+  is_cut = interrupts.received() == signal.SIGINT
+  return interrupts.status(signal.SIGINT) if is_cut else 0
 
 
-def _end_now() -> None:
-  sys.stdout.flush()
-  sys.stderr.flush()
-  os._exit(1)
+def _end_now(status: int = 1) -> None:
+  with contextlib.suppress(OSError):
+    sys.stdout.flush()
+    sys.stderr.flush()
+  os._exit(status)
 
 
 def _user_message(error: BaseException) -> str | None:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import collections
 from collections.abc import Mapping
+import contextlib
 import dataclasses
 import itertools
 import json
@@ -24,6 +25,7 @@ import time
 from typing import Any
 
 import fat5_jax
+from fat5_jax import interrupts
 from fat5_jax.errors import UserError
 
 # A host whose network is silent for 10 + 4 * 5 seconds is gone.
@@ -417,30 +419,43 @@ class StopSignal:
   def __init__(self):
     self.received = False
     self.name = ""
-    self._previous: dict[int, Any] = {}
-    self._numbers = (signal.SIGTERM, signal.SIGINT)
-    if everyone.count > 1:
-      # jax's own handler takes SIGTERM.
-      self._numbers = (signal.SIGINT,)
+    self._in_evaluation = False
+    self._finishing = contextlib.ExitStack()
 
   def __enter__(self):
-    try:
-      for number in self._numbers:
-        self._previous[number] = signal.signal(number, self._handle)
-    except ValueError:
-      pass  # Signals belong to the main thread; elsewhere there are none.
+    # Of several hosts jax's own handler takes SIGTERM.
+    numbers = (signal.SIGINT,) if everyone.count > 1 else interrupts.NUMBERS
+    self._finishing.enter_context(interrupts.finishing(self._handle, numbers))
     return self
 
   def _handle(self, number, frame):
     del frame
-    if self.name and number == signal.SIGINT:
-      raise KeyboardInterrupt
-    self.name = signal.Signals(number).name
-    print(f"\n{self.name}: saving after this step ...", file=sys.stderr)
+    if self.name:
+      if number == signal.SIGINT:
+        raise interrupts.Stopped
+      return
+    self.name = interrupts.words(number)
+    interrupts.note(number)
+    when = "now" if self._in_evaluation else "after this step"
+    print(f"\n{self.name}: saving {when} ...", file=sys.stderr)
     if everyone.count > 1:
       os.kill(os.getpid(), signal.SIGTERM)
-    else:
-      self.received = True
+      return
+    self.received = True
+    if self._in_evaluation:
+      raise interrupts.Stopped
+
+  @contextlib.contextmanager
+  def evaluating(self):
+    """What a signal breaks off: it changes no state. Hosts end it together."""
+    self._in_evaluation = everyone.count == 1
+    try:
+      yield
+    except interrupts.Stopped:
+      if not self.received:
+        raise
+    finally:
+      self._in_evaluation = False
 
   def at(self, step: int) -> bool:
     """Whether to stop after this step; the same on all hosts."""
@@ -452,5 +467,4 @@ class StopSignal:
     return self.received
 
   def __exit__(self, *exception):
-    for number, handler in self._previous.items():
-      signal.signal(number, handler)
+    self._finishing.close()

@@ -432,7 +432,7 @@ def train(
         and last_evaluated != step
       ):
         # The run was killed between saving this step and evaluating it.
-        with off_the_clock():
+        with off_the_clock(), stop.evaluating():
           run_evaluation()
           last_evaluated = step
       while step < last_step and not stop.at(step):
@@ -451,14 +451,16 @@ def train(
           with off_the_clock():
             if save_now:
               save()
-            if evaluate_now:
-              run_evaluation()
-              last_evaluated = step
+            if evaluate_now and not stop.received:
+              with stop.evaluating():
+                run_evaluation()
+                last_evaluated = step
       drain(0)
       progress.pause()
       save()
       if not stop.received and last_evaluated != step:
-        run_evaluation()
+        with stop.evaluating():
+          run_evaluation()
       checkpointer.wait()
     if stop.received:
       log.close()

@@ -1,0 +1,150 @@
+"""Ctrl-C and SIGTERM, at every moment of a command.
+
+Python acts on a signal between two of its own instructions, and a compile or a
+read inside a library can take minutes. So a thread sees to it that a signal is
+answered: a command that has not ended by itself soon after, or that gets a
+second Ctrl-C, ends there and then. What it was writing has another name until
+it is whole, so nothing is half there.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import sys
+import threading
+import time
+
+# For a command to end by itself, tidily.
+PATIENCE_SECONDS = 5.0
+NUMBERS = (signal.SIGINT, signal.SIGTERM)
+
+
+class Stopped(BaseException):
+  """Raised where a command is, by a signal."""
+
+
+class _Signals:
+  """Those of this process.
+
+  Attributes:
+    number: the first that came, or None.
+    finishes: whether the command has taken it upon itself to end in good order,
+      however long that takes: it saves.
+  """
+
+  def __init__(self):
+    self.number: int | None = None
+    self.finishes = False
+    self._reader, self._writer = os.pipe()
+    os.set_blocking(self._writer, False)
+
+  def raise_stopped(self, number, frame) -> None:
+    del frame
+    self.number = self.number or number
+    raise Stopped(signal.Signals(number).name)
+
+  def watch(self) -> None:
+    """The thread: reads what the system wrote, a byte a signal."""
+    came = 0
+    while byte := os.read(self._reader, 1):
+      number = byte[0]
+      if number not in NUMBERS:
+        continue
+      came += 1
+      if came > 1 and number == signal.SIGINT:
+        _leave(number)
+      if not self.finishes:
+        threading.Thread(
+          target=self._insist, args=[number], daemon=True
+        ).start()
+
+  def _insist(self, number: int) -> None:
+    time.sleep(PATIENCE_SECONDS)
+    if not self.finishes:
+      _leave(number)
+
+  def close(self) -> None:
+    os.close(self._writer)
+
+
+_signals: _Signals | None = None
+
+
+def words(number: int) -> str:
+  return "Ctrl-C" if number == signal.SIGINT else signal.Signals(number).name
+
+
+def status(number: int) -> int:
+  """Of a process that a signal ended, as shells count."""
+  return 128 + number
+
+
+def _leave(number: int) -> None:
+  os.write(2, f"\nstopped at once by {words(number)}\n".encode())
+  os._exit(status(number))
+
+
+@contextlib.contextmanager
+def watched():
+  """While a command runs, in the main thread of its process."""
+  global _signals
+  if threading.current_thread() is not threading.main_thread() or _signals:
+    yield
+    return
+  _signals = signals = _Signals()
+  before = {n: signal.signal(n, signals.raise_stopped) for n in NUMBERS}
+  descriptor = signal.set_wakeup_fd(signals._writer, warn_on_full_buffer=False)
+  threading.Thread(target=signals.watch, daemon=True).start()
+  try:
+    yield
+  finally:
+    signal.set_wakeup_fd(descriptor)
+    for number, handler in before.items():
+      signal.signal(number, handler)
+    _signals = None
+    signals.close()
+
+
+def received() -> int | None:
+  """The signal that this command got, if any."""
+  return _signals.number if _signals else None
+
+
+@contextlib.contextmanager
+def finishing(handler, numbers=NUMBERS):
+  """`handler(number, frame)` ends the command in good order; no one insists."""
+  if threading.current_thread() is not threading.main_thread():
+    yield
+    return
+  before = {n: signal.signal(n, handler) for n in numbers}
+  if _signals:
+    _signals.finishes = True
+  try:
+    yield
+  finally:
+    for number, old in before.items():
+      signal.signal(number, old)
+    if _signals:
+      _signals.finishes = False
+
+
+def note(number: int) -> None:
+  """A handler of `finishing` was called: the status will say so."""
+  if _signals:
+    _signals.number = _signals.number or number
+
+
+def ending(what: str) -> int | None:
+  """The exit status, told in a line, if a signal is why the command ends.
+
+  Whatever exception comes of a signal, also from the midst of an import, it is
+  no fault of the program's.
+  """
+  number = received()
+  if number is None:
+    return None
+  sys.unraisablehook = lambda unraisable: None
+  print(f"\n{what} stopped by {words(number)}", file=sys.stderr, flush=True)
+  return status(number)
