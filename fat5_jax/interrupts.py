@@ -9,6 +9,7 @@ it is whole, so nothing is half there.
 
 from __future__ import annotations
 
+import _thread
 import contextlib
 import os
 import signal
@@ -44,6 +45,15 @@ class _Signals:
     del frame
     self.number = self.number or number
     raise Stopped(signal.Signals(number).name)
+
+  def unraisable(self, unraisable) -> None:
+    """A hook: a callback of the garbage collector's, say, swallows whatever is
+    raised in it. So the signal comes again.
+    """
+    if isinstance(unraisable.exc_value, Stopped):
+      _thread.interrupt_main(self.number)
+    elif self.number is None:
+      sys.__unraisablehook__(unraisable)
 
   def watch(self) -> None:
     """The thread: reads what the system wrote, a byte a signal."""
@@ -95,12 +105,14 @@ def watched():
     return
   _signals = signals = _Signals()
   before = {n: signal.signal(n, signals.raise_stopped) for n in NUMBERS}
+  hook, sys.unraisablehook = sys.unraisablehook, signals.unraisable
   descriptor = signal.set_wakeup_fd(signals._writer, warn_on_full_buffer=False)
   threading.Thread(target=signals.watch, daemon=True).start()
   try:
     yield
   finally:
     signal.set_wakeup_fd(descriptor)
+    sys.unraisablehook = hook
     for number, handler in before.items():
       signal.signal(number, handler)
     _signals = None
@@ -145,6 +157,5 @@ def ending(what: str) -> int | None:
   number = received()
   if number is None:
     return None
-  sys.unraisablehook = lambda unraisable: None
   print(f"\n{what} stopped by {words(number)}", file=sys.stderr, flush=True)
   return status(number)
