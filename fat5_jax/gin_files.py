@@ -15,6 +15,7 @@ import re
 import tokenize
 from typing import NamedTuple
 
+from fat5_jax import macros
 from fat5_jax.errors import UserError, nearest
 import gin
 from gin import config as gin_config
@@ -50,11 +51,19 @@ _BOUND = {
 
 
 class _Parsed(NamedTuple):
-  """What a gin text says: `sets` and `uses` are macros, with their lines."""
+  """What a gin text says: `sets` and `uses` are macros, with their lines.
+
+  `binds` are a function's name, its parameter, and the macro it is bound to.
+  """
 
   sets: list[tuple[str, int]]
   uses: set[str]
   includes: list[tuple[str, int]]
+  binds: list[tuple[str, str, str]]
+
+
+class _Use(str):
+  """A macro's name where it is a parameter's value."""
 
 
 class _Names(config_parser.ParserDelegate):
@@ -68,6 +77,7 @@ class _Names(config_parser.ParserDelegate):
 
   def macro(self, macro_name):
     self.macros.add(macro_name)
+    return _Use(macro_name)
 
 
 def _read(text: str, where: str) -> _Parsed:
@@ -77,7 +87,7 @@ def _read(text: str, where: str) -> _Parsed:
     UserError: naming file and line, for what is no gin.
   """
   names = _Names()
-  parsed = _Parsed([], names.macros, [])
+  parsed = _Parsed([], names.macros, [], [])
   try:
     for statement in config_parser.ConfigParser(io.StringIO(text), names):
       if isinstance(statement, config_parser.IncludeStatement):
@@ -85,13 +95,16 @@ def _read(text: str, where: str) -> _Parsed:
           (statement.filename, statement.location.line_num)
         )
       elif isinstance(statement, config_parser.BindingStatement):
-        scope, name, argument, _, location = statement
+        scope, name, argument, value, location = statement
         if not argument:
           full = f"{scope}/{name}" if scope else name
           parsed.sets.append((full, location.line_num))
         elif name in ("gin.macro", "macro"):
           # The long form of the same.
           parsed.sets.append((scope, location.line_num))
+        elif isinstance(value, _Use):
+          function = name.split(".")[-1]
+          parsed.binds.append((function, argument, str(value)))
   except (SyntaxError, tokenize.TokenError) as e:
     line = _line_of(e)
     shown = (text.splitlines() or [""])[min(line, text.count("\n") + 1) - 1]
@@ -148,8 +161,15 @@ class _GinFiles:
       return path
     if path in self.parsed:
       raise UserError(f"{asked_by}{path} includes this file")
-    with open(path, encoding="utf-8") as file:
-      text = file.read()
+    try:
+      with open(path, encoding="utf-8") as file:
+        text = file.read()
+    except OSError as e:
+      raise UserError(f"{asked_by}{path}: {e.strerror}") from None
+    except UnicodeDecodeError:
+      raise UserError(f"{asked_by}{path} is no text in UTF-8") from None
+    if "\0" in text:
+      raise UserError(f"{asked_by}{path} is no text: it holds zero bytes")
     if text.startswith("\ufeff"):
       raise UserError(
         f"{path} begins with a byte-order mark: save it as UTF-8 without one"
@@ -171,6 +191,10 @@ def _shipped() -> Iterator[tuple[str, str]]:
   for root in GIN_ROOTS:
     for folder, _, names in os.walk(root):
       yield from ((root, os.path.join(folder, name)) for name in names)
+
+
+def _is_shipped(path: str) -> bool:
+  return any(path.startswith(root + os.sep) for root in GIN_ROOTS)
 
 
 def _check_macros(files: _GinFiles, bindings: list[str]) -> None:
@@ -294,6 +318,82 @@ def parse(
   ) as e:
     raise UserError(_explain(str(e))) from None
   _check_required(function, may_be_unset)
+  _check_values(found, bindings)
+
+
+def _check_values(files: _GinFiles, bindings: list[str]) -> None:
+  """Raises for a value that a macro, or what is bound to it, may not have.
+
+  A name that the user's files alone use is theirs.
+  """
+  shipped = [
+    parsed for path, parsed in files.parsed.items() if _is_shipped(path)
+  ]
+  used = set().union(*(parsed.uses for parsed in shipped))
+  others = set().union(*(parsed.uses for parsed in files.parsed.values()))
+  known = {*macros.MACROS} - (others - used)
+  bound: dict[tuple[str, str], list[str]] = {}
+  for parsed in shipped:
+    for function, parameter, name in parsed.binds:
+      bound.setdefault((function, parameter), []).append(name)
+  for (scope, selector), values in list(gin_config._CONFIG.items()):
+    if selector == "gin.macro":
+      value = _value(values.get("value"), [scope])
+      if scope in known and value is not gin.REQUIRED:
+        macros.check(scope, value, _origin(scope, files, bindings))
+      continue
+    function = selector.split(".")[-1]
+    for parameter, value in values.items():
+      names = [
+        n
+        for n in bound.get((function, parameter), [])
+        if n in macros.MACROS and not macros.MACROS[n].kind.is_built
+      ]
+      value = _value(value, [])
+      if value is gin.REQUIRED:
+        continue
+      if names and not any(macros.MACROS[n].kind.holds(value) for n in names):
+        macros.check(names[0], value, f"{function}.{parameter}")
+
+
+def _value(value: object, seen: list[str]) -> object:
+  """A binding's value, macros followed; macros.REFERENCE for what is built.
+
+  Raises:
+    UserError: for macros that refer to each other.
+  """
+  if isinstance(value, dict):
+    return {k: _value(v, seen) for k, v in value.items()}
+  if isinstance(value, (list, tuple)):
+    return [_value(v, seen) for v in value]
+  if not isinstance(value, gin_config.ConfigurableReference):
+    return value
+  scope, selector = value.config_key
+  if "REQUIRED" in value.scoped_selector:
+    return gin.REQUIRED
+  if selector != "gin.macro":
+    # `@name` without brackets is the function itself.
+    return macros.REFERENCE if value.evaluate else value.configurable.wrapped
+  if scope in seen:
+    circle = " -> ".join([*seen[seen.index(scope) :], scope])
+    raise UserError(f"macros refer to each other: {circle}")
+  values = gin_config._CONFIG.get((scope, "gin.macro"), {})
+  if "value" not in values and seen:
+    raise UserError(f"{seen[-1]} = %{scope}: nothing sets {scope}")
+  return _value(values.get("value", gin.REQUIRED), [*seen, scope])
+
+
+def _origin(name: str, files: _GinFiles, bindings: list[str]) -> str:
+  """Where a macro got its value: a flag, or the last file that sets it."""
+  if any(n == name for text in bindings for n, _ in _read(text, "").sets):
+    return f"--gin.{name}"
+  lines = [
+    f"{path}, line {line}: {name}"
+    for path, parsed in files.parsed.items()
+    for n, line in parsed.sets
+    if n == name and not _is_shipped(path)
+  ]
+  return lines[-1] if lines else name
 
 
 def _explain_import(error: ImportError) -> str:

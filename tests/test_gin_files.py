@@ -5,7 +5,7 @@ import os
 from conftest import ROOT
 import pytest
 
-from fat5_jax import gin_files
+from fat5_jax import gin_files, macros
 from fat5_jax.convert import hf
 from fat5_jax.errors import UserError
 import gin
@@ -88,7 +88,8 @@ def test_a_size_is_a_small_diff(file):
 def test_a_run_file_parses(file, tmp_path):
   # In a file, because the command line may set only what the run uses.
   (tmp_path / "user.gin").write_text(
-    """
+    """from __gin__ import dynamic_registration
+import fat5_jax.models.factory as factory
 MODEL_DIR = 'x'
 MIXTURE_OR_TASK_NAME = 'x'
 TASK_FEATURE_LENGTHS = {'inputs': 8}
@@ -97,7 +98,7 @@ VOCAB_FILE = 'x'
 HEAD_WIDTHS = (8,)
 TRAIN_FILES = 'x'
 VALIDATION_FILES = 'x'
-MODEL = None
+MODEL = @factory.create()
 VOCABULARY = None
 """
   )
@@ -272,3 +273,18 @@ decay/optimizers.HParamMap.rules = [('norm', None), ('.*', 0.1)]
   optimizer = gin.get_configurable("optimizers.adafactor")()
   assert float(optimizer.learning_rate(7)) == 0.25
   assert optimizer.skip_nan_updates
+
+
+def test_every_macro_of_the_shipped_files_is_in_the_table():
+  used, table = set(), macros.MACROS
+  for file in FILES:
+    with open(os.path.join(GIN, file), encoding="utf-8") as text:
+      parsed = gin_files._read(text.read(), file)
+    used |= parsed.uses | {name for name, _ in parsed.sets}
+  assert used - {"gin.REQUIRED"} == {*table}
+
+
+def test_the_documented_table_is_the_checked_one():
+  """Written by `python -m fat5_jax.macros`."""
+  with open(os.path.join(ROOT, "docs", "macros.md"), encoding="utf-8") as file:
+    assert file.read().endswith("\n\n" + macros.table())

@@ -207,6 +207,18 @@ def _wait(pid: int, seconds: float) -> tuple[int | None, float]:
   return os.waitstatus_to_exitcode(status) if ended else None, usage.ru_maxrss
 
 
+def _warm() -> None:
+  """Reads gin files once, which imports what they name."""
+  from fat5_jax import gin_files
+  import gin
+
+  flags = ["MODEL_DIR = 'x'"]
+  gin_files.parse(["recipes/quickstart.gin"], flags, [], "train")
+  gin.clear_config()
+  gin_files.parse(["runs/infer.gin"], flags, [], "infer")
+  gin.clear_config()
+
+
 def _serve() -> None:
   import tempfile
 
@@ -214,6 +226,7 @@ def _serve() -> None:
   os.dup2(2, 1)
   for name in MODULES:
     importlib.import_module(name)
+  _warm()
   print("ready", file=answers, flush=True)
   for line in sys.stdin:
     case = json.loads(line)

@@ -1,0 +1,364 @@
+"""Every macro of the gin files: what it may be, and what it is for.
+
+One table. gin_files.py checks a run's values by it before anything is built,
+the parameters that the shipped files bind to a macro too; `python -m
+fat5_jax.macros` prints it (docs/macros.md).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+import dataclasses
+import math
+import re
+from typing import Any, NamedTuple
+
+from fat5_jax.errors import UserError
+
+# Steps are int32 on the devices; the rest is beyond any machine.
+_STEPS, _ROWS, _TOKENS = 2**31 - 1, 2**24, 2**24
+
+
+class Reference:
+  """A value that gin builds (`@name()`), known when it is built."""
+
+  def __repr__(self) -> str:
+    return "a reference (@name())"
+
+
+REFERENCE = Reference()
+
+
+@dataclasses.dataclass(frozen=True)
+class Kind:
+  """A sort of value: its words, and a check that is false for any other."""
+
+  words: str
+  holds: Callable[[Any], bool]
+
+  @property
+  def is_built(self) -> bool:
+    return self.holds(REFERENCE) and not self.holds("a task")
+
+
+def _or_none(kind: Kind) -> Kind:
+  holds = lambda value: value is None or kind.holds(value)
+  return Kind(f"{kind.words}, or None", holds)
+
+
+def _is_whole(value: Any) -> bool:
+  return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_number(value: Any) -> bool:
+  is_real = isinstance(value, float) or _is_whole(value)
+  return is_real and math.isfinite(value)
+
+
+def _whole(least: int, most: int) -> Kind:
+  words = f"a whole number from {least:,} to {most:,}"
+  return Kind(words, lambda v: _is_whole(v) and least <= v <= most)
+
+
+def _rate() -> Kind:
+  holds = lambda v: _is_number(v) and 0 <= v < 1
+  return Kind("a number from 0 to less than 1", holds)
+
+
+def _number(least: float = 0, open_end: bool = False) -> Kind:
+  words = (
+    f"a number above {least}" if open_end else f"a number, {least} or more"
+  )
+  holds = lambda v: _is_number(v) and (
+    v > least or (v == least and not open_end)
+  )
+  return Kind(words, holds)
+
+
+def _is_text(value: Any) -> bool:
+  # The system takes no name with a zero byte, and none that is no UTF-8.
+  if not isinstance(value, str) or not value.strip() or "\0" in value:
+    return False
+  return not any("\ud800" <= c <= "\udfff" for c in value)
+
+
+def _choice(*values: str) -> Kind:
+  words = "one of " + ", ".join(map(repr, values))
+  return Kind(words, lambda v: isinstance(v, str) and v in values)
+
+
+def _compiles(value: Any) -> bool:
+  try:
+    return isinstance(value, str) and bool(re.compile(value))
+  except (re.error, RecursionError, OverflowError):
+    return False
+
+
+def _is_table(holds: Callable[[Any], bool]) -> Callable[[Any], bool]:
+  def check(value: Any) -> bool:
+    if not isinstance(value, Mapping) or not value:
+      return False
+    return all(_is_text(k) and holds(v) for k, v in value.items())
+
+  return check
+
+
+def _is_list(holds: Callable[[Any], bool], least: int = 1):
+  def check(value: Any) -> bool:
+    is_list = isinstance(value, (list, tuple))
+    return is_list and len(value) >= least and all(map(holds, value))
+
+  return check
+
+
+def _is_rule(value: Any) -> bool:
+  axes = lambda v: v is None or _is_text(v) or _is_list(_is_text)(v)
+  return (
+    isinstance(value, (list, tuple))
+    and len(value) == 2
+    and _is_text(value[0])
+    and axes(value[1])
+  )
+
+
+_text = Kind("a text that is not empty", _is_text)
+_flag = Kind("True or False", lambda v: isinstance(v, bool))
+_pattern = Kind("a regular expression", _compiles)
+_built = Kind("a reference, @name()", lambda v: v is REFERENCE)
+_task = Kind(
+  "a task's name, or a reference, @name()",
+  lambda v: v is REFERENCE or _is_text(v),
+)
+_files = Kind(
+  "a path, or a list of paths", lambda v: _is_text(v) or _is_list(_is_text)(v)
+)
+_length = _whole(1, _TOKENS)
+_lengths = Kind(
+  "a table of tokens by feature, {'inputs': 512, 'targets': 128}",
+  _is_table(_length.holds),
+)
+_mesh = Kind(
+  "a table of devices by axis, {'fsdp': 8}, -1 for those that are left",
+  _is_table(lambda v: v == -1 or _whole(1, 2**20).holds(v)),
+)
+
+
+class Macro(NamedTuple):
+  """A row of the table."""
+
+  kind: Kind
+  about: str
+
+
+MACROS: dict[str, Macro] = {
+  # The run.
+  "MODEL_DIR": Macro(_text, "the run folder"),
+  "MODEL": Macro(_built, "the model; a model file sets it"),
+  "OPTIMIZER": Macro(_built, "an optimizer's file sets it"),
+  "TRAIN_STEPS": Macro(
+    _or_none(_whole(0, _STEPS)), "the step to reach, a checkpoint's counted"
+  ),
+  "TRAIN_STEPS_RELATIVE": Macro(
+    _or_none(_whole(1, _STEPS)), "instead, steps from the checkpoint on"
+  ),
+  "BATCH_SIZE": Macro(_whole(1, _ROWS), "rows a step, over all devices"),
+  "NUM_MICROBATCHES": Macro(
+    _or_none(_whole(1, _ROWS)), "parts of a batch, one after the other"
+  ),
+  "RANDOM_SEED": Macro(
+    _whole(0, 2**32 - 1), "of fresh parameters, order and dropout"
+  ),
+  "EVAL_PERIOD": Macro(
+    _whole(0, _STEPS), "steps between evaluations; 0 for one at the end"
+  ),
+  "EVAL_STEPS": Macro(
+    _or_none(_whole(1, _STEPS)), "batches of an evaluation's loss; None all"
+  ),
+  "STATS_PERIOD": Macro(
+    _or_none(_whole(1, _STEPS)), "steps between rows of the metrics"
+  ),
+  "CHECKPOINT_PERIOD": Macro(_whole(1, _STEPS), "steps between checkpoints"),
+  "KEEP": Macro(_or_none(_whole(1, _STEPS)), "checkpoints that stay; None all"),
+  "INITIAL_CHECKPOINT_PATH": Macro(
+    _or_none(_text), "a checkpoint of any format to start from"
+  ),
+  "REINITIALIZE": Macro(
+    _or_none(_pattern), "names of parameters that are not read from it"
+  ),
+  "TRAINABLE": Macro(_or_none(_pattern), "names of parameters that train"),
+  "FROZEN": Macro(_or_none(_pattern), "names of those of them that do not"),
+  # The data.
+  "MIXTURE_OR_TASK_NAME": Macro(_or_none(_task), "the task, or a mixture"),
+  "MIXTURE_OR_TASK_MODULE": Macro(
+    _or_none(_text), "a module that registers tasks, imported first"
+  ),
+  "TASK_FEATURE_LENGTHS": Macro(
+    _lengths, "tokens a row, the end of sequence counted"
+  ),
+  "DATA_DIR": Macro(_or_none(_text), "where a task's files lie"),
+  "DATA_SHARDS": Macro(
+    _or_none(_whole(1, _ROWS)), "streams of the data; None is one a host"
+  ),
+  "TRAIN_FILES": Macro(_or_none(_files), "rows to train on"),
+  "VALIDATION_FILES": Macro(_or_none(_files), "rows to evaluate on"),
+  "INPUTS": Macro(_or_none(_text), "the template of the inputs"),
+  "TARGETS": Macro(_or_none(_text), "the template of the targets"),
+  "PACK": Macro(_flag, "several examples a row"),
+  "USE_CACHED_TASKS": Macro(_flag, "read SeqIO's cache"),
+  "VOCABULARY": Macro(_or_none(_built), "of the tasks; a model file sets it"),
+  "VOCAB_FILE": Macro(_text, "a SentencePiece model"),
+  "VOCAB_EXTRA_IDS": Macro(_whole(0, 2**16), "sentinels after its pieces"),
+  "STRIDE": Macro(_length, "tokens between the windows of a long text"),
+  # The objective.
+  "LEARNING_RATE": Macro(_number(), "what the schedule multiplies"),
+  "SCHEDULE": Macro(_text, "T5X's factors, joined by *"),
+  "WARMUP_STEPS": Macro(_whole(0, _STEPS), "of the schedule"),
+  "DROPOUT_RATE": Macro(_rate(), "of the model"),
+  "LABEL_SMOOTHING": Macro(_rate(), "of the targets"),
+  "Z_LOSS": Macro(_number(), "times log(Z)^2, added to the loss"),
+  "LOSS_NORMALIZING_FACTOR": Macro(
+    Kind(
+      "a number above 0, 'NUM_REAL_TARGET_TOKENS', 'NUM_TOTAL_TARGET_TOKENS',"
+      " 'AVERAGE_PER_SEQUENCE', or None",
+      lambda v: (
+        v is None
+        or _number(0, open_end=True).holds(v)
+        or v
+        in (
+          "NUM_REAL_TARGET_TOKENS",
+          "NUM_TOTAL_TARGET_TOKENS",
+          "AVERAGE_PER_SEQUENCE",
+        )
+      ),
+    ),
+    "what the summed loss is divided by",
+  ),
+  # The machine.
+  "DTYPE": Macro(_choice("bfloat16", "float32"), "of the products"),
+  "ATTENTION": Macro(
+    _or_none(
+      _choice("mosaic_tpu", "mosaic_gpu", "triton", "chunked", "reference")
+    ),
+    "an implementation; None is the chip's best",
+  ),
+  "SCAN_LAYERS": Macro(_flag, "compile one layer, not all of them"),
+  "REMAT_POLICY": Macro(
+    _choice("none", "minimal", "gathered", "full"),
+    "what is computed again in the backward pass",
+  ),
+  "MESH": Macro(_or_none(_mesh), "devices by axis (runs/mesh.gin)"),
+  "DCN_MESH": Macro(_or_none(_mesh), "slices by axis"),
+  "NUM_PARTITIONS": Macro(
+    _or_none(_whole(1, 2**20)), "T5X's name for the size of `model`"
+  ),
+  "MODEL_PARALLEL_SUBMESH": Macro(
+    _or_none(
+      Kind(
+        "four whole numbers, (x, y, z, cores)",
+        lambda v: _is_list(_whole(1, 2**20).holds)(v) and len(v) == 4,
+      )
+    ),
+    "the same as a part of a TPU's torus",
+  ),
+  "LOGICAL_AXIS_RULES": Macro(
+    Kind("pairs (name, axis or None)", _is_list(_is_rule, least=0)),
+    "before the standard rules",
+  ),
+  # Heads and LoRA.
+  "HEAD_WIDTHS": Macro(
+    _or_none(Kind("a list of sizes, (256, 64)", _is_list(_length.holds))),
+    "hidden layers before the output",
+  ),
+  "HEAD_ACTIVATION": Macro(
+    _choice("relu", "gelu", "gelu_exact", "silu", "linear", "tanh"),
+    "between them",
+  ),
+  "HEAD_DROPOUT_RATE": Macro(_rate(), "of the head"),
+  "HEAD_MODULE": Macro(
+    _or_none(_text), "a head module of your own that may be imported"
+  ),
+  "BODY": Macro(_choice("encoder", "encoder_decoder"), "what a head reads"),
+  "POOLING": Macro(
+    _or_none(_choice("eos", "mean", "first")), "of tokens to one vector"
+  ),
+  "SIMILARITY_SCALE": Macro(
+    _number(0, open_end=True), "of cosines, as the softmax sees them"
+  ),
+  "MAX_ANSWER_TOKENS": Macro(_length, "of an answer's span"),
+  "DECODER_LAYERS": Macro(_whole(1, 10_000), "of EncT5"),
+  "LORA_RANK": Macro(_whole(1, _TOKENS), "of the updates"),
+  "LORA_ALPHA": Macro(
+    _number(0, open_end=True), "the updates' scale, times the rank"
+  ),
+  "LORA_DROPOUT_RATE": Macro(_rate(), "of what the updates read"),
+  "LORA_TARGETS": Macro(
+    Kind("a list of names, ('query', 'value')", _is_list(_is_text)),
+    "the projections that get updates",
+  ),
+  # eval and infer.
+  "CHECKPOINT_PATH": Macro(_text, "what is read, if not MODEL_DIR's latest"),
+  "EVAL_SPLIT": Macro(_or_none(_text), "what is evaluated; None nothing"),
+  "EVAL_BATCH_SIZE": Macro(_whole(1, _ROWS), "rows at a time"),
+  "EVAL_FEATURE_LENGTHS": Macro(
+    _or_none(_lengths), "None takes texts of any length whole"
+  ),
+  "EVAL_OUTPUT_DIR": Macro(_or_none(_text), "MODEL_DIR/eval if None"),
+  "EVAL_VOCABULARY": Macro(
+    _or_none(_built), "None is what the checkpoint brings"
+  ),
+  "INPUT": Macro(_or_none(_text), "a file of rows; '-' is standard input"),
+  "OUTPUT": Macro(_text, "where predictions go; '-' is standard output"),
+  "OUTPUT_FORMAT": Macro(
+    _or_none(_choice("jsonl", "tsv", "glue", "squad", "conll")),
+    "None is what OUTPUT ends in",
+  ),
+  "INFER_BATCH_SIZE": Macro(_whole(1, _ROWS), "rows at a time"),
+  "INFER_SPLIT": Macro(_text, "of the task that is predicted"),
+  "INFER_VOCABULARY": Macro(
+    _or_none(_built), "None is what the checkpoint brings"
+  ),
+  "MAX_INPUT_LENGTH": Macro(_or_none(_length), "longer rows are cut there"),
+  "MAX_OUTPUT_LENGTH": Macro(_length, "tokens of a prediction"),
+  "USE_TEMPLATE": Macro(_flag, "ask in the words of the training's task"),
+}
+
+
+def check(name: str, value: Any, where: str) -> None:
+  """Raises UserError, naming the place, for what a macro may not be."""
+  macro = MACROS[name]
+  if macro.kind.holds(value):
+    return
+  shown = repr(value) if len(repr(value)) <= 200 else f"{value!r:.200}..."
+  hint = ""
+  if isinstance(value, str) and not isinstance(value, Reference):
+    if value.strip() in ("True", "False", "None") or _looks_numeric(value):
+      hint = "; without quotes"
+  elif "text" in macro.kind.words or "path" in macro.kind.words:
+    hint = f"; in quotes: {str(value)!r}" if _is_number(value) else ""
+  elif isinstance(value, float) and value.is_integer() and abs(value) < 2**53:
+    hint = f"; write {int(value)}" if "whole" in macro.kind.words else ""
+  raise UserError(
+    f"{where} = {shown}: {name} ({macro.about}) must be"
+    f" {macro.kind.words}{hint}"
+  )
+
+
+def _looks_numeric(text: str) -> bool:
+  try:
+    return math.isfinite(float(text))
+  except ValueError:
+    return False
+
+
+def table() -> str:
+  """All of it as a Markdown table."""
+  rows = ["| macro | must be | what it is |", "|---|---|---|"]
+  rows += [
+    f"| `{name}` | {macro.kind.words} | {macro.about} |"
+    for name, macro in MACROS.items()
+  ]
+  return "\n".join(rows) + "\n"
+
+
+if __name__ == "__main__":
+  print(table(), end="")
