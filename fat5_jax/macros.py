@@ -206,7 +206,9 @@ MACROS: dict[str, Macro] = {
   "PACK": Macro(_flag, "several examples a row"),
   "USE_CACHED_TASKS": Macro(_flag, "read SeqIO's cache"),
   "VOCABULARY": Macro(_or_none(_built), "of the tasks; a model file sets it"),
-  "VOCAB_FILE": Macro(_text, "a SentencePiece model"),
+  "VOCAB_FILE": Macro(
+    _or_none(_text), "a SentencePiece model; None where a family has none"
+  ),
   "VOCAB_EXTRA_IDS": Macro(_whole(0, 2**16), "sentinels after its pieces"),
   "STRIDE": Macro(_length, "tokens between the windows of a long text"),
   # The objective.

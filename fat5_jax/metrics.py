@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 import csv
+import errno
 import json
 import math
 import os
@@ -12,6 +13,7 @@ from typing import Any
 from clu import metric_writers
 import jax
 import numpy as np
+import tensorflow as tf
 
 from fat5_jax import checkpoints
 
@@ -92,12 +94,20 @@ class MetricsLog:
       with open(self._path, "a", encoding="utf-8", newline="") as file:
         csv.writer(file, lineterminator="\n").writerows(rows)
     if events is not None and jax.process_index() == 0:
+      self._write_events(events, step, values)
+
+  def _write_events(self, events: str, step: int, values) -> None:
+    """To TensorBoard; raises OSError where TensorFlow has an error of its own."""
+    folder = os.path.join(self._model_dir, events)
+    try:
       if events not in self._writers:
-        self._writers[events] = metric_writers.SummaryWriter(
-          os.path.join(self._model_dir, events)
-        )
+        self._writers[events] = metric_writers.SummaryWriter(folder)
       self._writers[events].write_scalars(step, values)
       self._writers[events].flush()
+    except tf.errors.OpError as e:
+      is_full = isinstance(e, tf.errors.ResourceExhaustedError)
+      number = errno.ENOSPC if is_full else errno.EIO
+      raise OSError(number, os.strerror(number), folder) from e
 
   def has(self, step: int, prefix: str) -> bool:
     """Whether a data set whose name starts so has values at a step."""

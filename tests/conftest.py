@@ -97,3 +97,18 @@ def tpu_python(monkeypatch):
   elif importlib.util.find_spec("libtpu") is None:
     pytest.skip(f"no libtpu, which compiles for TPUs, in {folder}")
   return sys.executable
+
+
+@pytest.fixture(scope="session")
+def zygote():
+  """Runs commands of fat5_jax, a child each (tests/robustness/zygote.py)."""
+  from zygote import Zygote
+
+  with Zygote() as zygote:
+    yield zygote
+
+
+@pytest.fixture(scope="session")
+def seed() -> int:
+  """Of all generators in tests/robustness: FAT5_JAX_SEED draws other cases."""
+  return int(os.environ.get("FAT5_JAX_SEED", "0"))
