@@ -97,7 +97,7 @@ class MetricsLog:
       self._write_events(events, step, values)
 
   def _write_events(self, events: str, step: int, values) -> None:
-    """To TensorBoard; raises OSError where TensorFlow has an error of its own."""
+    """To TensorBoard; TensorFlow's own errors become OSError."""
     folder = os.path.join(self._model_dir, events)
     try:
       if events not in self._writers:
