@@ -16,7 +16,7 @@ from fat5_jax.convert import plain_files
 from fat5_jax.errors import UserError
 
 # Fields of ModelProto, of a piece, of the normaliser.
-_PIECES, _NORMALIZER = 1, 3
+_PIECES, _TRAINER, _NORMALIZER = 1, 2, 3
 _TEXT, _SCORE, _TYPE = 1, 2, 3
 _CHARSMAP = 2
 _UNKNOWN = 2
@@ -43,7 +43,9 @@ def check(data: bytes) -> None:
   """Raises ValueError unless the bytes are a SentencePiece model."""
   texts: set[bytes] = set()
   unknown = 0
+  parts = set()
   for field, value in _fields(data):
+    parts.add(field)
     if field == _PIECES:
       text, kind = _piece(value)
       if text in texts:
@@ -54,8 +56,9 @@ def check(data: bytes) -> None:
       for inner, table in _fields(value):
         if inner == _CHARSMAP and table:
           _check_charsmap(table)
-  if not texts:
-    raise ValueError("it has no pieces")
+  if not {_PIECES, _TRAINER, _NORMALIZER} <= parts:
+    # Cut between two of its fields it would still be a message.
+    raise ValueError("pieces, trainer or normaliser are missing")
   if unknown != 1:
     raise ValueError(f"{unknown} of its pieces are the unknown one")
 

@@ -313,7 +313,7 @@ def _minimal(target: Leaves, where: str) -> Leaves:
     if axis is not None:
       depth = leaf.shape[axis] if len(leaf.shape) > axis else 0
       depths[path[0]] = first = depths.get(path[0], depth)
-      if depth != first or 0 in leaf.shape:
+      if depth != first or depth < 1 or 0 in leaf.shape:
         raise UserError(
           f"{where}: {'/'.join(path)} {leaf.shape} is no stack of {first}"
           " layers"

@@ -84,10 +84,12 @@ class _Machine:
   def __init__(self, storage_types: Collection[str]):
     self._stack: list[Any] = []
     self._memo: dict[int, Any] = {}
+    self._size = 0
     self._allowed = {("torch", name) for name in storage_types}
     self._allowed |= {_TENSOR, _PARAMETER, _TABLE}
 
   def run(self, data: bytes) -> Any:
+    self._size = len(data)
     for opcode, argument, _ in pickletools.genops(data):
       if opcode.name == "STOP":
         return self._pop()
@@ -111,11 +113,13 @@ class _Machine:
     elif opcode == "EMPTY_DICT":
       push({})
     elif opcode in ("BINPUT", "LONG_BINPUT", "PUT"):
-      self._memo[int(argument)] = self._top()
+      if argument >= self._size:
+        raise UserError("damaged pickle: more memoized than there is")
+      self._memo[argument] = self._top()
     elif opcode == "MEMOIZE":
       self._memo[len(self._memo)] = self._top()
     elif opcode in ("BINGET", "LONG_BINGET", "GET"):
-      push(self._memo[int(argument)])
+      push(self._memo[argument])
     elif opcode in ("SETITEM", "SETITEMS"):
       items = self._from_mark() if opcode == "SETITEMS" else self._last_two()
       _fill(self._top(), items)
