@@ -244,13 +244,14 @@ def _base_of(source) -> str:
   """Where the run that trained an adapter started, from its config.gin."""
   import re
 
+  from fat5_jax.convert import plain_files
+
   path = os.path.join(source.run_dir, "config.gin")
   if os.path.exists(path):
-    with open(path, encoding="utf-8") as file:
-      found = re.search(
-        r"INITIAL_CHECKPOINT_PATH(?:/macro\.value)? = \\?\s*'([^']+)'",
-        file.read(),
-      )
+    found = re.search(
+      r"INITIAL_CHECKPOINT_PATH(?:/macro\.value)? = \\?\s*'([^']+)'",
+      plain_files.read_text(path),
+    )
     if found:
       # A folder is found again from anywhere; a name stays one.
       path = os.path.abspath(os.path.expanduser(found[1]))

@@ -38,6 +38,11 @@ def read_bytes(path: str) -> bytes:
     raise UserError(f"{path}: cannot be read: {_reason(e)}") from None
 
 
+def read_text(path: str) -> str:
+  """All of a plain file of text, for people: what is no UTF-8 is replaced."""
+  return read_bytes(path).decode("utf-8", errors="replace")
+
+
 def _reason(error: Exception) -> str:
   return getattr(error, "strerror", None) or str(error)
 

@@ -41,6 +41,8 @@ CONFIG = {
   "decoder_start_token_id": 0,
 }
 KINDS = ("safetensors", "bin", "t5x", "zarr", "run")
+# Formats whose JSON files are fuzzed too; what is listed here is of KINDS.
+OTHER_KINDS = ("flash_t5", "enct5", "tagger", "peft")
 # What is broken: (folder, its own randomness).
 Damage = Callable[[pathlib.Path, random.Random], None]
 
@@ -112,6 +114,8 @@ def make(kind: str, folder: pathlib.Path) -> None:
     else:
       safetensors.numpy.save_file(tensors(), folder / "model.safetensors")
     return
+  if kind in OTHER_KINDS:
+    return _make_other(kind, folder)
   from fat5_jax.convert import table
 
   leaves = _leaves()
@@ -124,6 +128,34 @@ def make(kind: str, folder: pathlib.Path) -> None:
   if kind == "zarr":
     tree = _beside(tree, folder)
   write_msgpack(folder, tree)
+
+
+def _make_other(kind: str, folder: pathlib.Path) -> None:
+  from fat5_jax.convert import enct5, flash_t5, hf, peft, table
+  from fat5_jax.models.config import HeadConfig, LoRAConfig
+
+  config = _config().replace(scale_decoder_outputs=False)
+  if kind == "enct5":
+    config = config.with_head(HeadConfig("enct5", label_names=("a", "b")))
+  elif kind == "tagger":
+    config = config.with_head(HeadConfig("token_classification"))
+  elif kind == "peft":
+    make("safetensors", folder / "base")
+    config = config.replace(lora=LoRAConfig(rank=2))
+  leaves = {
+    row.path: table.leaf_of(np.ones(row.shape, np.float32))
+    for row in hf.rows(config.replace(lora=None))
+  }
+  if kind == "peft":
+    for row in peft._rows(config):
+      leaves[row.path] = table.leaf_of(np.ones(row.shape, np.float32))
+  write = {
+    "flash_t5": flash_t5.to_folder,
+    "enct5": enct5.to_folder,
+    "tagger": hf.to_pretrained,
+    "peft": lambda c, x, f: peft.to_peft(c, x, f, str(folder / "base")),
+  }[kind]
+  write(config, leaves, str(folder / "it" if kind == "peft" else folder))
 
 
 def _leaves():
@@ -657,6 +689,13 @@ def _run_cases() -> Iterator[tuple[str, Damage]]:
     )
   yield "cut", _cut("checkpoint_0/params/_METADATA")
   yield "a pipe", _is_pipe("checkpoint_0/params/manifest.ocdbt")
+  yield "config.gin is a pipe", _is_pipe("config.gin")
+  yield "metrics.csv is a folder", _is_folder("metrics.csv")
+  yield "metrics.csv of one field", _text("metrics.csv", b"a" * 200_000)
+  tasks = (3, [], {"arguments": 3}, {"asks": 3}, {"name": []}, {"asks": [3]})
+  for task in tasks:
+    change = lambda x, t=task: x.update(task=t)
+    yield f"task={task!r}", _with_model_json(change)
 
 
 # ---- All of them -------------------------------------------------------------
@@ -725,6 +764,10 @@ def cases(seed: int) -> list[Case]:
     found.append(Case(f"{file} is cut", kind, _cut(file)))
   for name, damage in torch_files.cases(tensors()):
     found.append(Case(name, "bin", damage))
+  gin = b"TRAIN_STEPS = 1" + b" " * 300_000 + b"x\n\xff = 3\nFROZEN = \n"
+  found.append(
+    Case("a wide config.gin", "run", _text("config.gin", gin), False)
+  )
   rng = random.Random(seed)
   for kind in KINDS:
     for _ in range(8):

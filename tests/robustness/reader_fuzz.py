@@ -1,7 +1,12 @@
-"""Mutates the four formats of tensors and reads them, many times a process."""
+"""Mutates model folders and reads them, many times a process.
+
+Of the four formats of tensors the bytes; of every folder the values in its JSON
+files.
+"""
 
 from __future__ import annotations
 
+import copy
 import json
 import pathlib
 import random
@@ -10,7 +15,9 @@ import time
 import model_folders
 import torch_files
 
-KINDS = ("bin", "safetensors", "t5x", "zarr")
+TENSORS = ("bin", "safetensors", "t5x", "zarr")
+JSON = ("safetensors", "zarr", "run", *model_folders.OTHER_KINDS)
+KINDS = (*TENSORS, *(f"json of {kind}" for kind in JSON))
 _NAME = "encoder.block.0.layer.0.SelfAttention.q.weight"
 
 
@@ -74,11 +81,76 @@ class _Fuzzed:
       array.tobytes()
 
 
+_NONSENSE = (
+  *(None, True, False, 0, 1, 2, -1, 3, 7, 64, 2**31, 10**30, 0.5, -1.5, 1e308),
+  *(float("nan"), float("inf"), "", "x", "8", "../x", "/", [], {}, [1], ["a"]),
+  *({"a": 1}, [[]], "relu", "t5", "a\n" * 99, [None], {"": None}, "\ud800"),
+)
+
+
+class _FuzzedJson:
+  """A folder of a kind; `mutate` changes values in one of its JSON files."""
+
+  def __init__(self, kind: str, folder: pathlib.Path):
+    model_folders.make(kind, folder)
+    self._folder = folder / "it" if kind == "peft" else folder
+    self._files = {
+      path: path.read_text()
+      for path in sorted(self._folder.rglob("*"))
+      if path.suffix == ".json" or path.name in ("_METADATA", ".zarray")
+    }
+    self._changed = None
+
+  def mutate(self, rng: random.Random) -> None:
+    if self._changed:
+      self._changed.write_text(self._files[self._changed])
+    self._changed = path = rng.choice(list(self._files))
+    value = json.loads(self._files[path])
+    for _ in range(rng.choice((1, 1, 2, 3))):
+      value = _other(value, rng)
+    path.write_text(json.dumps(value))
+
+  def read(self) -> None:
+    from fat5_jax import weights
+    from fat5_jax.data import vocabularies
+
+    source = weights.find(str(self._folder))
+    weights.own_head_record(source)
+    weights.open_params(source)
+    try:
+      vocabularies.of_checkpoint(source.path)
+    except vocabularies.OtherTokenizerError:
+      pass
+
+
+def _other(value, rng: random.Random):
+  """The JSON with a value changed, taken out or added somewhere."""
+  if not isinstance(value, (dict, list)) or not value or rng.random() < 0.1:
+    return copy.deepcopy(rng.choice(_NONSENSE))
+  keys = list(value) if isinstance(value, dict) else range(len(value))
+  key = rng.choice(keys)
+  how = rng.random()
+  if how < 0.1:
+    del value[key]
+  elif how < 0.15 and isinstance(value, dict):
+    name = rng.choice(("x", "t5", "fat5_jax", "id2label", "head"))
+    value[name] = copy.deepcopy(rng.choice(_NONSENSE))
+  elif how < 0.2 and isinstance(value, dict):
+    value[key] = copy.deepcopy(value[rng.choice(keys)])
+  else:
+    value[key] = _other(value[key], rng)
+  return value
+
+
 def run(kind: str, seed: int, seconds: float) -> None:
   """Fuzzes for a while; prints what it does, so that a crash has a name."""
   from fat5_jax.errors import UserError
 
-  fuzzed = _Fuzzed(kind, pathlib.Path("folder"))
+  folder = pathlib.Path("folder").absolute()
+  if kind in TENSORS:
+    fuzzed = _Fuzzed(kind, folder)
+  else:
+    fuzzed = _FuzzedJson(kind.removeprefix("json of "), folder)
   end, number, refused = time.monotonic() + seconds, 0, 0
   while time.monotonic() < end:
     fuzzed.mutate(random.Random(f"{seed} {kind} {number}"))

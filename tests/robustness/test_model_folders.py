@@ -91,9 +91,7 @@ def test_a_broken_folder_is_refused_by_convert(
 
 def test_a_broken_folder_is_refused_by_infer(zygote, whole, seed, tmp_path):
   rng = random.Random(seed)
-  # A run may be without a vocabulary, and infer needs one.
-  cases = [x for x in model_folders.cases(seed) if x.nonsense]
-  cases = rng.sample([x for x in cases if x.kind in ("safetensors", "bin")], 40)
+  cases = rng.sample([x for x in model_folders.cases(seed) if x.nonsense], 60)
   problems = []
   for number, case in enumerate(cases):
     folder = tmp_path / str(number)
