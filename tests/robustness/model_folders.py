@@ -770,7 +770,7 @@ def cases(seed: int) -> list[Case]:
   )
   rng = random.Random(seed)
   for kind in KINDS:
-    for _ in range(8):
+    for _ in range(5):
       number = rng.randrange(2**32)
       damage = lambda folder, _, n=number: _flip(folder, random.Random(n))
       found.append(Case(f"bytes changed by {number}", kind, damage, False))

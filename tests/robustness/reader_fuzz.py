@@ -15,7 +15,7 @@ import time
 import model_folders
 import torch_files
 
-TENSORS = ("bin", "safetensors", "t5x", "zarr")
+TENSORS = ("bin", "safetensors", "t5x", "zarr", "run")
 JSON = ("safetensors", "zarr", "run", *model_folders.OTHER_KINDS)
 KINDS = (*TENSORS, *(f"json of {kind}" for kind in JSON))
 _NAME = "encoder.block.0.layer.0.SelfAttention.q.weight"
@@ -43,7 +43,7 @@ class _Fuzzed:
     # A pickle in a zip file, a header before its data: kept consistent, or few
     # mutations reach what lies behind the checks of the whole.
     inside = rng.random() < 0.7
-    if self._kind == "zarr":
+    if self._kind in ("zarr", "run"):
       path = rng.choice(sorted(self._files))
     else:
       (path,) = (p for p in self._files if p.name != "spiece.model")
@@ -61,7 +61,7 @@ class _Fuzzed:
 
   def read(self) -> None:
     """Reads every tensor; each is no larger than what holds it."""
-    from fat5_jax.convert import t5x, tensor_files, torch_file
+    from fat5_jax.convert import orbax_files, t5x, tensor_files, torch_file
 
     if self._kind == "bin":
       path = self._folder / "pytorch_model.bin"
@@ -69,13 +69,16 @@ class _Fuzzed:
     elif self._kind == "safetensors":
       path = self._folder / "model.safetensors"
       leaves = tensor_files.read_safetensors(str(path))
+    elif self._kind == "run":
+      path = self._folder / "checkpoint_0" / "params"
+      leaves = orbax_files.read_item(str(path))
     else:
       path = self._folder / "checkpoint"
       _, leaves = t5x.open_model(str(self._folder))
     for leaf in leaves.values():
       array = leaf.read()
       assert array.shape == leaf.shape
-      if self._kind != "zarr":
+      if self._kind not in ("zarr", "run"):
         assert array.nbytes <= path.stat().st_size, "more than the file holds"
       # Touches every byte: reading beyond the file would end the process.
       array.tobytes()

@@ -123,6 +123,19 @@ def test_a_whole_folder_is_converted(kind, zygote, whole, tmp_path):
     assert found.keys() == model_folders.tensors().keys()
 
 
+def test_links_of_the_hubs_cache_are_read(zygote, whole, tmp_path):
+  """Its folders hold links to files beside, which have no names."""
+  (tmp_path / "blobs").mkdir()
+  (tmp_path / "snapshot").mkdir()
+  for number, path in enumerate((whole / "safetensors").iterdir()):
+    shutil.copy(path, tmp_path / "blobs" / str(number))
+    (tmp_path / "snapshot" / path.name).symlink_to(f"../blobs/{number}")
+  arguments = ["snapshot", "dest", "--to", "hf", "--no_transformers"]
+  outcome = zygote.run("convert", arguments, str(tmp_path), seconds=60)
+  assert outcome.status == 0, outcome.stderr
+  assert not (tmp_path / "dest" / "spiece.model").is_symlink()
+
+
 def test_the_nan_tensor_is_named(zygote, whole, tmp_path):
   case = next(x for x in model_folders.cases(0) if x.name == "NaN")
   source = broken(case, whole, tmp_path, 0)
