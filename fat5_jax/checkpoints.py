@@ -33,8 +33,8 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 from fat5_jax import console, integrity
-from fat5_jax.convert import orbax_files
-from fat5_jax.errors import UserError
+from fat5_jax.convert import orbax_files, plain_files
+from fat5_jax.errors import UserError, nearest
 from fat5_jax.models import layer_stack
 from fat5_jax.models.config import T5Config
 from fat5_jax.sharding import Partitioner, put_parts
@@ -209,16 +209,10 @@ def read_model_json(folder: str) -> dict[str, Any] | None:
     UserError: if it is damaged, or says what this version does not know.
   """
   path = os.path.join(folder, "model.json")
-  if not os.path.exists(path):
+  if not os.path.lexists(path):
     return None
-  try:
-    with open(path, encoding="utf-8") as file:
-      found = json.load(file)
-  except (ValueError, RecursionError) as e:
-    raise UserError(f"{path}: not valid JSON: {e}") from None
-  except OSError as e:
-    raise UserError(f"{path} cannot be read: {e.strerror}") from None
-  if not isinstance(found, dict) or not isinstance(found.get("model"), dict):
+  found = plain_files.read_json(path)
+  if not isinstance(found.get("model"), dict):
     raise UserError(f"{path} describes no model")
   # What was written before there were numbers is of the first format.
   number = found.get("format", 1)
@@ -241,11 +235,19 @@ def read_config(folder: str) -> T5Config | None:
   found = read_model_json(folder)
   if found is None:
     return None
+  where, known = f"{folder}/model.json", dataclasses.fields(T5Config)
+  names = [field.name for field in known]
+  for name in found["model"]:
+    if name not in names:
+      raise UserError(
+        f"{where}: model has a field {name[:80]!r}, which this fat5_jax does not"
+        f" know.{nearest(name[:80], names)}"
+      )
   try:
     return T5Config(**found["model"])
   except (TypeError, ValueError) as e:
     reason = str(e).removeprefix("T5Config.__init__() ")
-    raise UserError(f"{folder}/model.json: model: {reason}") from None
+    raise UserError(f"{where}: model: {reason}") from None
 
 
 def check_same_model(model_dir: str, config: T5Config) -> None:

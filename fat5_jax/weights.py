@@ -20,7 +20,16 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 from fat5_jax import checkpoints, integrity, trainable
-from fat5_jax.convert import formats, hf, mesh_tf, orbax_files, t5x, table
+from fat5_jax.convert import (
+  formats,
+  hf,
+  mesh_tf,
+  orbax_files,
+  t5x,
+  table,
+)
+from fat5_jax.convert import plain_files as plain_files  # data's too
+from fat5_jax.convert import sentencepiece_file as sentencepiece_file
 from fat5_jax.errors import UserError
 from fat5_jax.models.config import T5Config
 from fat5_jax.optimizers import AdafactorState
@@ -113,7 +122,27 @@ def own_head_record(source: Source) -> dict[str, Any] | None:
   (models.factory.own_head)."""
   if source.kind != "fat5":
     return None
-  return (checkpoints.read_model_json(source.run_dir) or {}).get("own_head")
+  found = read_record(source.run_dir).get("own_head")
+  if found is not None and not (
+    isinstance(found, dict) and isinstance(found.get("module"), str)
+  ):
+    raise UserError(
+      f"{source.run_dir}/model.json: own_head is {str(found)[:80]!r}, and names"
+      " no module"
+    )
+  return found
+
+
+def read_record(run_dir: str) -> dict[str, Any]:
+  """What a run folder's model.json says.
+
+  Raises:
+    UserError: if it is missing, damaged, or of an unknown kind.
+  """
+  found = checkpoints.read_model_json(run_dir)
+  if found is None:
+    raise UserError(f"{run_dir}: model.json is missing")
+  return found
 
 
 def read_config(source: Source) -> T5Config:
@@ -141,6 +170,7 @@ def open_params(
     if config is None:
       raise UserError(f"{source.run_dir}: model.json is missing")
     leaves = orbax_files.read_item(os.path.join(source.path, "params"))
+    _check_recorded(config, leaves, source)
   else:
     config, leaves = formats.open_model(
       source.kind,
@@ -151,6 +181,30 @@ def open_params(
   if without_decoder:
     leaves = {k: leaf for k, leaf in leaves.items() if k[0] != "decoder"}
   return config, leaves
+
+
+def _check_recorded(
+  config: T5Config, leaves: table.Leaves, source: Source
+) -> None:
+  """Raises UserError unless the tensors are those of a run's model.json."""
+  where = source.path
+  name = "/".join
+  table.check_layers(config, len(leaves), where)
+  table.check_floats({name(k): leaf for k, leaf in leaves.items()}, where)
+  if own_head_record(source) is not None:
+    return  # Whose tensors only its module knows.
+  plain = config.replace(lora=None)
+  shapes = {row.path: row.shape for row in hf.rows(plain)}
+  for (*path, last), shape in list(shapes.items()):
+    if last == "kernel" and config.lora and config.lora.applies_to(name(path)):
+      shapes[*path, "lora_a"] = (shape[0], config.lora.rank)
+      shapes[*path, "lora_b"] = (config.lora.rank, shape[1])
+  table.check_names(map(name, shapes), map(name, leaves), where)
+  table.check_shapes(
+    {name(k): shape for k, shape in shapes.items()},
+    {name(k): leaf.shape for k, leaf in leaves.items()},
+    where,
+  )
 
 
 # What a language model's checkpoint does not have, and a head has.
@@ -290,7 +344,7 @@ def initial_params(
     )
   targets = table.flatten(partitioner.place(checkpoints.as_on_disk(abstract)))
   reads = {
-    where: functools.partial(_put, targets[where], leaf)
+    where: functools.partial(_put, targets[where], leaf, name(where), path)
     for where, leaf in found.items()
   }
   names = list(map(name, fresh))
@@ -305,8 +359,19 @@ def initial_params(
   return params, dataclasses.replace(source, continues=continues), names
 
 
-def _put(target: jax.ShapeDtypeStruct, leaf: table.Leaf) -> jax.Array:
-  return put_parts(target, leaf.read_part or leaf.read().__getitem__)
+def _put(
+  target: jax.ShapeDtypeStruct, leaf: table.Leaf, name: str = "", path: str = ""
+) -> jax.Array:
+  """Puts a tensor on the devices; one with a name must be of numbers."""
+  read = leaf.read_part or leaf.read().__getitem__
+
+  def checked(part):
+    array = read(part)
+    if name:
+      table.check_finite(array, name, path)
+    return array
+
+  return put_parts(target, checked)
 
 
 def read_step(source: Source) -> int:

@@ -90,6 +90,13 @@ def main() -> int:
   except UserError as e:
     print(f"error: {e}", file=sys.stderr)
     return 1
+  except (OSError, MemoryError) as e:
+    # A full disk, a folder that may not be written, a model too large.
+    if isinstance(e, OSError) and e.errno is None:
+      raise
+    reason = str(e)[:300] or "not enough memory"
+    print(f"error: {reason}; the destination is as it was", file=sys.stderr)
+    return 1
   except KeyboardInterrupt:
     print("stopped; the destination is as it was", file=sys.stderr)
     return 130
@@ -99,7 +106,7 @@ def main() -> int:
 def convert(flags) -> None:
   """See the module's docstring."""
   from fat5_jax import checkpoints, weights
-  from fat5_jax.convert import folders, formats, lora
+  from fat5_jax.convert import folders, formats, lora, table
   from fat5_jax.errors import UserError
   from fat5_jax.models.config import HeadConfig
 
@@ -113,6 +120,12 @@ def convert(flags) -> None:
   dest = os.path.abspath(os.path.expanduser(flags.dest))
   if os.path.exists(dest) and os.path.samefile(source.run_dir, dest):
     raise UserError(f"{dest}: source and destination are the same folder")
+  inside = os.path.realpath(source.path) + os.sep
+  if inside.startswith(os.path.realpath(dest) + os.sep):
+    raise UserError(
+      f"{dest}: the source is inside of it, and would be replaced with it;"
+      " choose another destination"
+    )
   own_head = weights.own_head_record(source)
   if own_head is not None:
     raise UserError(
@@ -121,6 +134,7 @@ def convert(flags) -> None:
       " cannot be checked here. It stays a run of fat5_jax"
     )
   config, leaves = weights.open_params(source, flags.encoder_only)
+  leaves = table.finite(leaves, source.path)
   if flags.encoder_only and config.is_language_model:
     config = config.with_head(HeadConfig("embedding"))
   print(
@@ -164,7 +178,7 @@ def _write(source, config, leaves, dest, to, flags) -> None:
   facts = {}
   if source.kind == "fat5":
     facts = model_card.facts_of_run(source.run_dir)
-  tokenizer = flags.tokenizer or _tokenizer(source)
+  tokenizer = flags.tokenizer or _tokenizer(source, config)
   if to == "peft":
     peft.to_peft(config, leaves, dest, _base_of(source), facts)
     if tokenizer is not None:
@@ -219,7 +233,7 @@ def _to_fat5(source, config, leaves, dest, with_optimizer) -> None:
 
   vocabulary = None
   if source.kind == "fat5" or _has_tokenizer(source.run_dir):
-    vocabulary = _vocabulary(source)
+    vocabulary = _vocabulary(source, config)
   step, opt_state = 0, None
   if with_optimizer:
     step, opt_state = weights.adafactor_state(source, config)
@@ -230,13 +244,14 @@ def _base_of(source) -> str:
   """Where the run that trained an adapter started, from its config.gin."""
   import re
 
+  from fat5_jax.convert import plain_files
+
   path = os.path.join(source.run_dir, "config.gin")
   if os.path.exists(path):
-    with open(path, encoding="utf-8") as file:
-      found = re.search(
-        r"INITIAL_CHECKPOINT_PATH(?:/macro\.value)? = \\?\s*'([^']+)'",
-        file.read(),
-      )
+    found = re.search(
+      r"INITIAL_CHECKPOINT_PATH(?:/macro\.value)? = \\?\s*'([^']+)'",
+      plain_files.read_text(path),
+    )
     if found:
       # A folder is found again from anywhere; a name stays one.
       path = os.path.abspath(os.path.expanduser(found[1]))
@@ -247,23 +262,30 @@ def _base_of(source) -> str:
 def _has_tokenizer(folder: str) -> bool:
   from fat5_jax.convert import tokenizers
 
-  return any(os.path.exists(os.path.join(folder, f)) for f in tokenizers.FILES)
+  return any(os.path.lexists(os.path.join(folder, f)) for f in tokenizers.FILES)
 
 
-def _vocabulary(source):
+def _vocabulary(source, config):
   from fat5_jax.data import vocabularies
 
   try:
-    return vocabularies.of_checkpoint(source.path)
-  except ValueError as e:
+    found = vocabularies.of_checkpoint(source.path)
+  except vocabularies.OtherTokenizerError as e:
     print(f"note: no vocabulary taken along: {e}")
     return None
+  if found.vocab_size > config.vocab_size:
+    # infer and train refuse the ids that have no row.
+    print(
+      f"note: the tokenizer has {found.vocab_size} tokens, and the model's"
+      f" embedding {config.vocab_size} rows; is it the model's?"
+    )
+  return found
 
 
-def _tokenizer(source):
+def _tokenizer(source, config):
   """What the export's tokenizer is written from, or None."""
   if source.kind == "fat5":
-    return _vocabulary(source)
+    return _vocabulary(source, config)
   return source.run_dir if _has_tokenizer(source.run_dir) else None
 
 
@@ -295,7 +317,13 @@ def _compared(config, leaves, folder, to) -> str:
     a, b = leaf.read(), again[path].read()
     if a.dtype != b.dtype or a.tobytes() != b.tobytes():
       raise UserError(f"{what}: {'/'.join(path)} is not the same")
-  difference = np.abs(_outputs(config, leaves) - _outputs(again_config, again))
+  expected = _outputs(config, leaves)
+  if not np.isfinite(expected).all():
+    raise UserError(
+      "the model computes NaN or infinity of plain tokens: its tensors are"
+      " damaged, or its configuration is another model's"
+    )
+  difference = np.abs(expected - _outputs(again_config, again))
   if difference.max() != 0:
     raise UserError(f"{what}: it does not compute what the source does")
   return (
@@ -309,7 +337,8 @@ def _tokens(config):
   import numpy as np
 
   rng = np.random.default_rng(0)
-  x, y = rng.integers(2, config.vocab_size, (2, 2, 16)).astype(np.int32)
+  least = min(2, config.vocab_size - 1)
+  x, y = rng.integers(least, config.vocab_size, (2, 2, 16)).astype(np.int32)
   x[:, -1] = config.eos_token_id
   return x, y
 

@@ -75,6 +75,7 @@ def open_model(folder: str) -> tuple[T5Config, Leaves]:
     # EncT5Config's own defaults.
     {"num_decoder_layers": 1, **config_json, "model_type": "t5"},
     path,
+    tensors,
   )
   many = "classification_head.weights" in tensors
   kernel = tensors.get(
@@ -82,7 +83,7 @@ def open_model(folder: str) -> tuple[T5Config, Leaves]:
     if many
     else "classification_head.out_proj.weight"
   )
-  if kernel is None:
+  if kernel is None or len(kernel.shape) != 2:
     raise UserError(f"{folder}: no classification_head; not an EncT5")
   num_labels = kernel.shape[0]
   problem = _MULTI if many else hf_heads.problem_type(config_json, num_labels)
@@ -97,7 +98,10 @@ def open_model(folder: str) -> tuple[T5Config, Leaves]:
     )
   except ValueError as e:
     raise UserError(f"{path}: {e}") from None
-  config = config.replace(head=head, dtype=hf.stored_dtype(tensors))
+  try:
+    config = config.replace(head=head, dtype=hf.stored_dtype(tensors))
+  except ValueError as e:
+    raise UserError(f"{path}: {e}") from None
   return config, table.to_leaves(_rows(config), tensors, folder)
 
 

@@ -102,10 +102,12 @@ def _config(flash, tensors: Mapping[str, Leaf], path: str) -> T5Config:
     position == "ALiBi" and flash.get("alibi_mode", "symetric") != "symetric"
   ):
     raise UserError(
-      f"{path}: position_encoding_type {position!r}"
-      f" ({flash.get('alibi_mode', '')}): fat5_jax has FAT5's 't5' and"
-      " symmetric 'ALiBi'"
+      f"{path}: position_encoding_type {str(position)[:80]!r}"
+      f" ({str(flash.get('alibi_mode', ''))[:80]}): fat5_jax has FAT5's 't5'"
+      " and symmetric 'ALiBi'"
     )
+  for key in ("use_gelu_act", "use_glu_mlp"):
+    hf.check_flag(flash, key, path)
   gelu = flash.get("use_gelu_act", True)
   glu = flash.get("use_glu_mlp", False)
   projection = ("gated-" if glu else "") + ("gelu_new" if gelu else "relu")
@@ -114,27 +116,32 @@ def _config(flash, tensors: Mapping[str, Leaf], path: str) -> T5Config:
   heads = flash.get("num_heads", 8)
   scale = flash.get("attention_scale")
   pad = flash.get("pad_token_id")
+  if isinstance(pad, int) and pad < 0:
+    pad = None  # FAT5's default is -100, which is no token.
   config = hf.config_from_json(
     {
       **flash,
       "model_type": "t5",
       "feed_forward_proj": projection,
       "scale_decoder_outputs": False,
-      # FAT5's default pad is -100, which is no token.
-      "pad_token_id": pad if pad is not None and pad >= 0 else 0,
+      "pad_token_id": 0 if pad is None else pad,
     },
     path,
+    tensors,
   )
   tied = flash.get("tie_word_embeddings", True) is not False
   has_head = hf_heads.read(flash, tensors, path)
-  config = config.replace(
-    attention_scale=heads**-0.5 if scale is None else float(scale),
-    position_encoding="t5" if position == "t5" else "alibi",
-    logits_via_embedding=has_head is None
-    and (tied or "lm_head.weight" not in tensors),
-    dtype=hf.stored_dtype(tensors),
-  )
-  return config.with_head(has_head)
+  try:
+    config = config.replace(
+      attention_scale=heads**-0.5 if scale is None else scale,
+      position_encoding="t5" if position == "t5" else "alibi",
+      logits_via_embedding=has_head is None
+      and (tied or "lm_head.weight" not in tensors),
+      dtype=hf.stored_dtype(tensors),
+    )
+    return config.with_head(has_head)
+  except ValueError as e:
+    raise UserError(f"{path}: {e}") from None
 
 
 def to_folder(

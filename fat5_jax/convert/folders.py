@@ -32,9 +32,10 @@ def whole_folder(folder: str, marks: tuple[str, ...] = _MARKS):
   """
   folder = os.path.abspath(folder)
   _check_replaceable(folder, marks)
-  parent = os.path.dirname(folder)
-  os.makedirs(parent, exist_ok=True)
-  with tempfile.TemporaryDirectory(dir=parent, prefix=".export-") as scratch:
+  with (
+    _parent(folder) as parent,
+    tempfile.TemporaryDirectory(dir=parent, prefix=".export-") as scratch,
+  ):
     target = os.path.join(scratch, "new")
     os.mkdir(target)
     yield target
@@ -49,6 +50,33 @@ def whole_folder(folder: str, marks: tuple[str, ...] = _MARKS):
       if os.path.isdir(old):
         os.rename(old, folder)
       raise
+
+
+@contextlib.contextmanager
+def _parent(folder: str):
+  """The folder around a new one; made, and unmade if it is not needed.
+
+  Raises:
+    UserError: if it cannot be made or written.
+  """
+  parent = os.path.dirname(folder)
+  new = []
+  while not os.path.lexists(parent):
+    new.append(parent)
+    parent = os.path.dirname(parent)
+  try:
+    os.makedirs(os.path.dirname(folder), exist_ok=True)
+    with tempfile.TemporaryFile(dir=os.path.dirname(folder)):
+      pass
+  except OSError as e:
+    raise UserError(f"{folder}: cannot be written: {e.strerror}") from None
+  try:
+    yield os.path.dirname(folder)
+  except BaseException:
+    for path in new:
+      with contextlib.suppress(OSError):
+        os.rmdir(path)
+    raise
 
 
 def _check_replaceable(folder: str, marks: tuple[str, ...]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 import os
+import re
 from typing import Any, NamedTuple
 
 from fat5_jax.convert import (
@@ -47,7 +48,7 @@ def find(path: str) -> Found | None:
   """
   if os.path.isdir(path) and peft.is_adapter(path):
     return Found("peft", path)
-  if os.path.exists(os.path.join(path, "config.json")):
+  if os.path.lexists(os.path.join(path, "config.json")):
     config_json = tensor_files.read_json(os.path.join(path, "config.json"))
     if flash_t5.is_flash(config_json):
       return Found("flash_t5", path)
@@ -75,7 +76,8 @@ def find(path: str) -> Found | None:
 
 def _step_of(path: str) -> int:
   digits = os.path.basename(path).rpartition("_")[2]
-  return int(digits) if digits.isdigit() else 0
+  # Beyond int32 it is a name, no count of steps.
+  return int(digits) if re.fullmatch(r"[0-9]{1,9}", digits) else 0
 
 
 def open_model(
@@ -117,6 +119,8 @@ def base_of(found: Found) -> str | None:
     return None
   named = tensor_files.read_json(os.path.join(found.path, peft.CONFIG))
   base = named.get("base_model_name_or_path") or ""
+  if not isinstance(base, str):
+    raise UserError(f"{found.path}: base_model_name_or_path is no text")
   return base if os.path.exists(os.path.join(base, "config.json")) else None
 
 

@@ -148,7 +148,9 @@ def body_rows(config: T5Config) -> list[table.Row]:
   return out
 
 
-def config_from_json(hf: dict[str, Any], path: str) -> T5Config:
+def config_from_json(
+  hf: dict[str, Any], path: str, tensors: Mapping[str, Leaf]
+) -> T5Config:
   """The T5Config of an HF config.json, but for what the tensors decide."""
   model_type = hf.get("model_type")
   if model_type not in _MODEL_TYPES:
@@ -159,6 +161,8 @@ def config_from_json(hf: dict[str, Any], path: str) -> T5Config:
   projection = hf.get(
     "feed_forward_proj", "relu" if model_type == "t5" else "gated-gelu"
   )
+  if not isinstance(projection, str):
+    projection = str(projection)[:80]
   gated, _, name = projection.rpartition("-")
   if projection == "gated-gelu":
     name = "gelu_new"
@@ -168,6 +172,8 @@ def config_from_json(hf: dict[str, Any], path: str) -> T5Config:
       f" {', '.join(sorted(_PROJECTIONS.values()))}"
     )
   activation = _ACTIVATIONS[name]
+  for key in ("tie_word_embeddings", "scale_decoder_outputs"):
+    check_flag(hf, key, path)
   tied_flag = hf.get("tie_word_embeddings", model_type != "mt5")
   version = str(hf.get("transformers_version") or "5").split(".")[0]
   if model_type == "t5":
@@ -184,7 +190,7 @@ def config_from_json(hf: dict[str, Any], path: str) -> T5Config:
   }[model_type]
   num_layers = hf.get("num_layers", defaults[2])
   try:
-    return T5Config(
+    config = T5Config(
       vocab_size=hf.get("vocab_size", defaults[0]),
       emb_dim=hf.get("d_model", 512),
       num_heads=hf.get("num_heads", defaults[3]),
@@ -211,6 +217,15 @@ def config_from_json(hf: dict[str, Any], path: str) -> T5Config:
     )
   except (ValueError, TypeError) as e:
     raise UserError(f"{path}: {e}") from None
+  table.check_layers(config, len(tensors), path)
+  return config
+
+
+def check_flag(hf: Mapping[str, Any], key: str, path: str) -> None:
+  """Raises UserError unless a key says true, false or nothing."""
+  value = hf.get(key)
+  if value is not None and not isinstance(value, bool):
+    raise UserError(f"{path}: {key} is {str(value)[:80]!r}, not true or false")
 
 
 def _decoder_layers(hf: dict[str, Any], num_layers: int) -> int:
@@ -220,7 +235,7 @@ def _decoder_layers(hf: dict[str, Any], num_layers: int) -> int:
 
 def _token_id(hf: dict[str, Any], key: str, default: int) -> int:
   value = hf.get(key)
-  if isinstance(value, list):
+  if isinstance(value, list) and value:
     value = value[0]
   return default if value is None else value
 
@@ -230,7 +245,7 @@ def _is_tied(config_json, tensors: Mapping[str, Leaf]) -> bool:
   if "lm_head.weight" not in tensors:
     return True
   # Ours says so of a tied model that is not scaled, which 4.x has no words for.
-  said = config_json.get("fat5_jax", {}).get("logits_via_embedding", False)
+  said = hf_heads.own_part(config_json).get("logits_via_embedding", False)
   if config_json.get("tie_word_embeddings") is False and not said:
     return False
   if "shared.weight" not in tensors:
@@ -259,8 +274,10 @@ def _read_config(folder: str, tensors: Mapping[str, Leaf]) -> T5Config:
   if "t5" in config_json:
     # A folder with a modelling file has the T5's own config inside.
     inside = config_json["t5"]
+    if not isinstance(inside, dict):
+      raise UserError(f"{path}: t5 is no JSON object")
     t5_json = {**inside, "model_type": inside.get("family")}
-  config = config_from_json(t5_json, path)
+  config = config_from_json(t5_json, path, tensors)
   head = hf_heads.read(config_json, tensors, path)
   tied = False
   if head is None or head.kind == "language_model":

@@ -178,9 +178,17 @@ def guards(config: T5Config, tensors: Mapping[str, Leaf]) -> dict[str, Leaf]:
   return dict(tensors) | {name: table.leaf_of(np.zeros(0, np.float32))}
 
 
+# Ours, and FAT5's of flash_t5.py.
+_GUARDS = (_GUARD, "encoder.block.0.layer.0.layer_norm.weight")
+
+
 def without_guards(tensors: Mapping[str, Leaf]) -> dict[str, Leaf]:
   """The tensors of a folder that hold something."""
-  return {name: leaf for name, leaf in tensors.items() if 0 not in leaf.shape}
+  return {
+    name: leaf
+    for name, leaf in tensors.items()
+    if leaf.shape != (0,) or name.removeprefix("transformer.") not in _GUARDS
+  }
 
 
 def code_text() -> str:
@@ -283,7 +291,7 @@ def read(
   hf: Mapping[str, Any], tensors: Mapping[str, Leaf], path: str
 ) -> HeadConfig | None:
   """The head that config.json and the tensors tell of; None for none."""
-  own = hf.get("fat5_jax", {}).get("head")
+  own = own_part(hf).get("head")
   if own is not None:
     try:
       return HeadConfig(**own)
@@ -297,6 +305,10 @@ def read(
   name = next((n for n in outputs if n in tensors), None)
   if name is None:
     return None
+  if len(tensors[name].shape) != 2:
+    raise UserError(
+      f"{path}: tensor {name} is {tensors[name].shape}, which is no matrix"
+    )
   kind, (num_labels, _) = outputs[name], tensors[name].shape
   both = any(".block." in n and "decoder." in n for n in tensors)
   options: dict[str, Any] = {}
@@ -311,13 +323,24 @@ def read(
     options["problem_type"] = problem_type(hf, num_labels)
   if kind != "question_answering":
     options["label_names"] = label_names(hf, num_labels)
-  return HeadConfig(
-    kind,
-    num_labels=num_labels,
-    body="encoder_decoder" if both else "encoder",
-    dropout_rate=hf.get("classifier_dropout") or 0.0,
-    **options,
-  )
+  try:
+    return HeadConfig(
+      kind,
+      num_labels=num_labels,
+      body="encoder_decoder" if both else "encoder",
+      dropout_rate=hf.get("classifier_dropout") or 0.0,
+      **options,
+    )
+  except ValueError as e:
+    raise UserError(f"{path}: {e}") from None
+
+
+def own_part(hf: Mapping[str, Any]) -> dict[str, Any]:
+  """What config.json keeps under our own key."""
+  own = hf.get("fat5_jax", {})
+  if not isinstance(own, dict):
+    raise UserError("config.json: fat5_jax is no JSON object")
+  return own
 
 
 def problem_type(hf: Mapping[str, Any], num_labels: int) -> str:
@@ -331,6 +354,8 @@ def problem_type(hf: Mapping[str, Any], num_labels: int) -> str:
 def label_names(hf: Mapping[str, Any], num_labels: int) -> tuple[str, ...]:
   """The names of the labels; none where they are HF's LABEL_0, LABEL_1."""
   found = hf.get("id2label") or {}
+  if not isinstance(found, dict):
+    raise UserError(f"config.json: id2label is {str(found)[:80]!r}, no object")
   names = tuple(str(found.get(str(i), "")) for i in range(num_labels))
   if not all(names) or names == tuple(f"LABEL_{i}" for i in range(num_labels)):
     return ()

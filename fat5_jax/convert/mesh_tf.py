@@ -39,7 +39,7 @@ def prefix_of(path: str) -> str | None:
   or a folder (its latest); None if there is none.
   """
   if os.path.isdir(path):
-    found = glob.glob(os.path.join(path, "*.index"))
+    found = glob.glob(os.path.join(glob.escape(path), "*.index"))
     steps = [(int((re.findall(r"\d+", f) or [0])[-1]), f) for f in found]
     return max(steps)[1].removesuffix(".index") if steps else None
   prefix = re.sub(r"\.(index|meta|data-\d+-of-\d+)$", "", path)
@@ -129,7 +129,7 @@ def open_model(
 def read_step(path: str) -> int | None:
   """As t5x.read_step."""
   step = _open(path).get("global_step")
-  return None if step is None else int(step.read())
+  return None if step is None else t5x.step_of(step, path)
 
 
 def open_slots(path: str) -> tuple[int, dict[str, Leaves]]:
@@ -154,7 +154,7 @@ def open_slots(path: str) -> tuple[int, dict[str, Leaves]]:
         if where is not None
       }
     )
-  return int(variables["global_step"].read()), slots
+  return t5x.step_of(variables["global_step"], path), slots
 
 
 def _shared_bias(target: Leaves) -> Leaves:

@@ -12,7 +12,8 @@ import os
 import re
 from typing import Any
 
-from fat5_jax.convert import hf_heads, tensor_files
+from fat5_jax.convert import hf_heads, plain_files, tensor_files
+from fat5_jax.errors import UserError
 from fat5_jax.models.config import HeadConfig, T5Config
 
 _PIPELINES = {
@@ -49,19 +50,42 @@ def facts_of_run(run_dir: str) -> dict[str, Any]:
     for key in ("task", "base", "random_seed"):
       if model.get(key) is not None:
         facts[key] = model[key]
+    _check_task(facts.get("task"), path)
   path = os.path.join(run_dir, "config.gin")
   if os.path.exists(path):
-    with open(path, encoding="utf-8") as file:
-      facts["settings"] = _settings(file.read())
+    facts["settings"] = _settings(plain_files.read_text(path))
   path = os.path.join(run_dir, "metrics.csv")
   if os.path.exists(path):
-    with open(path, encoding="utf-8", newline="") as file:
-      facts["metrics"] = _last_metrics(csv.DictReader(file))
+    lines = plain_files.read_text(path).splitlines(keepends=True)
+    try:
+      facts["metrics"] = _last_metrics(csv.DictReader(lines))
+    except csv.Error as e:
+      raise UserError(f"{path}: not a table of metrics: {e}") from None
   if "base" not in facts and "INITIAL_CHECKPOINT_PATH" in facts.get(
     "settings", {}
   ):
     facts["base"] = facts["settings"]["INITIAL_CHECKPOINT_PATH"].strip("'\"")
   return facts
+
+
+def _check_task(task: Any, path: str) -> None:
+  """Raises UserError for what no run writes as its task."""
+  if task is None:
+    return
+  wrong = not isinstance(task, dict)
+  if not wrong:
+    arguments = task.get("arguments", {})
+    wrong = not isinstance(arguments, dict) or not isinstance(
+      task.get("name", ""), str
+    )
+  if not wrong:
+    asks = task.get("asks") or arguments.get("inputs") or ()
+    asks = [asks] if isinstance(asks, str) else asks
+    wrong = not isinstance(asks, (list, tuple)) or not all(
+      isinstance(text, str) for text in asks
+    )
+  if wrong:
+    raise UserError(f"{path}: task is {str(task)[:80]!r}, no record of a task")
 
 
 def _settings(gin: str) -> dict[str, str]:
@@ -70,7 +94,7 @@ def _settings(gin: str) -> dict[str, str]:
   names = (*_SETTINGS, "INITIAL_CHECKPOINT_PATH")
   found = {}
   for line in gin.splitlines():
-    match = re.match(r"\s*([\w./]+)\s*=\s*(.+?)\s*$", line)
+    match = re.match(r"\s*([\w./]+)\s*=\s*(.*\S)", line)
     if match is None:
       continue
     name = match[1].removesuffix("/macro.value").rpartition(".")[2]

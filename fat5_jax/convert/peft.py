@@ -139,10 +139,18 @@ def from_peft(
   for key, plain in _PLAIN.items():
     value = adapter.get(key) or plain
     if value != plain and key != "modules_to_save":
-      raise UserError(f"{path}: {key} = {value!r} is not supported")
+      raise UserError(f"{path}: {key} = {str(value)[:80]!r} is not supported")
   if adapter.get("peft_type") != "LORA":
-    raise UserError(f"{path}: peft_type is {adapter.get('peft_type')!r}")
-  rank, alpha = int(adapter["r"]), float(adapter["lora_alpha"])
+    raise UserError(
+      f"{path}: peft_type is {str(adapter.get('peft_type'))[:80]!r}"
+    )
+  rank, alpha = adapter.get("r"), adapter.get("lora_alpha")
+  try:
+    LoRAConfig(rank, alpha, adapter.get("lora_dropout") or 0.0)
+  except ValueError as e:
+    raise UserError(
+      f"{path}: r, lora_alpha or lora_dropout is wrong: {e}"
+    ) from None
   if adapter.get("use_rslora"):
     # Scales by alpha / sqrt(rank).
     alpha *= rank**0.5
@@ -158,17 +166,24 @@ def from_peft(
   found = {n.rpartition(".lora_")[0] for n in tensors if ".lora_" in n}
   unknown = sorted(found - set(paths))
   if unknown:
-    raise UserError(f"{folder}: no such projection in the model: {unknown[0]}")
+    raise UserError(
+      f"{folder}: no such projection in the model: {table.shown(unknown[0])}"
+    )
   # The shortest names that choose these projections and no others.
   chosen = {"/".join(paths[module]) for module in found}
   everything = {"/".join(path) for path in paths.values()}
+  if not chosen:
+    raise UserError(f"{folder}: no LoRA matrices in {_WEIGHTS}")
   lora_config = LoRAConfig(
     rank,
     alpha,
-    float(adapter.get("lora_dropout") or 0.0),
+    adapter.get("lora_dropout") or 0.0,
     _targets(chosen, everything),
   )
-  config = config.replace(lora=lora_config)
+  try:
+    config = config.replace(lora=lora_config)
+  except ValueError as e:
+    raise UserError(f"{path}: {e}") from None
   model_rows = _rows(config, published)
   own = {row.foreign for row in model_rows if row.path[-1][:5] != "lora_"}
   if not own & set(tensors):

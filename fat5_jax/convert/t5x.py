@@ -8,7 +8,8 @@ number of position buckets' distance, and whether an untied output is scaled.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+import functools
 import math
 import os
 import re
@@ -18,13 +19,23 @@ import ml_dtypes
 import msgpack
 import numpy as np
 
-from fat5_jax.convert import hf, orbax_files, table
+from fat5_jax.convert import hf, orbax_files, plain_files, table
 from fat5_jax.convert.table import Leaf, Leaves
 from fat5_jax.errors import UserError
 from fat5_jax.models.config import T5Config
 
 _PLACEHOLDER = "PLACEHOLDER://"
 _LAYER = re.compile(r"layers_\d+$")
+# numpy's axes: the tree of a checkpoint has no other lists.
+_MOST_AXES = 64
+# By the names that flax writes; V2 is how bfloat16 was once called.
+_DTYPES = {
+  name: np.dtype(name)
+  for name in (
+    *("float16", "float32", "float64", "bool", "uint8", "uint16", "uint32"),
+    *("uint64", "int8", "int16", "int32", "int64"),
+  )
+} | dict.fromkeys(("bfloat16", "V2"), np.dtype(ml_dtypes.bfloat16))
 SLOTS = ("m", "v", "v_row", "v_col")
 # What stands in for a slot that a parameter does not use.
 UNUSED_SLOT = Leaf((1,), "float32", lambda: np.zeros(1, np.float32))
@@ -68,6 +79,7 @@ def as_model(
 ) -> tuple[T5Config, Leaves]:
   """Parameters under T5X's minimal names, checked, and the config they tell."""
   config = config_of(target, overrides or {}, where)
+  table.check_layers(config, len(target), where)
   expected = {row.path: row.shape for row in hf.rows(config)}
   name = "/".join
   table.check_names(map(name, expected), map(name, target), where)
@@ -76,13 +88,24 @@ def as_model(
     {name(k): leaf.shape for k, leaf in target.items()},
     where,
   )
+  table.check_floats({name(k): leaf for k, leaf in target.items()}, where)
   return config, target
 
 
 def read_step(path: str) -> int | None:
   """The step that a checkpoint counts, or None."""
   step = _open(path)[1].get(("step",))
-  return None if step is None else int(step.read())
+  return None if step is None else step_of(step, path)
+
+
+def step_of(leaf: Leaf, where: str) -> int:
+  """The number of steps that a checkpoint's counter holds."""
+  if leaf.shape not in ((), (1,)) or np.dtype(leaf.dtype).kind not in "iu":
+    raise UserError(f"{where}: its step is {leaf.dtype}{leaf.shape}, no count")
+  step = int(leaf.read().reshape(()))
+  if not 0 <= step < 2**31:
+    raise UserError(f"{where}: its step is {step}")
+  return step
 
 
 def open_slots(path: str) -> tuple[int, dict[str, Leaves]]:
@@ -111,7 +134,7 @@ def open_slots(path: str) -> tuple[int, dict[str, Leaves]]:
     for name, i in _layers_of(where, leaf):
       for slot, x in _slots_of_layer(where, leaf, found, i, path).items():
         slots[slot][name] = x
-  return int(state[("step",)].read()), slots
+  return step_of(state[("step",)], path), slots
 
 
 # ---- Files -------------------------------------------------------------------
@@ -120,7 +143,8 @@ def open_slots(path: str) -> tuple[int, dict[str, Leaves]]:
 def _open(path: str) -> tuple[Leaves, Leaves]:
   """(target, optimizer state) of a checkpoint."""
   if os.path.isdir(os.path.join(path, "state")):
-    return _parts(orbax_files.read_item(os.path.join(path, "state")))
+    found = orbax_files.read_item(os.path.join(path, "state"))
+    return _parts(found, path)
   folder = path
   if os.path.isfile(path):
     folder = os.path.dirname(path)
@@ -128,18 +152,30 @@ def _open(path: str) -> tuple[Leaves, Leaves]:
     path = os.path.join(path, "checkpoint")
   tree = _read_msgpack(path)
   flat = {}
-  for where, value in _walk(tree):
-    leaf = _leaf(where, value, folder)
-    if leaf is not None:
-      flat[where] = leaf
-  return _parts(flat)
+  # Asked for if an array is beside; a bare file may lie anywhere.
+  stored = functools.cache(lambda: plain_files.tree_bytes(folder))
+  try:
+    for where, value in _walk(tree):
+      leaf = _leaf(where, value, folder, stored)
+      if leaf is not None:
+        flat[where] = leaf
+  except UserError:
+    raise
+  except Exception as e:
+    # A tree of the wrong things in the wrong places.
+    reason = str(e)[:200] or type(e).__name__
+    raise UserError(f"{path}: not a T5X checkpoint: {reason}") from None
+  return _parts(flat, path)
 
 
-def _parts(flat: Leaves) -> tuple[Leaves, Leaves]:
-  target, state = {}, {}
+def _parts(flat: Leaves, path: str) -> tuple[Leaves, Leaves]:
+  target: Leaves = {}
+  state: Leaves = {}
   for where, leaf in flat.items():
     if where[0] == "optimizer":
       where = where[1:]
+    if where in ((), ("target",), ("params",), ("state",)):
+      raise UserError(f"{path}: an array where a tree of them is expected")
     if where[0] in ("target", "params"):
       target[where[1:]] = leaf
     elif where[0] == "state":
@@ -150,16 +186,19 @@ def _parts(flat: Leaves) -> tuple[Leaves, Leaves]:
 
 
 def _read_msgpack(path: str) -> dict[str, Any]:
+  data = plain_files.read_bytes(path)
   try:
-    with open(path, "rb") as file:
-      tree = msgpack.unpackb(
-        file.read(), ext_hook=_extension, raw=False, strict_map_key=False
-      )
-  except FileNotFoundError:
-    raise UserError(f"{path}: no such file") from None
+    tree = msgpack.unpackb(
+      data,
+      ext_hook=_extension,
+      raw=False,
+      strict_map_key=False,
+      max_array_len=_MOST_AXES,
+    )
   except (ValueError, TypeError, msgpack.UnpackException) as e:
+    reason = str(e)[:200] or type(e).__name__
     raise UserError(
-      f"{path}: not a complete T5X checkpoint (msgpack): {e}"
+      f"{path}: not a complete T5X checkpoint (msgpack): {reason}"
     ) from None
   if not isinstance(tree, dict):
     raise UserError(f"{path}: not a T5X checkpoint")
@@ -170,10 +209,21 @@ def _extension(code: int, data: bytes) -> Any:
   """flax.serialization's array (1) and numpy scalar (3)."""
   if code not in (1, 3):
     raise ValueError(f"unknown record {code}")
-  shape, dtype_name, buffer = msgpack.unpackb(data, raw=True)
-  name = dtype_name.decode()
-  dtype = ml_dtypes.bfloat16 if name in ("bfloat16", "V2") else np.dtype(name)
-  return np.frombuffer(buffer, dtype).reshape(shape)
+  shape, dtype_name, buffer = msgpack.unpackb(
+    data, raw=True, max_array_len=_MOST_AXES
+  )
+  dtype = isinstance(dtype_name, bytes) and _DTYPES.get(dtype_name.decode())
+  if not dtype or not isinstance(buffer, bytes):
+    raise ValueError(f"no array of {str(dtype_name)[:80]}")
+  return np.frombuffer(buffer, dtype).reshape(_counts(shape))
+
+
+def _counts(shape: Any) -> list[int]:
+  if not isinstance(shape, (list, tuple)) or not all(
+    type(n) is int and n >= 0 for n in shape
+  ):
+    raise ValueError("no shape of an array")
+  return list(shape)
 
 
 def _walk(node: Any, path: tuple[str, ...] = ()):
@@ -184,7 +234,8 @@ def _walk(node: Any, path: tuple[str, ...] = ()):
   if isinstance(node, dict) and "__msgpack_chunked_array__" in node:
     shape = [n for _, n in sorted(node["shape"].items(), key=_number)]
     parts = [part for _, part in sorted(node["chunks"].items(), key=_number)]
-    yield path, np.concatenate([p.reshape(-1) for p in parts]).reshape(shape)
+    whole = np.concatenate([p.reshape(-1) for p in parts])
+    yield path, whole.reshape(_counts(shape))
   elif isinstance(node, dict) and not is_spec:
     for key, value in node.items():
       yield from _walk(value, (*path, str(key)))
@@ -196,7 +247,12 @@ def _number(item) -> int:
   return int(item[0])
 
 
-def _leaf(where: tuple[str, ...], value: Any, folder: str) -> Leaf | None:
+def _leaf(
+  where: tuple[str, ...],
+  value: Any,
+  folder: str,
+  stored: Callable[[], int],
+) -> Leaf | None:
   if isinstance(value, np.ndarray):
     return _as_bfloat16(table.leaf_of(value))
   if isinstance(value, (int, float)):
@@ -204,29 +260,31 @@ def _leaf(where: tuple[str, ...], value: Any, folder: str) -> Leaf | None:
   name = ".".join(where[1:] if where[0] == "optimizer" else where)
   if isinstance(value, dict):
     # The recorded path may be that of a bucket; the array lies beside.
-    path = (value["kvstore"].get("path") or value.get("path") or name).rstrip(
-      "/"
-    )
-    candidates = [path, os.path.basename(path), name, ".".join(where)]
-    return _beside(folder, candidates, name)
-  if isinstance(value, str) and value.startswith(_PLACEHOLDER):
+    path = value["kvstore"].get("path") or value.get("path") or name
+  elif isinstance(value, str) and value.startswith(_PLACEHOLDER):
     path = value.removeprefix(_PLACEHOLDER)
-    return _beside(folder, [path, name, ".".join(where)], name)
-  return None
+  else:
+    return None
+  path = os.path.basename(path.rstrip("/"))
+  return _beside(folder, [path, name, ".".join(where)], name, stored)
 
 
-def _beside(folder: str, candidates: list[str], name: str) -> Leaf:
+def _beside(
+  folder: str, candidates: list[str], name: str, stored: Callable[[], int]
+) -> Leaf:
   for candidate in candidates:
-    path = os.path.join(folder, candidate)
+    path = plain_files.beside(folder, candidate, f"{folder}: {name}")
     if os.path.isdir(path):
       store = {"driver": "file", "path": path + "/"}
       zarr3 = os.path.exists(os.path.join(path, "zarr.json"))
       driver = "zarr3" if zarr3 else "zarr"
-      return _as_bfloat16(orbax_files.array(driver, store, path))
+      return _as_bfloat16(orbax_files.array(driver, store, path, stored()))
   if os.path.exists(os.path.join(folder, "manifest.ocdbt")):
     base = f"file://{os.path.abspath(folder)}/"
     store = {"driver": "ocdbt", "base": base, "path": f"{candidates[0]}/"}
-    return _as_bfloat16(orbax_files.array("zarr", store, f"{folder}: {name}"))
+    return _as_bfloat16(
+      orbax_files.array("zarr", store, f"{folder}: {name}", stored())
+    )
   raise UserError(f"{folder}: the folder of {name} is missing")
 
 
@@ -243,7 +301,31 @@ def _as_bfloat16(leaf: Leaf) -> Leaf:
 
 
 def _minimal(target: Leaves, where: str) -> Leaves:
-  """The minimal layout of either."""
+  """The minimal layout of either.
+
+  Raises:
+    UserError: if what is stacked tells of layers that cannot be.
+  """
+  depths: dict[str, int] = {}
+  sizes: dict[str, int] = {}
+  for path, leaf in target.items():
+    axis = _scan_axis(path, leaf)
+    if axis is not None:
+      depth = leaf.shape[axis] if len(leaf.shape) > axis else 0
+      depths[path[0]] = first = depths.get(path[0], depth)
+      if depth != first or depth < 1 or 0 in leaf.shape:
+        raise UserError(
+          f"{where}: {'/'.join(path)} {leaf.shape} is no stack of {first}"
+          " layers"
+        )
+      sizes[path[0]] = sizes.get(path[0], 0) + math.prod(leaf.shape)
+  for stack, depth in depths.items():
+    # Every layer costs memory here, and may not if it holds hardly a number.
+    if depth > sizes[stack] // depth:
+      raise UserError(
+        f"{where}: {depth} layers in {stack}, of {sizes[stack] // depth}"
+        " numbers each"
+      )
   return {
     name: _two_axes(name, _slice(leaf, _scan_axis(path, leaf), i))
     for path, leaf in target.items()
@@ -360,14 +442,20 @@ def config_of(
     numbers = {k[1] for k in target if k[0] == stack and _LAYER.match(k[1])}
     return len(numbers)
 
-  vocab_size, emb_dim = shape("token_embedder", "embedding")
+  def matrix(*path):
+    found = shape(*path)
+    if len(found) != 2 or 0 in found:
+      raise UserError(f"{where}: {'/'.join(path)} {found} is no matrix")
+    return found
+
+  vocab_size, emb_dim = matrix("token_embedder", "embedding")
   first = ("encoder", "layers_0")
   per_layer = (*first, "relpos_bias", "rel_embedding") in target
   owner = first if per_layer else ("encoder",)
-  num_heads, buckets = shape(*owner, "relpos_bias", "rel_embedding")
-  width = shape(*first, "attention", "query", "kernel")[1]
+  num_heads, buckets = matrix(*owner, "relpos_bias", "rel_embedding")
+  width = matrix(*first, "attention", "query", "kernel")[1]
   gated = (*first, "mlp", "wi_0", "kernel") in target
-  mlp_dim = shape(*first, "mlp", "wi_0" if gated else "wi", "kernel")[1]
+  mlp_dim = matrix(*first, "mlp", "wi_0" if gated else "wi", "kernel")[1]
   fields = {
     "vocab_size": vocab_size,
     "emb_dim": emb_dim,

@@ -16,7 +16,9 @@ import numpy as np
 from fat5_jax.errors import UserError
 
 # Prints this many names of a list, then a count.
-_LISTED = 20
+_LISTED = 8
+# What a parameter may be.
+FLOATS = ("float64", "float32", "bfloat16", "float16")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -110,8 +112,8 @@ def check_names(
 ) -> None:
   """Raises UserError with a `-`/`+` list unless both hold the same names."""
   expected, found = set(expected), set(found)
-  lines = [f"  - {name}" for name in sorted(expected - found)]
-  lines += [f"  + {name}" for name in sorted(found - expected)]
+  lines = [f"  - {shown(name)}" for name in sorted(expected - found)]
+  lines += [f"  + {shown(name)}" for name in sorted(found - expected)]
   if not lines:
     return
   more = len(lines) - _LISTED
@@ -130,18 +132,75 @@ def check_shapes(
 ) -> None:
   """Raises UserError naming every tensor whose shape differs."""
   lines = [
-    f"  - {name} {tuple(shape)}\n  + {name} {tuple(found[name])}"
+    f"  - {shown(name)} {tuple(shape)}\n  + {shown(name)} {tuple(found[name])}"
     for name, shape in sorted(expected.items())
     if tuple(found[name]) != tuple(shape)
   ]
   if lines:
-    more = len(lines) - _LISTED
+    most = _LISTED // 2
+    more = len(lines) - most
     if more > 0:
-      lines = lines[:_LISTED] + [f"  ... and {more} more"]
+      lines = lines[:most] + [f"  ... and {more} more"]
     raise UserError(
       f"{where}: tensor shapes differ from the config's (- expected, +"
       " found):\n" + "\n".join(lines)
     )
+
+
+def shown(name: str) -> str:
+  """A name of a file's for a message: one line, not too long."""
+  text = name if name.isprintable() else ascii(name)
+  return text if len(text) <= 120 else f"{text[:100]}... ({len(text)} letters)"
+
+
+def check_floats(found: Mapping[str, Leaf], where: str) -> None:
+  """Raises UserError naming a tensor that does not hold floats."""
+  for name, leaf in found.items():
+    if leaf.dtype not in FLOATS:
+      raise UserError(
+        f"{where}: tensor {shown(name)} holds {leaf.dtype}; parameters are one"
+        f" of {', '.join(FLOATS)}"
+      )
+
+
+def check_finite(array: np.ndarray, name: str, where: str) -> None:
+  """Raises UserError if a tensor holds what is no number."""
+  wrong = array.size - np.count_nonzero(np.isfinite(array))
+  if wrong:
+    raise UserError(
+      f"{where}: {wrong} of the {array.size} numbers of tensor {name} are NaN"
+      " or infinite; take an earlier or a fresh copy of the checkpoint"
+    )
+
+
+def finite(leaves: Leaves, where: str) -> Leaves:
+  """The tensors, each checked whenever it is read."""
+
+  def read(path, leaf):
+    array = leaf.read()
+    check_finite(array, "/".join(path), where)
+    return array
+
+  return {
+    path: Leaf(
+      leaf.shape, leaf.dtype, lambda path=path, leaf=leaf: read(path, leaf)
+    )
+    for path, leaf in leaves.items()
+  }
+
+
+def check_layers(config, tensors: int, where: str) -> None:
+  """Raises UserError if a model has more layers than there are tensors.
+
+  Before the tensors of the model are listed, which a config alone could make
+  endless.
+  """
+  for field in ("num_encoder_layers", "num_decoder_layers"):
+    if getattr(config, field) > tensors:
+      raise UserError(
+        f"{where}: {field} = {getattr(config, field)}, and there are"
+        f" {tensors} tensors"
+      )
 
 
 def nest(flat: Mapping[tuple[str, ...], Any]) -> dict[str, Any]:
@@ -182,6 +241,7 @@ def to_leaves(
     {name: leaf.shape for name, leaf in tensors.items()},
     where,
   )
+  check_floats(tensors, where)
   return {r.path: _turned(r, tensors[r.foreign], r.shape) for r in rows}
 
 

@@ -15,7 +15,8 @@ import numpy as np
 import safetensors
 from safetensors import numpy as safetensors_numpy
 
-from fat5_jax.convert import torch_file
+from fat5_jax.convert import plain_files, torch_file
+from fat5_jax.convert.plain_files import read_json as read_json
 from fat5_jax.convert.table import Leaf
 from fat5_jax.errors import UserError
 
@@ -28,24 +29,6 @@ _DTYPES = {
   "I32": "int32",
   "BOOL": "bool",
 }
-
-
-def read_json(path: str) -> dict[str, Any]:
-  """A JSON object.
-
-  Raises:
-    UserError: if the file is missing or holds anything else.
-  """
-  try:
-    with open(path, encoding="utf-8") as file:
-      value = json.load(file)
-  except FileNotFoundError:
-    raise UserError(f"{path}: no such file") from None
-  except (json.JSONDecodeError, UnicodeDecodeError) as e:
-    raise UserError(f"{path}: not valid JSON: {e}") from None
-  if not isinstance(value, dict):
-    raise UserError(f"{path}: expected a JSON object")
-  return value
 
 
 def write_json(path: str, value: Mapping[str, Any]) -> None:
@@ -65,23 +48,31 @@ def read_folder(folder: str) -> dict[str, Leaf]:
     ("pytorch_model.bin", torch_file.load),
   ):
     index = os.path.join(folder, f"{single}.index.json")
-    if os.path.exists(os.path.join(folder, single)):
-      files = [single]
-    elif os.path.exists(index):
-      files = sorted(set(read_json(index).get("weight_map", {}).values()))
-    else:
-      continue
-    missing = [f for f in files if not os.path.exists(os.path.join(folder, f))]
-    if missing:
-      raise UserError(f"{folder}: {index} names {missing[0]}, which is missing")
-    found: dict[str, Leaf] = {}
-    for file in files:
-      found |= read_file(os.path.join(folder, file))
-    return found
+    if os.path.lexists(os.path.join(folder, single)):
+      return read_file(os.path.join(folder, single))
+    if os.path.lexists(index):
+      return _read_shards(folder, index, read_file)
   raise UserError(
     f"{folder}: no weights found; looked for model.safetensors and"
     " pytorch_model.bin, each whole or with an .index.json"
   )
+
+
+def _read_shards(folder: str, index: str, read_file) -> dict[str, Leaf]:
+  """The tensors of the files that an index names."""
+  weight_map = read_json(index).get("weight_map")
+  if not isinstance(weight_map, dict) or not weight_map:
+    raise UserError(f"{index}: no weight_map, the file of every tensor")
+  for file in weight_map.values():
+    if not os.path.exists(plain_files.beside(folder, file, index)):
+      raise UserError(f"{index}: names {file[:80]}, which is missing")
+  found: dict[str, Leaf] = {}
+  for file in sorted(set(weight_map.values())):
+    for name, leaf in read_file(os.path.join(folder, file)).items():
+      if name in found:
+        raise UserError(f"{folder}: two files hold tensor {name[:80]!r}")
+      found[name] = leaf
+  return found
 
 
 def has_tensors(folder: str) -> bool:
@@ -100,10 +91,17 @@ def read_safetensors(path: str) -> dict[str, Leaf]:
     UserError: if it is damaged.
   """
 
-  def read(name):
-    with safetensors.safe_open(path, "numpy") as file:
-      return file.get_tensor(name)
+  def damaged(e: Exception) -> UserError:
+    return UserError(f"{path}: not a complete safetensors file: {str(e)[:200]}")
 
+  def read(name):
+    try:
+      with safetensors.safe_open(path, "numpy") as file:
+        return file.get_tensor(name)
+    except (safetensors.SafetensorError, OSError) as e:
+      raise damaged(e) from None
+
+  plain_files.check_regular(path)
   try:
     with safetensors.safe_open(path, "numpy") as file:
       views = {name: file.get_slice(name) for name in file.keys()}
@@ -116,7 +114,7 @@ def read_safetensors(path: str) -> dict[str, Leaf]:
         for name, view in views.items()
       }
   except (safetensors.SafetensorError, OSError) as e:
-    raise UserError(f"{path}: not a complete safetensors file: {e}") from None
+    raise damaged(e) from None
 
 
 def write_folder(

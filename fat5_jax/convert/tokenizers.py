@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 from typing import Any
 
+from fat5_jax.convert import plain_files, sentencepiece_file
 from fat5_jax.errors import UserError
 
 FILES = (
@@ -28,7 +28,7 @@ def write(tokenizer: Any, folder: str) -> None:
     folder: an existing folder.
 
   Raises:
-    UserError: if it is none of these.
+    UserError: if it is none of these, or damaged.
   """
   if hasattr(tokenizer, "save_pretrained"):
     tokenizer.save_pretrained(folder)
@@ -53,15 +53,22 @@ def write(tokenizer: Any, folder: str) -> None:
 
 
 def _copy(source: str, folder: str) -> None:
-  found = [f for f in FILES if os.path.exists(os.path.join(source, f))]
+  found = [f for f in FILES if os.path.lexists(os.path.join(source, f))]
   if not found:
     raise UserError(f"{source}: holds no tokenizer file ({', '.join(FILES)})")
   for file in found:
-    shutil.copyfile(os.path.join(source, file), os.path.join(folder, file))
+    path = os.path.join(source, file)
+    if file.endswith(".json"):
+      plain_files.read_json(path)
+      data = plain_files.read_bytes(path)
+    else:
+      data = sentencepiece_file.read(path)
+    plain_files.replace_with(os.path.join(folder, file), data)
 
 
 def _write_sentencepiece(path: str, extra_ids: int, folder: str) -> None:
-  shutil.copyfile(path, os.path.join(folder, "spiece.model"))
+  data = sentencepiece_file.read(path)
+  plain_files.replace_with(os.path.join(folder, "spiece.model"), data)
   _write_config(folder, "T5Tokenizer", extra_ids)
 
 

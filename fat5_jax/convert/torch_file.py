@@ -1,20 +1,22 @@
 """Reads a PyTorch `.bin` file of tensors without torch and without risk.
 
 The zip format of torch >= 1.6 holds a pickle that rebuilds tensors from raw
-storages. This reader unpickles with the few names that takes and refuses any
-other, so a hostile file cannot run code.
+storages. Python's unpickler is not asked: what it may call it may also change,
+and a record can make it allocate without end. torch_pickle.py goes through the
+few opcodes that torch writes, with the few names that takes. Every number is
+held against the bytes that are there.
 """
 
 from __future__ import annotations
 
-import collections
-import pickle
-from typing import NamedTuple
+import contextlib
+import os
 import zipfile
 
 import ml_dtypes
 import numpy as np
 
+from fat5_jax.convert import torch_pickle
 from fat5_jax.convert.table import Leaf
 from fat5_jax.errors import UserError
 
@@ -27,88 +29,106 @@ _STORAGE_DTYPES = {
   "IntStorage": np.int32,
   "BoolStorage": np.bool_,
 }
+# numpy's.
+_MOST_AXES = 64
 
 
-class _Storage(NamedTuple):
-  """Where a tensor's numbers are in the archive."""
+@contextlib.contextmanager
+def _archive(path: str):
+  """The zip file, as torch writes one: entries stored, each once.
 
-  key: str
-  dtype: np.dtype
-  size: int
-
-
-class _Tensor(NamedTuple):
-  """A tensor's place in its storage."""
-
-  storage: _Storage
-  offset: int
-  shape: tuple[int, ...]
-  strides: tuple[int, ...]
-
-
-class _StorageType:
-  def __init__(self, name: str):
-    self.dtype = np.dtype(_STORAGE_DTYPES[name])
-
-
-def _rebuild_tensor(storage, offset, shape, strides, *unused):
-  if any(n < 0 for n in (offset, *shape, *strides)):
-    raise UserError("negative offset, shape or stride in a tensor record")
-  last = offset + sum((n - 1) * s for n, s in zip(shape, strides))
-  if all(shape) and last >= storage.size:
-    raise UserError("a tensor record points beyond its storage")
-  return _Tensor(storage, offset, tuple(shape), tuple(strides))
-
-
-def _rebuild_parameter(data, *unused):
-  return data
-
-
-_ALLOWED = {
-  ("torch._utils", "_rebuild_tensor_v2"): _rebuild_tensor,
-  ("torch._utils", "_rebuild_parameter"): _rebuild_parameter,
-  ("collections", "OrderedDict"): collections.OrderedDict,
-}
-
-
-class _Unpickler(pickle.Unpickler):
-  """Unpickles tensors only, as places in the archive."""
-
-  def __init__(self, file, archive: zipfile.ZipFile, root: str):
-    super().__init__(file)
-    self._archive, self._root = archive, root
-
-  def find_class(self, module, name):
-    if (module, name) in _ALLOWED:
-      return _ALLOWED[module, name]
-    if module == "torch" and name in _STORAGE_DTYPES:
-      return _StorageType(name)
-    raise UserError(
-      f"the pickle asks for {module}.{name}, which is not a tensor; nothing"
-      " was run. Convert the checkpoint to safetensors where you trust it"
-    )
-
-  def persistent_load(self, pid):
-    kind, storage_type, key, _, _ = pid
-    if kind != "storage":
-      raise UserError(f"unknown record {kind!r} in the pickle")
-    entry = self._archive.getinfo(f"{self._root}/data/{key}")
-    size = entry.file_size // storage_type.dtype.itemsize
-    return _Storage(entry.filename, storage_type.dtype, size)
-
-
-def _read(path: str, tensor: _Tensor) -> np.ndarray:
-  storage = tensor.storage
+  Raises:
+    UserError: if it is another, or damaged.
+  """
+  if not os.path.isfile(path):
+    raise UserError(f"{path}: not a file")
   try:
     with zipfile.ZipFile(path) as archive:
-      data = np.frombuffer(archive.read(storage.key), storage.dtype)
-  except (zipfile.BadZipFile, EOFError) as e:
-    raise UserError(f"{path}: damaged PyTorch archive: {e}") from None
-  strides = [step * storage.dtype.itemsize for step in tensor.strides]
-  view = np.lib.stride_tricks.as_strided(
-    data[tensor.offset :], tensor.shape, strides, writeable=False
-  )
-  return np.ascontiguousarray(view)
+      _check_entries(archive, os.path.getsize(path))
+      yield archive
+  except UserError as e:
+    raise UserError(f"{path}: {e}") from None
+  except zipfile.BadZipFile as e:
+    raise UserError(
+      f"{path}: not a complete PyTorch zip archive ({str(e)[:100]}; truncated,"
+      " or from torch < 1.6). Use the model.safetensors of this checkpoint, or"
+      " save it again with a current torch"
+    ) from None
+  except Exception as e:
+    # zipfile has a dozen types of error for what it does not expect.
+    reason = str(e)[:200] or type(e).__name__
+    raise UserError(f"{path}: damaged PyTorch archive: {reason}") from None
+
+
+def _check_entries(archive: zipfile.ZipFile, file_bytes: int) -> None:
+  entries = archive.infolist()
+  names = {entry.filename for entry in entries}
+  if len(names) < len(entries):
+    raise UserError("two entries of the archive have one name")
+  for entry in entries:
+    if (
+      entry.compress_type != zipfile.ZIP_STORED
+      or entry.file_size != entry.compress_size
+      or entry.flag_bits & 1
+    ):
+      raise UserError(
+        f"entry {entry.filename[:80]!r} is compressed or encrypted, which torch"
+        " does not do"
+      )
+    if entry.header_offset + entry.file_size > file_bytes:
+      raise UserError(f"entry {entry.filename[:80]!r} is beyond the file's end")
+
+
+class _Tensor:
+  """A tensor's place in the entry of its storage."""
+
+  __slots__ = ("entry", "dtype", "offset", "shape", "strides")
+
+  def __init__(self, record: torch_pickle.Tensor, entry: zipfile.ZipInfo):
+    """Raises UserError unless all of the tensor lies in the entry."""
+    storage = record.storage
+    self.entry = entry.filename
+    self.dtype = np.dtype(_STORAGE_DTYPES[storage.type_name])
+    self.offset, self.shape = record.offset, record.shape
+    self.strides = record.strides
+    size = entry.file_size // self.dtype.itemsize
+    numbers = (storage.size, self.offset, *self.shape, *self.strides)
+    if any(type(n) is not int or not 0 <= n < 2**63 for n in numbers):
+      raise UserError("size, offset, shape or stride is no count")
+    if storage.size > size:
+      raise UserError("its storage is said to be larger than it is")
+    if len(self.shape) != len(self.strides) or len(self.shape) > _MOST_AXES:
+      raise UserError("shape and strides do not belong together")
+    if 0 in self.shape:
+      np.empty(self.shape, np.bool_)  # ValueError if numpy has no such shape
+      return
+    count = 1
+    for n in self.shape:
+      # As many numbers as stored at most: an expanded one is no parameter.
+      count *= n
+      if count > size:
+        raise UserError("it is larger than its storage")
+    if self.offset + self._span > size:
+      raise UserError("it points beyond its storage")
+
+  @property
+  def _span(self) -> int:
+    """How many numbers from its first to its last."""
+    return 1 + sum((n - 1) * s for n, s in zip(self.shape, self.strides))
+
+  def read(self, path: str) -> np.ndarray:
+    if 0 in self.shape:
+      return np.empty(self.shape, self.dtype)
+    with _archive(path) as archive:
+      data = archive.read(self.entry)
+      data = np.frombuffer(data, self.dtype, len(data) // self.dtype.itemsize)
+      data = data[self.offset : self.offset + self._span]
+      if len(data) < self._span:
+        raise UserError(f"{self.entry} has changed meanwhile")
+    steps = [step * self.dtype.itemsize for step in self.strides]
+    return np.ascontiguousarray(
+      np.lib.stride_tricks.as_strided(data, self.shape, steps, writeable=False)
+    )
 
 
 def load(path: str) -> dict[str, Leaf]:
@@ -118,29 +138,26 @@ def load(path: str) -> dict[str, Leaf]:
     UserError: if the file is not a torch zip archive of tensors, is truncated,
       or asks for anything but tensors.
   """
-  try:
-    with zipfile.ZipFile(path) as archive:
-      pickles = [n for n in archive.namelist() if n.endswith("/data.pkl")]
-      if len(pickles) != 1:
-        raise UserError(f"{path}: not a PyTorch archive (no data.pkl)")
-      root = pickles[0].removesuffix("/data.pkl")
-      with archive.open(pickles[0]) as file:
-        tensors = _Unpickler(file, archive, root).load()
-  except UserError as e:
-    raise UserError(f"{path}: {e}") from None
-  except zipfile.BadZipFile:
-    raise UserError(
-      f"{path}: not a complete PyTorch zip archive (truncated, or from torch"
-      " < 1.6). Use the model.safetensors of this checkpoint, or save it again"
-      " with a current torch"
-    ) from None
-  except (pickle.UnpicklingError, EOFError, KeyError, ValueError) as e:
-    raise UserError(f"{path}: damaged PyTorch archive: {e}") from None
-  if not isinstance(tensors, dict) or not all(
-    isinstance(t, _Tensor) for t in tensors.values()
-  ):
-    raise UserError(f"{path}: holds more than a table of tensors")
+  with _archive(path) as archive:
+    entries = {entry.filename: entry for entry in archive.infolist()}
+    pickles = [name for name in entries if name.endswith("/data.pkl")]
+    if len(pickles) != 1:
+      raise UserError("not a PyTorch archive (no data.pkl)")
+    root = pickles[0].removesuffix("/data.pkl")
+    order = f"{root}/byteorder"
+    if order in entries and archive.read(order) != b"little":
+      raise UserError("its numbers are not little-endian")
+    records = torch_pickle.load(archive.read(pickles[0]), _STORAGE_DTYPES)
+    tensors = {}
+    for name, record in records.items():
+      entry = entries.get(f"{root}/data/{record.storage.key}")
+      if entry is None:
+        raise UserError(f"the numbers of tensor {name[:80]!r} are missing")
+      try:
+        tensors[name] = _Tensor(record, entry)
+      except ValueError as e:
+        raise UserError(f"tensor {name[:80]!r}: {e}") from None
   return {
-    name: Leaf(t.shape, str(t.storage.dtype), lambda t=t: _read(path, t))
+    name: Leaf(t.shape, str(t.dtype), lambda t=t: t.read(path))
     for name, t in tensors.items()
   }

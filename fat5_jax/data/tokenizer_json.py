@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import base64
 import hashlib
-import json
 import os
 import re
 import tempfile
@@ -18,6 +17,12 @@ from typing import Any
 import seqio
 
 from fat5_jax.errors import UserError
+from fat5_jax.weights import plain_files, sentencepiece_file
+
+
+class OtherTokenizerError(UserError):
+  """A tokenizer that is none of T5's; another may be set."""
+
 
 _SENTINEL = re.compile(r"<extra_id_(\d+)>$")
 # Texts on which the model must say what the JSON's own tokenizer says.
@@ -36,27 +41,37 @@ def vocabulary(path: str) -> seqio.SentencePieceVocabulary:
   files, under the hash of its content.
 
   Raises:
-    UserError: if it is no Unigram tokenizer as T5's are.
+    OtherTokenizerError: if it is no Unigram tokenizer as T5's are.
+    UserError: if it is damaged.
   """
-  with open(path, encoding="utf-8") as file:
-    try:
-      found = json.load(file)
-    except json.JSONDecodeError as e:
-      raise UserError(f"{path}: not valid JSON: {e}") from None
-  content, extra_ids = _model(found, path)
+  found = plain_files.read_json(path)
+  try:
+    content, extra_ids = _model(found, path)
+    sentencepiece_file.check(content)
+  except UserError:
+    raise
+  except Exception as e:
+    # JSON of the wrong things in the wrong places.
+    raise UserError(
+      f"{path}: not a tokenizer as T5's are: {type(e).__name__} {str(e)[:200]}"
+    ) from None
   name = f"fat5_jax-{hashlib.sha256(content).hexdigest()[:16]}.model"
   target = os.path.join(tempfile.gettempdir(), name)
-  if not os.path.exists(target):
-    with tempfile.NamedTemporaryFile(
-      dir=tempfile.gettempdir(), delete=False
-    ) as file:
-      file.write(content)
-    os.replace(file.name, target)
+  # Of that name there may be another's file.
+  if not os.path.isfile(target) or plain_files.read_bytes(target) != content:
+    plain_files.replace_with(target, content)
   result = seqio.SentencePieceVocabulary(target, extra_ids)
   try:
     _check(result, path)
-  except RuntimeError as e:
-    raise UserError(f"{path}: SentencePiece refuses its pieces: {e}") from None
+  except UserError:
+    raise
+  except BaseException as e:
+    if isinstance(e, (KeyboardInterrupt, SystemExit)):
+      raise
+    # Of SentencePiece's, protobuf's and (no Exception) Rust's own types.
+    raise UserError(
+      f"{path}: SentencePiece or tokenizers does not load it: {str(e)[:200]}"
+    ) from None
   return result
 
 
@@ -68,15 +83,16 @@ def _model(found: dict[str, Any], path: str) -> tuple[bytes, int]:
   # Old files do not say the type; only Unigram has pieces in pairs.
   is_pairs = isinstance(model.get("vocab"), list)
   if model.get("type", "Unigram" if is_pairs else None) != "Unigram":
-    raise UserError(
-      f"{path}: a tokenizer of type {model.get('type')!r}; T5's are 'Unigram'."
+    raise OtherTokenizerError(
+      f"{path}: a tokenizer of type {str(model.get('type'))[:40]!r}; T5's are"
+      " 'Unigram'."
       " Set VOCABULARY in gin"
     )
   pieces = model["vocab"]
   added = {token["content"]: token for token in found.get("added_tokens") or ()}
   for text in added:
     if text not in _SPECIAL and not _SENTINEL.match(text):
-      raise UserError(
+      raise OtherTokenizerError(
         f"{path}: it adds the token {text!r}, which SentencePiece would not"
         " find in a text as it does. Set VOCABULARY in gin"
       )
@@ -162,7 +178,7 @@ def _set_normalizer(spec, found: dict[str, Any], path: str) -> None:
         scheme != "never" and part.get("add_prefix_space") is not False
       )
     else:
-      raise UserError(
+      raise OtherTokenizerError(
         f"{path}: its {kind} is none of T5's tokenizers'. Set VOCABULARY in gin"
       )
 
@@ -175,7 +191,7 @@ def _check(result: seqio.SentencePieceVocabulary, path: str) -> None:
   for text in _PROBES:
     ids = theirs.encode(text, add_special_tokens=False).ids
     if list(result.encode(text)) != ids:
-      raise UserError(
+      raise OtherTokenizerError(
         f"{path}: as a SentencePiece model it would read {text!r} otherwise"
         " than Hugging Face's tokenizer does. Copy the checkpoint's"
         " spiece.model there, or set VOCABULARY in gin"

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-import json
 import os
-import shutil
 from typing import Any
 
 import seqio
 
-from fat5_jax import checkpoints, weights
+from fat5_jax import weights
 from fat5_jax.data import tokenizer_json
+from fat5_jax.data.tokenizer_json import OtherTokenizerError
 from fat5_jax.errors import UserError
+from fat5_jax.weights import plain_files, sentencepiece_file
+
+# More than any model has; each costs memory.
+_MOST_EXTRA_IDS = 100_000
 
 
 def save(vocabulary: seqio.Vocabulary, folder: str) -> dict[str, Any] | None:
@@ -23,42 +26,73 @@ def save(vocabulary: seqio.Vocabulary, folder: str) -> dict[str, Any] | None:
     return None
   target = os.path.join(folder, "spiece.model")
   if not os.path.exists(target) or not os.path.samefile(path, target):
-    shutil.copyfile(path, target)
+    plain_files.replace_with(target, sentencepiece_file.read(path))
   return {"kind": "sentencepiece", "extra_ids": vocabulary.extra_ids}
 
 
 def load(description: dict[str, Any], folder: str) -> seqio.Vocabulary:
-  """The vocabulary that `save` described."""
-  if description["kind"] == "byte":
-    return seqio.ByteVocabulary(description["extra_ids"])
-  return seqio.SentencePieceVocabulary(
-    os.path.join(folder, "spiece.model"), description["extra_ids"]
-  )
+  """The vocabulary that `save` described.
+
+  Raises:
+    UserError: if it is none, or its file is damaged.
+  """
+  path = os.path.join(folder, "model.json")
+  kind = description.get("kind") if isinstance(description, dict) else None
+  if kind not in ("byte", "sentencepiece"):
+    raise UserError(
+      f"{path}: vocabulary is {str(description)[:80]!r}, no description of one"
+    )
+  extra_ids = _extra_ids(description.get("extra_ids"), path)
+  if kind == "byte":
+    return seqio.ByteVocabulary(extra_ids)
+  return _sentencepiece(os.path.join(folder, "spiece.model"), extra_ids)
+
+
+def _extra_ids(value: Any, path: str) -> int:
+  if type(value) is not int or not 0 <= value <= _MOST_EXTRA_IDS:
+    raise UserError(
+      f"{path}: extra_ids is {str(value)[:80]!r}, not a number of sentinels"
+      " (T5 has 100)"
+    )
+  return value
+
+
+def _sentencepiece(path: str, extra_ids: int) -> seqio.Vocabulary:
+  """The vocabulary of a model file, which SentencePiece has loaded."""
+  sentencepiece_file.read(path)
+  vocabulary = seqio.SentencePieceVocabulary(path, extra_ids)
+  try:
+    vocabulary.encode("a")
+  except Exception as e:
+    # SentencePiece raises its own and protobuf's types.
+    raise UserError(
+      f"{path}: SentencePiece does not load it: {str(e)[:200]}"
+    ) from None
+  return vocabulary
 
 
 def from_hf(folder: str) -> seqio.Vocabulary:
   """The vocabulary of an HF folder's tokenizer.
 
   Raises:
-    UserError: if the folder holds neither a SentencePiece model nor a
-      tokenizer.json of one, nor says that it is a byte tokenizer.
+    OtherTokenizerError: if the folder holds neither a SentencePiece model nor
+      a tokenizer.json of one, nor says that it is a byte tokenizer.
+    UserError: if what it holds is damaged.
   """
   spiece = os.path.join(folder, "spiece.model")
   path = os.path.join(folder, "tokenizer_config.json")
-  config = {}
-  if os.path.exists(path):
-    with open(path, encoding="utf-8") as file:
-      config = json.load(file)
-  extra_ids = config.get("extra_ids", 100)
-  if os.path.exists(spiece):
-    return seqio.SentencePieceVocabulary(spiece, extra_ids)
-  if config.get("tokenizer_class", "").startswith("ByT5"):
+  config = plain_files.read_json(path) if os.path.lexists(path) else {}
+  if os.path.lexists(spiece):
+    return _sentencepiece(
+      spiece, _extra_ids(config.get("extra_ids", 100), path)
+    )
+  if str(config.get("tokenizer_class")).startswith("ByT5"):
     # The sentinels of ByT5 reuse byte ids, so they add none.
-    return seqio.ByteVocabulary(config.get("extra_ids", 125))
+    return seqio.ByteVocabulary(_extra_ids(config.get("extra_ids", 125), path))
   alone = os.path.join(folder, "tokenizer.json")
-  if os.path.exists(alone):
+  if os.path.lexists(alone):
     return tokenizer_json.vocabulary(alone)
-  raise UserError(
+  raise OtherTokenizerError(
     f"{folder}: no spiece.model, no tokenizer.json and no byte tokenizer; copy"
     " the SentencePiece model of this checkpoint there, or bind VOCABULARY in"
     " gin"
@@ -69,14 +103,15 @@ def of_checkpoint(path: str) -> seqio.Vocabulary:
   """The vocabulary that a checkpoint brings: an HF folder or a fat5_jax run.
 
   Raises:
-    UserError: if it brings none.
+    OtherTokenizerError: if it brings none.
+    UserError: if it is damaged.
   """
   source = weights.find(path)
   if source.kind != "fat5":
     return from_hf(source.run_dir)
-  found = checkpoints.read_model_json(source.run_dir) or {}
-  if not found.get("vocabulary"):
-    raise UserError(
+  found = weights.read_record(source.run_dir)
+  if found.get("vocabulary") is None:
+    raise OtherTokenizerError(
       f"{source.run_dir}: model.json names no vocabulary; set VOCABULARY in gin"
     )
   return load(found["vocabulary"], source.run_dir)

@@ -8,10 +8,13 @@ position buckets. Arrays with two or more axes carry them in their names.
 from __future__ import annotations
 
 import dataclasses
+import numbers
 from typing import Any, Literal
 
 import numpy as np
 
+# Of float32, about.
+_LARGEST = 3e38
 # Names as in T5X; "gelu" is the tanh approximation (HF's "gelu_new").
 ACTIVATIONS = ("relu", "gelu", "gelu_exact", "silu", "linear")
 DTYPES = ("float32", "bfloat16")
@@ -48,12 +51,66 @@ _PROJECTIONS = (
 SAVEABLE = ("attention", *_PROJECTIONS[:-1])
 
 
+# Counts go into int32 arithmetic.
+_MOST = 2**31 - 1
+
+
+def _told(field: str, value: Any) -> str:
+  """`field=value`, short."""
+  text = repr(value)
+  return f"{field}={text if len(text) <= 80 else text[:77] + '...'}"
+
+
 def _check_choice(where: Any, field: str, choices: tuple[Any, ...]) -> None:
   value = getattr(where, field)
   if value not in choices:
     raise ValueError(
-      f"{field}={value!r} is not one of {', '.join(map(str, choices))}"
+      f"{_told(field, value)} is not one of {', '.join(map(str, choices))}"
     )
+
+
+def _check_ints(where: Any, fields: tuple[str, ...], least: int) -> None:
+  for field in fields:
+    value = getattr(where, field)
+    if isinstance(value, bool) or not isinstance(value, numbers.Integral):
+      raise ValueError(f"{_told(field, value)} is no integer")
+    if value < least:
+      raise ValueError(f"{field}={value} must be at least {least}")
+    if value > _MOST:
+      raise ValueError(f"{field} must be at most {_MOST}")
+
+
+def _check_real(where: Any, field: str) -> None:
+  value = getattr(where, field)
+  if (
+    isinstance(value, bool)
+    or not isinstance(value, numbers.Real)
+    or not -_LARGEST < value < _LARGEST
+  ):
+    raise ValueError(f"{_told(field, value)} is no finite number")
+
+
+def _check_rate(where: Any, field: str) -> None:
+  _check_real(where, field)
+  if not 0.0 <= getattr(where, field) < 1.0:
+    raise ValueError(f"{field}={getattr(where, field)} is not in [0, 1)")
+
+
+def _check_flag(where: Any, field: str, unset: bool = False) -> None:
+  value = getattr(where, field)
+  if not isinstance(value, bool) and not (unset and value is None):
+    raise ValueError(f"{_told(field, value)} is neither True nor False")
+
+
+def _as_tuple(where: Any, field: str, kind: type) -> None:
+  """Makes a tuple of a list, of one kind of thing."""
+  value = getattr(where, field)
+  if not isinstance(value, (list, tuple)) or not all(
+    isinstance(x, kind) and not isinstance(x, bool) for x in value
+  ):
+    what = "texts" if kind is str else "integers"
+    raise ValueError(f"{_told(field, value)} is no list of {what}")
+  object.__setattr__(where, field, tuple(value))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,21 +156,22 @@ class HeadConfig:
   max_answer_tokens: int = 30
 
   def __post_init__(self):
-    for field in ("widths", "label_names"):
+    for field, kind in (("widths", numbers.Integral), ("label_names", str)):
       if getattr(self, field) is not None:
-        object.__setattr__(self, field, tuple(getattr(self, field)))
+        _as_tuple(self, field, kind)
     _check_choice(self, "kind", HEAD_KINDS)
     _check_choice(self, "problem_type", PROBLEM_TYPES)
     _check_choice(self, "body", ("encoder", "encoder_decoder"))
     _check_choice(self, "pooling", (None, "eos", "mean", "first"))
     _check_choice(self, "activation", (*ACTIVATIONS, "tanh"))
-    for field in ("num_labels", "decoder_layers", "max_answer_tokens"):
-      if getattr(self, field) < 1:
-        raise ValueError(f"{field}={getattr(self, field)} must be at least 1")
-    if any(width < 1 for width in self.widths or ()):
+    counts = ("num_labels", "decoder_layers", "max_answer_tokens")
+    _check_ints(self, counts, 1)
+    if any(not 0 < width <= _MOST for width in self.widths or ()):
       raise ValueError(f"widths={self.widths} must be positive")
-    if not 0.0 <= self.dropout_rate < 1.0:
-      raise ValueError(f"dropout_rate={self.dropout_rate} is not in [0, 1)")
+    _check_rate(self, "dropout_rate")
+    _check_real(self, "similarity_scale")
+    if self.label_names is None:
+      object.__setattr__(self, "label_names", ())
     if self.label_names and len(self.label_names) != self.num_labels:
       raise ValueError(
         f"{len(self.label_names)} label_names for num_labels={self.num_labels}"
@@ -194,17 +252,18 @@ class LoRAConfig:
   targets: tuple[str, ...] = ("query", "value")
 
   def __post_init__(self):
-    object.__setattr__(self, "targets", tuple(self.targets))
-    if self.rank < 1 or not self.targets:
-      raise ValueError("LoRA needs rank >= 1 and at least one of targets")
+    _as_tuple(self, "targets", str)
+    _check_ints(self, ("rank",), 1)
+    _check_real(self, "alpha")
+    if not self.targets:
+      raise ValueError("LoRA needs at least one of targets")
     for target in self.targets:
       if target.split("/")[-1] not in _PROJECTIONS:
         raise ValueError(
           f"targets={self.targets}: {target!r} ends in no projection of T5;"
           f" those are {', '.join(_PROJECTIONS)}"
         )
-    if not 0.0 <= self.dropout_rate < 1.0:
-      raise ValueError(f"dropout_rate={self.dropout_rate} is not in [0, 1)")
+    _check_rate(self, "dropout_rate")
 
   @property
   def scale(self) -> float:
@@ -271,10 +330,13 @@ class T5Config:
   lora: LoRAConfig | None = None
 
   def __post_init__(self):
-    object.__setattr__(self, "mlp_activations", tuple(self.mlp_activations))
+    _as_tuple(self, "mlp_activations", str)
     if not isinstance(self.dtype, str):
       # T5X's gin files say jnp.bfloat16.
-      object.__setattr__(self, "dtype", np.dtype(self.dtype).name)
+      try:
+        object.__setattr__(self, "dtype", np.dtype(self.dtype).name)
+      except TypeError:
+        pass  # no dtype; refused below
     if self.dtype == "float16":
       raise ValueError(
         "dtype='float16': T5's feed-forward outputs exceed 65504, the largest"
@@ -286,11 +348,14 @@ class T5Config:
       if isinstance(getattr(self, field), dict):
         value = described_by(**getattr(self, field))
         object.__setattr__(self, field, value)
+      value = getattr(self, field)
+      if value is not None and not isinstance(value, described_by):
+        raise ValueError(f"{_told(field, value)} is no {described_by.__name__}")
     _check_choice(self, "dtype", DTYPES)
     if isinstance(self.remat_policy, str):
       _check_choice(self, "remat_policy", REMAT_POLICIES)
     else:
-      object.__setattr__(self, "remat_policy", tuple(self.remat_policy))
+      _as_tuple(self, "remat_policy", str)
       for name in self.remat_policy:
         if name not in SAVEABLE:
           raise ValueError(
@@ -299,24 +364,16 @@ class T5Config:
           )
     _check_choice(self, "model_type", ("t5", "mt5", "umt5"))
     _check_choice(self, "position_encoding", ("t5", "alibi"))
+    if not self.mlp_activations:
+      raise ValueError("mlp_activations is empty")
     for activation in self.mlp_activations:
       if activation not in ACTIVATIONS:
         raise ValueError(
           f"mlp_activations={self.mlp_activations}: {activation!r} is not one"
           f" of {', '.join(ACTIVATIONS)}"
         )
-    if not 0.0 <= self.dropout_rate < 1.0:
-      raise ValueError(f"dropout_rate={self.dropout_rate} is not in [0, 1)")
-    for field in (
-      "vocab_size",
-      "emb_dim",
-      "num_heads",
-      "head_dim",
-      "num_encoder_layers",
-      "mlp_dim",
-    ):
-      if getattr(self, field) < 1:
-        raise ValueError(f"{field}={getattr(self, field)} must be at least 1")
+    _check_rate(self, "dropout_rate")
+    self._check_numbers()
     if (
       self.head is not None
       and self.head.kind == "language_model"
@@ -335,18 +392,47 @@ class T5Config:
     ):
       # The loss projects with the merged kernel, where nothing can be dropped.
       raise ValueError("LoRA of logits_dense needs its dropout_rate = 0")
-    if self.num_decoder_layers < 0:
-      raise ValueError("num_decoder_layers is negative")
     # Half of the buckets of a direction are for one distance each, the others
     # grow up to the largest distance; an encoder has two directions.
     buckets = self.relative_attention_num_buckets
     single = buckets // (2 if self.num_decoder_layers else 4)
-    if buckets < 4 or self.relative_attention_max_distance <= single:
+    if self.relative_attention_max_distance <= single:
       raise ValueError(
-        f"relative_attention_num_buckets={buckets} must be at least 4, and"
-        " relative_attention_max_distance="
-        f"{self.relative_attention_max_distance} more than {single}"
+        "relative_attention_max_distance="
+        f"{self.relative_attention_max_distance} must be more than {single},"
+        f" with relative_attention_num_buckets={buckets}"
       )
+
+  def _check_numbers(self) -> None:
+    """Types and ranges of sizes, ids and flags."""
+    sizes = ("vocab_size", "emb_dim", "num_heads", "head_dim", "mlp_dim")
+    _check_ints(self, (*sizes, "num_encoder_layers"), 1)
+    ids = ("pad_token_id", "eos_token_id", "decoder_start_token_id")
+    _check_ints(self, ("num_decoder_layers", *ids), 0)
+    for field in ids:
+      if getattr(self, field) >= self.vocab_size:
+        raise ValueError(
+          f"{field}={getattr(self, field)} is no row of the embedding:"
+          f" vocab_size={self.vocab_size}"
+        )
+    for field in ("attention_scale", "layer_norm_epsilon"):
+      _check_real(self, field)
+    if not 0 < self.layer_norm_epsilon < 1:
+      raise ValueError(
+        f"layer_norm_epsilon={self.layer_norm_epsilon} is not between 0 and 1;"
+        " T5's is 1e-6"
+      )
+    if not self.attention_scale > 0:
+      raise ValueError(f"attention_scale={self.attention_scale} must be > 0")
+    _check_ints(self, ("relative_attention_num_buckets",), 4)
+    _check_ints(self, ("relative_attention_max_distance",), 1)
+    for field in ("logits_via_embedding", "relative_attention_per_layer"):
+      _check_flag(self, field)
+    _check_flag(self, "scan_layers")
+    _check_flag(self, "scale_decoder_outputs", unset=True)
+    name = self.attention_implementation
+    if name is not None and not isinstance(name, str):
+      raise ValueError(f"{_told('attention_implementation', name)} is no name")
 
   @property
   def scales_decoder_outputs(self) -> bool:

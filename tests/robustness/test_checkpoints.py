@@ -169,7 +169,7 @@ def test_what_a_full_disk_refuses_is_one_line_with_the_last_good_step(
   "text, told",
   [
     ("", "not valid JSON"),
-    ("[]", "describes no model"),
+    ("[]", "model.json"),
     ('{"model": 5}', "describes no model"),
     ('{"format": 9, "model": {}}', "format 9"),
     ('{"format": 1, "model": {}, "shape": 3}', "field 'shape'"),
