@@ -240,8 +240,8 @@ def read_config(folder: str) -> T5Config | None:
   for name in found["model"]:
     if name not in names:
       raise UserError(
-        f"{where}: model has a field {name[:80]!r}, which this fat5_jax does not"
-        f" know.{nearest(name[:80], names)}"
+        f"{where}: model has a field {name[:80]!r}, which this fat5_jax does"
+        f" not know.{nearest(name[:80], names)}"
       )
   try:
     return T5Config(**found["model"])

@@ -51,7 +51,9 @@ class _Signals:
     raised in it. So the signal comes again.
     """
     if isinstance(unraisable.exc_value, Stopped):
-      _thread.interrupt_main(self.number)
+      # Once this call is over, which would swallow it too.
+      again = lambda: _thread.interrupt_main(self.number)
+      threading.Timer(0.05, again).start()
     elif self.number is None:
       sys.__unraisablehook__(unraisable)
 

@@ -32,6 +32,13 @@ _FORMATS = ("fat5", "hf", "flash_t5", "enct5", "peft")
 
 
 def main() -> int:
+  from fat5_jax import interrupts
+
+  with interrupts.watched():
+    return _main(interrupts)
+
+
+def _main(interrupts) -> int:
   parser = argparse.ArgumentParser(
     description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
   )
@@ -97,9 +104,11 @@ def main() -> int:
     reason = str(e)[:300] or "not enough memory"
     print(f"error: {reason}; the destination is as it was", file=sys.stderr)
     return 1
-  except KeyboardInterrupt:
-    print("stopped; the destination is as it was", file=sys.stderr)
-    return 130
+  except BaseException:
+    status = interrupts.ending("the destination is as it was:")
+    if status is None:
+      raise
+    return status
   return 0
 
 

@@ -16,7 +16,7 @@ from test_train import (
 from fat5_jax import checkpoints
 
 pytestmark = pytest.mark.slow
-STEPS = 150
+STEPS = 300
 FLAGS = (
   "--gin_file=tiny.gin",
   f"--gin.TRAIN_STEPS={STEPS}",
@@ -60,15 +60,17 @@ def test_killed_and_damaged_a_run_ends_with_the_same_bits(
   killed, told = 0, []
   ways = list(damage.WAYS)
   rng.shuffle(ways)
+  # A life long enough to get on, and not to the end.
+  life, found = whole.seconds / 2, []
   while killed < int(os.environ.get("FAT5_JAX_KILLS", "4")):
-    seconds = rng.uniform(0.2, whole.seconds * 0.8)
+    seconds, before = rng.uniform(0.02, 1) * life, len(found)
     outcome = train("killed", seconds)
     if outcome.status is not None:
-      # It ended before: all there is to do is done again from its beginning.
       assert outcome.status == 0, outcome.stderr
       break
     killed += 1
     found = checkpoints.steps(tmp_path / "killed")
+    life *= 1.2 if len(found) <= before else 0.8
     way = ways[killed % len(ways)]
     if len(found) > 1:
       step = tmp_path / "killed" / f"checkpoint_{found[-1]}"
