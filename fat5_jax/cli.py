@@ -233,6 +233,7 @@ def _run(command: str, arguments: list[str]) -> None:
     function_name,
     may_be_unset=NOT_PLANNED if command == "plan" else (),
   )
+  interrupts.loaded()
   if command != "plan":
     _meet_other_hosts(flags)
   plain_function = getattr(module, function_name)
@@ -285,7 +286,7 @@ def main(command: str, arguments: list[str] | None = None) -> int:
   one message; 130 Ctrl-C, saved or not; 143 SIGTERM before there was anything
   to save.
   """
-  with interrupts.watched():
+  with interrupts.watched(f"fat5_jax.{command}"):
     return _answer(command, arguments)
 
 
@@ -297,7 +298,7 @@ def _answer(command: str, arguments: list[str] | None) -> int:
     # Standard output was closed by `| head`.
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
   except BaseException as e:
-    status = interrupts.ending(f"fat5_jax.{command}:")
+    status = interrupts.ending()
     if status is not None:
       if (hosts := sys.modules.get("fat5_jax.hosts")) is not None:
         hosts.everyone.leave("stopped by a person")

@@ -31,12 +31,15 @@ class _Signals:
 
   Attributes:
     number: the first that came, or None.
+    loading: whether libraries are being imported, in the midst of which an
+      exception is printed, or crashes; there is nothing to tidy up yet.
     finishes: whether the command has taken it upon itself to end in good order,
       however long that takes: it saves.
   """
 
   def __init__(self):
     self.number: int | None = None
+    self.loading = True
     self.finishes = False
     self._reader, self._writer = os.pipe()
     os.set_blocking(self._writer, False)
@@ -44,6 +47,8 @@ class _Signals:
   def raise_stopped(self, number, frame) -> None:
     del frame
     self.number = self.number or number
+    if self.loading:
+      return  # The thread ends it.
     raise Stopped(signal.Signals(number).name)
 
   def unraisable(self, unraisable) -> None:
@@ -65,6 +70,8 @@ class _Signals:
       if number not in NUMBERS:
         continue
       came += 1
+      if self.loading:
+        _leave(number, "")
       if came > 1 and number == signal.SIGINT:
         _leave(number)
       if not self.finishes:
@@ -82,6 +89,7 @@ class _Signals:
 
 
 _signals: _Signals | None = None
+_program, _terminal = "", 2
 
 
 def words(number: int) -> str:
@@ -93,19 +101,22 @@ def status(number: int) -> int:
   return 128 + number
 
 
-def _leave(number: int) -> None:
-  os.write(2, f"\nstopped at once by {words(number)}\n".encode())
+def _leave(number: int, how: str = " at once") -> None:
+  text = f"\n{_program}: stopped{how} by {words(number)}\n"
+  os.write(_terminal, text.encode())
   os._exit(status(number))
 
 
 @contextlib.contextmanager
-def watched():
-  """While a command runs, in the main thread of its process."""
-  global _signals
+def watched(program: str):
+  """While a command of that name runs, in the main thread of its process."""
+  global _signals, _program, _terminal
   if threading.current_thread() is not threading.main_thread() or _signals:
     yield
     return
   _signals = signals = _Signals()
+  # Standard error is elsewhere for a while, where libraries load.
+  _program, _terminal = program, os.dup(2)
   before = {n: signal.signal(n, signals.raise_stopped) for n in NUMBERS}
   hook, sys.unraisablehook = sys.unraisablehook, signals.unraisable
   descriptor = signal.set_wakeup_fd(signals._writer, warn_on_full_buffer=False)
@@ -119,6 +130,7 @@ def watched():
       signal.signal(number, handler)
     _signals = None
     signals.close()
+    os.close(_terminal)
 
 
 def received() -> int | None:
@@ -150,7 +162,13 @@ def note(number: int) -> None:
     _signals.number = _signals.number or number
 
 
-def ending(what: str) -> int | None:
+def loaded() -> None:
+  """From here on a signal is an exception where the command is."""
+  if _signals:
+    _signals.loading = False
+
+
+def ending(more: str = "") -> int | None:
   """The exit status, told in a line, if a signal is why the command ends.
 
   Whatever exception comes of a signal, also from the midst of an import, it is
@@ -159,5 +177,6 @@ def ending(what: str) -> int | None:
   number = received()
   if number is None:
     return None
-  print(f"\n{what} stopped by {words(number)}", file=sys.stderr, flush=True)
+  text = f"\n{_program}: stopped by {words(number)}{more}"
+  print(text, file=sys.stderr, flush=True)
   return status(number)

@@ -34,7 +34,7 @@ _FORMATS = ("fat5", "hf", "flash_t5", "enct5", "peft")
 def main() -> int:
   from fat5_jax import interrupts
 
-  with interrupts.watched():
+  with interrupts.watched("convert_checkpoint"):
     return _main(interrupts)
 
 
@@ -105,7 +105,7 @@ def _main(interrupts) -> int:
     print(f"error: {reason}; the destination is as it was", file=sys.stderr)
     return 1
   except BaseException:
-    status = interrupts.ending("the destination is as it was:")
+    status = interrupts.ending("; the destination is as it was")
     if status is None:
       raise
     return status
@@ -114,11 +114,12 @@ def _main(interrupts) -> int:
 
 def convert(flags) -> None:
   """See the module's docstring."""
-  from fat5_jax import checkpoints, weights
+  from fat5_jax import checkpoints, interrupts, weights
   from fat5_jax.convert import folders, formats, lora, table
   from fat5_jax.errors import UserError
   from fat5_jax.models.config import HeadConfig
 
+  interrupts.loaded()
   source = weights.find(flags.source)
   source = dataclasses.replace(
     source,
