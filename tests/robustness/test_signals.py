@@ -1,0 +1,131 @@
+"""Ctrl-C at any moment of any command: a line, 130, nothing half-written."""
+
+import gc
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import threading
+import time
+
+import pytest
+from test_train import TINY
+from zygote import ROOT
+
+from fat5_jax import checkpoints, interrupts
+
+MOMENTS = int(os.environ.get("FAT5_JAX_MOMENTS", "4"))
+ENVIRONMENT = os.environ | {"PYTHONPATH": ROOT}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+  """A working directory with a finished run, and lines to predict."""
+  folder = tmp_path_factory.mktemp("signals")
+  rows = "".join(f"number {i}\t{i * 7 % 100}\n" for i in range(60))
+  (folder / "rows.tsv").write_text("text\tlabel\n" + rows)
+  (folder / "tiny.gin").write_text(TINY)
+  (folder / "lines.txt").write_text("number 5\n" * 3000)
+  done = subprocess.run(
+    command("train", "--gin.MODEL_DIR=done"), cwd=folder, env=ENVIRONMENT
+  )
+  assert done.returncode == 0
+  return folder
+
+
+def command(name, *flags):
+  if name == "convert":
+    tool = os.path.join(ROOT, "tools", "convert_checkpoint.py")
+    return [sys.executable, tool, "done", "exported", "--no_transformers"]
+  files = ["--gin_file=tiny.gin"] if name == "train" else []
+  return [sys.executable, "-m", f"fat5_jax.{name}", *files, *flags]
+
+
+COMMANDS = {
+  "train": (
+    *("--gin.MODEL_DIR=run", "--gin.TRAIN_STEPS=1000000"),
+    *("--gin.EVAL_PERIOD=40", "--gin.CHECKPOINT_PERIOD=20"),
+  ),
+  "infer": (
+    *("--gin.MODEL_DIR=done", "--gin.INPUT=lines.txt"),
+    *("--gin.OUTPUT=out.jsonl", "--gin.INFER_BATCH_SIZE=8"),
+  ),
+  "convert": (),
+}
+# Seconds in which all that a command does has begun.
+LONG = {"train": 25, "infer": 20, "convert": 5}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("name", COMMANDS)
+def test_a_signal_at_any_moment_is_a_line(folder, name, number, seed):
+  rng, bad = random.Random(f"{seed} {name} {number}"), []
+  for _ in range(MOMENTS):
+    process = subprocess.Popen(
+      command(name, *COMMANDS[name]),
+      cwd=folder,
+      env=ENVIRONMENT,
+      stdout=subprocess.DEVNULL,
+      stderr=subprocess.PIPE,
+      text=True,
+    )
+    seconds = rng.uniform(0.3, LONG[name])
+    time.sleep(seconds)
+    begin = time.monotonic()
+    process.send_signal(number)
+    _, said = process.communicate(timeout=60)
+    took, status = time.monotonic() - begin, process.returncode
+    print(
+      f"{name}, {signal.Signals(number).name} after {seconds:.1f} s:"
+      f" status {status} in {took:.1f} s"
+    )
+    saved = "is saved in" in said
+    # A command may just have ended by itself; SIGTERM saves and is content.
+    fine = (
+      {interrupts.status(number), 0}
+      if saved
+      else {interrupts.status(number), 0, -number}
+    )
+    if status not in fine or "Traceback" in said or took > 40:
+      bad.append(f"after {seconds:.1f} s: status {status}, {said[-1500:]}")
+    if not (name == "train" or status == 0):
+      left = {"out.jsonl", "exported"} & {*os.listdir(folder)}
+      if name == "convert" and left:
+        bad.append(f"after {seconds:.1f} s: left {left}")
+    if name == "infer" and (folder / "out.jsonl").exists():
+      lines = (folder / "out.jsonl").read_text().splitlines()
+      bad += [line for line in lines if not json.loads(line)]
+      (folder / "out.jsonl").unlink()
+    if name == "convert":
+      subprocess.run(["rm", "-rf", folder / "exported"], check=True)
+  assert not bad, "\n".join(bad)
+  if name == "train":
+    step, damaged = checkpoints.latest_whole(str(folder / "run"))
+    assert not damaged
+
+
+def test_a_signal_that_a_callback_swallows_comes_again():
+  """Whatever is raised in a garbage collector's callback is lost."""
+  once = []
+
+  def callback(phase, info):
+    if phase == "start" and not once:
+      once.append(True)
+      os.kill(os.getpid(), signal.SIGTERM)
+      time.sleep(0.01)
+
+  assert threading.current_thread() is threading.main_thread()
+  with interrupts.watched("a test"):
+    interrupts.loaded()
+    gc.callbacks.append(callback)
+    try:
+      with pytest.raises(interrupts.Stopped):
+        gc.collect()
+        for _ in range(100):
+          time.sleep(0.02)
+    finally:
+      gc.callbacks.remove(callback)
+    assert interrupts.ending() == 143
