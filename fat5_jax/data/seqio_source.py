@@ -159,10 +159,15 @@ class SeqioSource(seqio.DataSource):
           text = example.get(key)
           if isinstance(text, str) and not text.strip():
             raise UserError(f"{key} is empty")
-      except UserError as e:
+          if isinstance(text, str):
+            text.encode("utf-8")
+      except (UserError, UnicodeEncodeError) as e:
         if not self._skip_bad_rows:
+          reason = str(e)
+          if isinstance(e, UnicodeEncodeError):
+            reason = "half a character (a lone surrogate)"
           hint = "" if split == ROWS else _SKIP
-          raise UserError(f"{where}: {e}{hint}") from None
+          raise UserError(f"{where}: {reason}{hint}") from None
         skipped += 1
         continue
       count += 1
