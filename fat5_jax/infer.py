@@ -129,7 +129,7 @@ def infer(
     rows = (
       _task_rows(dataset_cfg)
       if from_task
-      else (row for _, row in _texts(_input_rows(input or "-", own, told), own))
+      else _texts(_input_rows(input or "-", own, told), own)
     )
     lines = _generated_lines(
       model,
@@ -295,10 +295,16 @@ def _generated_lines(
   """A language model's answer to every row, as lines of the output file."""
   predict = prediction(model, partitioner, max_output_length)
   header = True
-  encode = lambda text: _encode(
-    vocabulary, text, max_input_length, model.config, told
-  )
-  encoded = ((row, encode(row["inputs"])) for row in rows)
+
+  def encode(where, row):
+    try:
+      return row, _encode(
+        vocabulary, row["inputs"], max_input_length, model.config, told
+      )
+    except UserError as e:
+      raise UserError(f"{where}: {e}") from None
+
+  encoded = itertools.starmap(encode, rows)
   for batch in row_batches.group(encoded, lambda x: len(x[1]), batch_size):
     tokens = [ids for _, ids in batch]
     size, length = row_batches.shape(list(map(len, tokens)), batch_size)
@@ -395,12 +401,15 @@ def _input_rows(
       told.blank += 1
 
 
-def _task_rows(config: pipeline.DatasetConfig) -> Iterator[dict[str, str]]:
+def _task_rows(config: pipeline.DatasetConfig) -> Iterator[sources.LocatedRow]:
   task = config.task()
   for part in seqio.get_subtasks(task):
+    place = f"task {part.name!r}, example"
     if isinstance(part.source, seqio_source.SeqioSource):
-      for example in part.source.examples(config.split):
-        yield {k: example[k] for k in ("inputs", "targets")}
+      examples = part.source.examples(config.split)
+      for number, example in enumerate(examples, 1):
+        keys = ("inputs", "targets")
+        yield f"{place} {number}", {key: example[key] for key in keys}
       continue
     # A task of the user's own: its text as SeqIO keeps it.
     dataset = part.get_dataset(
@@ -408,11 +417,14 @@ def _task_rows(config: pipeline.DatasetConfig) -> Iterator[dict[str, str]]:
       split=config.split,
       shuffle=False,
     )
-    for example in dataset.as_numpy_iterator():
-      yield {
-        key: pipeline.decode(part.output_features[key], example[key])
-        for key in ("inputs", "targets")
-      }
+    for number, example in enumerate(dataset.as_numpy_iterator(), 1):
+      yield (
+        f"{place} {number}",
+        {
+          key: pipeline.decode(part.output_features[key], example[key])
+          for key in ("inputs", "targets")
+        },
+      )
 
 
 def _encode(

@@ -45,7 +45,12 @@ def listed(names, most: int = 8) -> str:
   names = [str(name) for name in names]
   more = f" and {len(names) - most} more" if len(names) > most else ""
   short = (n if len(n) <= 40 else f"{n[:40]}..." for n in names[:most])
-  return ", ".join(short) + more
+  return printable(", ".join(short)) + more
+
+
+def printable(text: str) -> str:
+  """Text of a file's on one line, which changes no terminal."""
+  return "".join(c if c.isprintable() else "?" for c in text)
 
 
 def located(path: str, number: int) -> str:

@@ -19,6 +19,7 @@ from fat5_jax.data.files import (
   check_file,
   listed,
   located,
+  printable,
   read_lines,
   shown,
   split_suffix,
@@ -70,7 +71,10 @@ def parse_json(text: str) -> Any:
     if "\\ud" in text or "\\uD" in text:
       json.dumps(value, ensure_ascii=False).encode("utf-8")
   except json.JSONDecodeError as e:
-    raise UserError(f"not valid JSON: {e}") from None
+    line = f"line {e.lineno}, " if e.lineno > 1 else ""
+    raise UserError(
+      f"not valid JSON: {e.msg} ({line}character {e.colno})"
+    ) from None
   except RecursionError:
     raise UserError("not valid JSON: nested too deep") from None
   except UnicodeEncodeError:
@@ -233,6 +237,7 @@ def _read_parquet(path: str) -> Iterator[LocatedRow]:
   except Exception as e:  # the library raises a dozen unrelated types
     where = located(path, number + 1) if number else path
     reason = (str(e).splitlines() or [type(e).__name__])[0][:160]
+    reason = printable(reason)
     raise UserError(f"{where}: not a complete Parquet file: {reason}") from None
 
 

@@ -54,9 +54,11 @@ def found_labels(
       f"task {name!r}: no labels in column {label!r} of"
       f" {source.describe('train')}"
     )
-  whole = all(re.fullmatch("[0-9]{1,9}", text) for text in found)
+  whole = all(re.fullmatch("[0-9]+", text) for text in found)
   for text in sorted(found):
-    if _NO_CLASS.fullmatch(text) or (whole and int(text) > _MOST_LABELS):
+    if _NO_CLASS.fullmatch(text) or (
+      whole and (len(text) > 9 or int(text) > _MOST_LABELS)
+    ):
       raise UserError(
         f"task {name!r}: {sources.shown(text)} in column {label!r} is a number,"
         " not a class: give label_names, or problem_type = 'regression'"

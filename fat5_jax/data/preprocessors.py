@@ -89,7 +89,7 @@ def _value_of(row: Row, name: str, names: Sequence[str] | None) -> Any:
     value = int(value)
   if value is None or (isinstance(value, str) and not value.strip()):
     raise UserError(f"column {name!r} is empty")
-  _check_text(value, name)
+  _check_text(value, name, template=True)
   if names and re.fullmatch(r"-?[0-9]{1,9}", str(value)):
     if int(value) == -1:
       return "<unk>"  # T5's text for the label of a test set.
@@ -108,8 +108,11 @@ _TEXT = (
 )
 
 
-def _check_text(value: Any, name: str) -> None:
-  """Raises UserError for a cell that holds neither text nor a number."""
+def _check_text(value: Any, name: str, template: bool = False) -> None:
+  """Raises UserError for a cell that holds neither text nor a number.
+
+  What a `template` can do about it is told too.
+  """
   mend = ""
   if value is None:
     what = "nothing"
@@ -127,6 +130,7 @@ def _check_text(value: Any, name: str) -> None:
     what = str(value)
   else:
     return
+  mend = mend if template else ""
   raise UserError(f"column {name!r} holds {what}, not text{mend}")
 
 

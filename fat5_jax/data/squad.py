@@ -63,7 +63,7 @@ def read(path: str) -> Iterator[sources.LocatedRow]:
               "answer_start": [answer["answer_start"] for answer in answers],
             },
           }
-          yield f"{path}, question {qa['id']}", row
+          yield f"{path}, question {sources.listed([qa['id']])}", row
   except (KeyError, TypeError, UserError) as e:
     reason = str(e)
     if isinstance(e, KeyError):
