@@ -52,7 +52,9 @@ def check(path: str, inputs: Iterable[str] = ()) -> None:
   if not os.path.isdir(folder):
     raise UserError(f"{cannot} there is no folder {folder}")
   try:
-    if os.path.lexists(path) and not stat.S_ISREG(os.stat(path).st_mode):
+    if path.startswith("/dev/") or (
+      os.path.lexists(path) and not stat.S_ISREG(os.stat(path).st_mode)
+    ):
       raise UserError(f"{cannot} it is a pipe or a device; '-' is for pipes")
   except OSError as e:
     # A link to a file that is not there yet is fine.

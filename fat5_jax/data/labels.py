@@ -60,8 +60,9 @@ def found_labels(
       whole and (len(text) > 9 or int(text) > _MOST_LABELS)
     ):
       raise UserError(
-        f"task {name!r}: {sources.shown(text)} in column {label!r} is a number,"
-        " not a class: give label_names, or problem_type = 'regression'"
+        f"{source.describe('train')}: {sources.shown(text)} in column"
+        f" {label!r} is a number, not a class: give label_names, or"
+        " problem_type = 'regression'"
       )
   if whole:
     # Class numbers, of which some may not occur.

@@ -63,6 +63,7 @@ def _register(
     ),
     preprocessors=[
       seqio.preprocessors.tokenize,
+      features.shorten_text,
       functools.partial(features.count_cut, name=name),
       seqio.preprocessors.append_eos_after_trim,
     ],

@@ -594,10 +594,10 @@ class _Glue:
     return getattr(self._source, name)
 
 
-def _infer(flags: list[str]) -> int:
+def _run(command: str, flags: list[str]) -> int:
   from fat5_jax import cli
 
-  status = cli.main("infer", flags)
+  status = cli.main(command, flags)
   sys.stdout.flush()
   return status
 
@@ -611,7 +611,7 @@ def infer_on_a_full_disk(flags: list[str]) -> None:
   os.dup2(write_end, 2)
   _, most = resource.getrlimit(resource.RLIMIT_FSIZE)
   resource.setrlimit(resource.RLIMIT_FSIZE, (40, most))
-  status = _infer(flags)
+  status = _run("infer", flags)
   resource.setrlimit(resource.RLIMIT_FSIZE, (most, most))
   os.dup2(stderr, 2)
   os.write(2, os.read(said, 10_000))
@@ -620,16 +620,16 @@ def infer_on_a_full_disk(flags: list[str]) -> None:
 
 def infer_to_a_full_pipe(flags: list[str]) -> None:
   os.dup2(os.open("/dev/full", os.O_WRONLY), 1)
-  raise SystemExit(_infer(flags))
+  raise SystemExit(_run("infer", flags))
 
 
-def infer_measured(flags: list[str]) -> None:
-  """Prints by how much memory grew."""
+def measured(command: str, flags: list[str]) -> None:
+  """Prints by how much memory grew, which a zygote does not see well."""
   import resource
 
   with open("/proc/self/statm") as file:
     before = int(file.read().split()[1]) * resource.getpagesize()
-  status = _infer(flags)
+  status = _run(command, flags)
   most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << 10
   print(f"grew by {(most - before) >> 20} MiB")
   raise SystemExit(status)

@@ -131,7 +131,7 @@ def test_a_dry_run_refuses_what_training_would(zygote, seed, user):
   rng = random.Random(seed)
   cases = [case for case in rows.nonsense(rng) if case.task == "text"]
   failures = Failures()
-  for number, case in enumerate(rng.sample(cases, 25)):
+  for number, case in enumerate(rng.sample(cases, 12)):
     path = case.write(user / f"dry{number}")
     flags = ["--gin_file=text.gin", "--gin.MODEL_DIR=new", "--dry_run"]
     # A broken row further on is found when it is read.
@@ -231,7 +231,7 @@ def test_a_bad_row_leaves_no_output(zygote, seed, user):
     if case.task == "text" and "column b" not in case.what
   ]
   failures = Failures()
-  for number, case in enumerate(rng.sample(cases, 15)):
+  for number, case in enumerate(rng.sample(cases, 8)):
     path = case.write(user / f"infer{number}")
     flags = (f"INPUT='{path}'", "OUTPUT=bad.jsonl", "MAX_OUTPUT_LENGTH=2")
     done = infer(zygote, user, *flags)
@@ -272,8 +272,9 @@ def test_a_full_disk_is_told_and_leaves_nothing(zygote, user):
 def test_a_kill_leaves_the_output_whole_or_as_it_was(zygote, seed, user):
   (user / "many.txt").write_text("one\n" * 4000)
   (user / "killed.jsonl").write_text("before\n")
-  for _ in range(3):
-    seconds = random.Random(seed).uniform(0.5, 8)
+  rng = random.Random(seed)
+  for _ in range(2):
+    seconds = rng.uniform(0.5, 6)
     flags = ("INPUT=many.txt", "OUTPUT=killed.jsonl", "MAX_OUTPUT_LENGTH=2")
     done = infer(zygote, user, *flags, seconds=seconds)
     count = (user / "killed.jsonl").read_text().count("\n")
@@ -281,6 +282,11 @@ def test_a_kill_leaves_the_output_whole_or_as_it_was(zygote, seed, user):
 
 
 # ---- Long rows ---------------------------------------------------------------
+
+
+def grown(done) -> int:
+  """MiB by which `rows:measured` grew."""
+  return int(done.stdout.split()[-2])
 
 
 def test_long_rows_are_predicted_in_order_in_bounded_memory(zygote, user):
@@ -294,10 +300,9 @@ def test_long_rows_are_predicted_in_order_in_bounded_memory(zygote, user):
     (user / "long.txt").write_text("\n".join(given))
     flags = ("MODEL_DIR=run", "INPUT=long.txt", f"OUTPUT=long{number}.jsonl")
     flags = [f"--gin.{f}" for f in (*flags, "MAX_OUTPUT_LENGTH=2", *more)]
-    done = zygote.run("rows:infer_measured", [flags], str(user), 120)
+    done = zygote.run("rows:measured", ["infer", flags], str(user), 120)
     assert done.status == 0, done.stderr
-    mib = int(done.stdout.split()[-2])
-    assert mib < 900, f"{mib} MiB more than before"
+    assert grown(done) < 900
     text = (user / f"long{number}.jsonl").read_text()
     found = [json.loads(line)["inputs"] for line in text.splitlines()]
     assert found == given
@@ -320,10 +325,13 @@ def test_a_training_row_of_20_mb_is_cut(zygote, user):
   for name in ("long.tsv", "long.csv"):
     sign = "," if name.endswith("csv") else "\t"
     text = "word " * 4_000_000
-    (user / name).write_text(f"a{sign}b\nx{sign}y\n{text}{sign}z\n")
+    # SeqIO shuffles a thousand rows, here not all of them long.
+    rest = f"x{sign}y\n" * 500
+    (user / name).write_text(f"a{sign}b\n{text}{sign}z\n{rest}")
     done = zygote.run("rows:read", ["text", str(user / name)], str(user), 60)
-    assert done.stdout == "2 rows\n", done
+    assert done.stdout == "501 rows\n", done
   flags = ["--gin_file=text.gin", "--gin.MODEL_DIR=new", "--dry_run"]
   flags += ["--gin.TRAIN_FILE=long.tsv"]
-  done = zygote.run("train", flags, str(user), 60)
-  assert done.status == 0, done.stderr
+  done = zygote.run("rows:measured", ["train", flags], str(user), 60)
+  assert done.status == 0, done.stderr[-2000:]
+  assert grown(done) < 900
