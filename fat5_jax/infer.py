@@ -37,6 +37,9 @@ from fat5_jax.eval import load_model
 from fat5_jax.program import prediction
 from fat5_jax.sharding import Partitioner
 
+# Tokens of a question and a part of its context.
+_SHORTEST_WINDOW = 16
+
 
 def infer(
   *,
@@ -361,6 +364,13 @@ def _head_records(
       task = predictions.task_of_rows(
         head, lambda: _texts(rows(), own, pairs), vocabulary, pairs
       )
+  if model.config.head.kind == "question_answering" and (
+    max_input_length is not None and max_input_length < _SHORTEST_WINDOW
+  ):
+    raise UserError(
+      f"MAX_INPUT_LENGTH = {max_input_length} has no room for a question and a"
+      f" context; at least {_SHORTEST_WINDOW}"
+    )
   return predictions.predict_task(
     model, params, partitioner, task, split, batch_size, max_input_length, told
   )

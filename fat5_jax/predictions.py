@@ -185,8 +185,9 @@ def predict_task(
   def _arrays(batch, rows, length):
     longest = max(len(example["inputs"]) for example in batch)
     if longest > infer_settings.MOST_TOKENS:
+      text = next(x for x in batch if len(x["inputs"]) == longest)
       raise UserError(
-        f"an input has {longest:,} tokens, and at most"
+        f"{sources.shown(_question(text))} has {longest:,} tokens, and at most"
         f" {infer_settings.MOST_TOKENS:,} are predicted: MAX_INPUT_LENGTH cuts"
         " longer inputs"
       )
@@ -233,30 +234,38 @@ def _records(
     name = key.get(head.kind)
     return next(numbers) if name is None else window[0][name]
 
+  def read(window):
+    """(prediction, target) of a window."""
+    example, values = window
+    return (
+      postprocess(values, example=example, is_target=False),
+      postprocess(example["targets"], example=example, is_target=True),
+    )
+
   for _, parts in itertools.groupby(windows, group):
-    parts = list(parts)
-    example, values = parts[0]
-    found = [postprocess(v, example=e, is_target=False) for e, v in parts]
-    wanted = [
-      postprocess(e["targets"], example=e, is_target=True) for e, _ in parts
-    ]
-    targets: Any = describe(wanted[0], head)
+    example, values = first = next(parts)
+    # One window after the other: each holds the whole text.
+    found, wanted = read(first)
+    targets: Any = describe(wanted, head)
     if head.kind == "question_answering":
-      best = max(found, key=lambda part: part["score"])
-      record = {**best, "question": _question(example)}
-      targets = wanted[0]["answers"]
+      for other, _ in map(read, parts):
+        found = max(found, other, key=lambda part: part["score"])
+      record = {**found, "question": _question(example)}
+      targets = wanted["answers"]
     elif head.kind == "token_classification":
-      join = lambda rows: [tag for row in rows for tag in row["tags"]]
+      tags, targets = found["tags"], wanted["tags"]
+      for more, wanted in map(read, parts):
+        tags, targets = tags + more["tags"], targets + wanted["tags"]
       words = [word.decode("utf-8") for word in example["words"]]
-      record = {"words": words, "tags": join(found)}
-      targets = join(wanted)
+      record = {"words": words, "tags": tags}
     else:
       text = example["inputs_pretokenized"].decode("utf-8")
-      record = {"inputs": text} | _labels(found[0], values, head)
+      record = {"inputs": text} | _labels(found, values, head)
     yield record | ({"targets": targets} if with_targets else {})
 
 
 def _question(example) -> str:
+  """The first of a row's texts."""
   text = example["inputs_pretokenized"].decode("utf-8")
   return text.split(" </s> ", 1)[0]
 

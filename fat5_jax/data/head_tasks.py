@@ -245,6 +245,19 @@ def glue(
   )
 
 
+# What comes in windows, each of which carries the whole text.
+_MOST_CHARACTERS = 1 << 21
+_MOST_WORDS = 1 << 15
+
+
+def _check_length(length: int, most: int, what: str) -> None:
+  if length > most:
+    raise UserError(
+      f"{length:,} {what}, and at most {most:,} may be in a row: make several"
+      " rows of it"
+    )
+
+
 # ---- Tags --------------------------------------------------------------------
 
 
@@ -310,6 +323,9 @@ def tagging(
   def format_row(row):
     row_words = words_of(row)
     row_tags = labels.items(row, tags)
+    _check_length(len(row_words), _MOST_WORDS, f"words in column {words!r}")
+    characters = f"characters in column {words!r}"
+    _check_length(sum(map(len, row_words)), _MOST_CHARACTERS, characters)
     if len(row_words) != len(row_tags) or not row_words:
       raise UserError(f"{len(row_words)} words and {len(row_tags)} tags")
     pieces, targets = [], []
@@ -391,6 +407,9 @@ def spans(
 
   def format_row(row):
     context = preprocessors.text_of(row, "context")
+    if not context.strip():
+      raise UserError("column 'context' is empty")
+    _check_length(len(context), _MOST_CHARACTERS, "characters of context")
     answer = preprocessors.first_answer(row, context)
     question = vocabulary.encode(preprocessors.text_of(row, "question").strip())
     ids, begin, end = features.encode_with_offsets(vocabulary, context)

@@ -281,6 +281,22 @@ def test_a_kill_leaves_the_output_whole_or_as_it_was(zygote, seed, user):
     assert count == (4000 if done.status == 0 else 1)
 
 
+def test_two_questions_of_one_id_are_not_made_one():
+  from fat5_jax import predictions
+  from fat5_jax.errors import UserError
+
+  ids = lambda *given: [
+    row["id"]
+    for _, row in predictions.with_own_ids(
+      (f"row {n}", {"id": i}) for n, i in enumerate(given, 1)
+    )
+  ]
+  assert ids("a", None, "b") == ["a", 1, "b"]
+  for given in (("a", "b", "a"), (1, "1"), (None, "0")):
+    with pytest.raises(UserError, match=f"row {len(given)}: an earlier row"):
+      ids(*given)
+
+
 # ---- Long rows ---------------------------------------------------------------
 
 
