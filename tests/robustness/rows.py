@@ -131,7 +131,8 @@ def _text(rng) -> Iterator[Case]:
     yield case("a column twice", delimited(rows, sign, ("a", "b", "b")))
     yield case("one cell more", with_line(lines[at] + sign + "more"))
     yield case("one cell less", with_line(rows[at - 1]["a"]))
-    yield case("an empty line", with_line(""))
+    # Not at the end, where it would be the last line's.
+    yield case("an empty line", [*lines[:at], "", *lines[at:]])
     yield case("an empty cell", with_line(sign + "yes"))
     yield case("a blank cell", with_line("x" + sign + "  "))
     yield case("a zero byte", with_line("x\0y" + sign + "no"))
