@@ -7,23 +7,38 @@ if __name__ == "__main__":
   raise SystemExit(cli.main("infer"))
 
 from collections.abc import Iterable, Iterator
-import contextlib
 import itertools
 import json
-import os
 import sys
 from typing import Any
 
-import jax
 import numpy as np
 import seqio
 
-from fat5_jax import console, hosts, predictions, row_batches, run_folder
-from fat5_jax.data import features, pipeline, records, seqio_source, sources
+from fat5_jax import (
+  console,
+  hosts,
+  infer_settings,
+  output_file,
+  predictions,
+  row_batches,
+  run_folder,
+)
+from fat5_jax.data import (
+  features,
+  files,
+  pipeline,
+  records,
+  seqio_source,
+  sources,
+)
 from fat5_jax.errors import UserError
 from fat5_jax.eval import load_model
 from fat5_jax.program import prediction
 from fat5_jax.sharding import Partitioner
+
+# Tokens of a question and a part of its context.
+_SHORTEST_WINDOW = 16
 
 
 def infer(
@@ -75,6 +90,7 @@ def infer(
   Raises:
     UserError: for a mistake in the checkpoint, the input or the task.
   """
+  from_task = input is None and dataset_cfg is not None
   partitioner = partitioner or Partitioner()
   if input == "-" or (input is None and dataset_cfg is None):
     if hosts.everyone.count > 1:
@@ -82,6 +98,17 @@ def infer(
         "standard input reaches one host only: set INPUT to a file that all"
         f" {hosts.everyone.count} hosts see"
       )
+  infer_settings.check(
+    checkpoint_path,
+    input,
+    output,
+    output_format,
+    batch_size,
+    max_input_length,
+    max_output_length,
+    use_template,
+  )
+  output_file.check(output, [] if input in (None, "-") else [input])
   model, params, own_vocabulary, source = load_model(
     checkpoint_path, model, partitioner, head_module
   )
@@ -90,10 +117,11 @@ def infer(
     raise UserError(f"{source.path} brings no vocabulary; set INFER_VOCABULARY")
   head = model.config.head
   output_format = _choose_format(output, output_format, head)
-  from_task = input is None and dataset_cfg is not None
+  output_file.check_beside_run(output, source.run_dir, source.path)
   own = None
   if from_task:
     dataset_cfg = run_folder.with_own_task(dataset_cfg, source, vocabulary)
+    output_file.check(output, seqio_source.files_of(dataset_cfg.task()))
   elif use_template:
     own, window = _own_task(source, vocabulary, input or "-")
     max_input_length = max_input_length or window
@@ -110,7 +138,7 @@ def infer(
       model,
       params,
       partitioner,
-      _counted(rows, count),
+      _counted(rows, count, input or "-"),
       vocabulary,
       output_format,
       batch_size,
@@ -131,14 +159,14 @@ def infer(
       own,
       told,
     )
-    found = _counted(found, count)
+    found = _counted(found, count, input or "-")
     lines = predictions.write(found, output_format, head, told.index)
   if dry_run:
     console.say(f"dry run: {source.path} and its vocabulary are fine")
     return
   if (input or "-") == "-" and dataset_cfg is None and sys.stdin.isatty():
     console.say("one input a line, end with Ctrl-D:")
-  with _open_output(output) as file:
+  with output_file.opened(output) as file, infer_settings.memory():
     for line in lines:
       file.write(line)
       file.flush()
@@ -215,35 +243,44 @@ def _rows_of_file(
 
 
 def _is_text(path: str) -> bool:
-  return path == "-" or os.path.splitext(path)[1] in ("", ".txt")
+  return path == "-" or sources.split_suffix(path)[0] in ("", ".txt")
 
 
 def _texts(
   rows: Iterable[sources.LocatedRow],
   own: seqio.Task | None,
   pairs: bool = False,
-) -> Iterator[dict[str, str]]:
+) -> Iterator[sources.LocatedRow]:
   """What a model is asked about each row: `inputs`, and `second` of `pairs`."""
   keys = ("inputs", "second") if pairs else ("inputs",)
   for where, row in rows:
     try:
       if own is not None:
-        yield {"inputs": own.source.question(row)["inputs"]}
+        yield where, {"inputs": own.source.question(row)["inputs"]}
         continue
       for key in keys:
         text = sources.column(row, key)
         if not isinstance(text, str) or not text.strip():
-          raise UserError(f"column {key!r} is {text!r}, not a text")
+          raise UserError(
+            f"column {key!r} is {sources.shown(text)}, not a text"
+          )
     except UserError as e:
       raise UserError(f"{where}: {e}") from None
-    yield {key: row[key] for key in keys}
+    yield where, {key: row[key] for key in keys}
 
 
-def _counted(rows: Iterable[Any], count: Iterator[int]) -> Iterator[Any]:
-  """The rows, each of which moves the count on."""
+def _counted(
+  rows: Iterable[Any], count: Iterator[int], path: str
+) -> Iterator[Any]:
+  """The rows, each of which moves the count on; none at all is an error."""
+  empty = True
   for row in rows:
+    empty = False
     next(count)
     yield row
+  if empty:
+    name = "standard input" if path == "-" else path
+    raise UserError(f"{name}: no rows, nothing to predict")
 
 
 def _generated_lines(
@@ -261,10 +298,16 @@ def _generated_lines(
   """A language model's answer to every row, as lines of the output file."""
   predict = prediction(model, partitioner, max_output_length)
   header = True
-  encode = lambda text: _encode(
-    vocabulary, text, max_input_length, model.config, told
-  )
-  encoded = ((row, encode(row["inputs"])) for row in rows)
+
+  def encode(where, row):
+    try:
+      return row, _encode(
+        vocabulary, row["inputs"], max_input_length, model.config, told
+      )
+    except UserError as e:
+      raise UserError(f"{where}: {e}") from None
+
+  encoded = itertools.starmap(encode, rows)
   for batch in row_batches.group(encoded, lambda x: len(x[1]), batch_size):
     tokens = [ids for _, ids in batch]
     size, length = row_batches.shape(list(map(len, tokens)), batch_size)
@@ -301,6 +344,8 @@ def _head_records(
   else:
     head = model.config.head
     rows = lambda: _input_rows(path, own, told)
+    if head.kind == "question_answering":
+      rows = lambda: predictions.with_own_ids(_input_rows(path, own, told))
     split = seqio_source.ROWS
     if own is not None and features.label_feature(own) is not None:
       task = records.ask(own, rows)
@@ -310,9 +355,7 @@ def _head_records(
           "question answering needs INPUT = a .jsonl, .tsv or .csv file with"
           " columns question and context"
         )
-      task = predictions.task_of_rows(
-        head, lambda: (row for _, row in rows()), vocabulary
-      )
+      task = predictions.task_of_rows(head, rows, vocabulary)
     else:
       pairs = False
       if own is None and not _is_text(path):
@@ -321,6 +364,13 @@ def _head_records(
       task = predictions.task_of_rows(
         head, lambda: _texts(rows(), own, pairs), vocabulary, pairs
       )
+  if model.config.head.kind == "question_answering" and (
+    max_input_length is not None and max_input_length < _SHORTEST_WINDOW
+  ):
+    raise UserError(
+      f"MAX_INPUT_LENGTH = {max_input_length} has no room for a question and a"
+      f" context; at least {_SHORTEST_WINDOW}"
+    )
   return predictions.predict_task(
     model, params, partitioner, task, split, batch_size, max_input_length, told
   )
@@ -348,14 +398,12 @@ def _input_rows(
         told.index.append(row.get("index"))
       yield where, row
     return
-  if path == "-":
-    lines = enumerate((line.rstrip("\r\n") for line in sys.stdin), 1)
-  elif not os.path.exists(path):
-    raise UserError(f"{path}: no such input file")
-  else:
-    lines = sources.read_lines(path, open)
-  column = "inputs" if own is None else own.source.columns[0]
   where = "standard input" if path == "-" else path
+  if path == "-":
+    lines = files.lines_of(sys.stdin.buffer, where)
+  else:
+    lines = sources.read_lines(path, sources.split_suffix(path)[1])
+  column = "inputs" if own is None else own.source.columns[0]
   for number, line in lines:
     if line.strip():
       yield f"{where}, row {number}", {column: line}
@@ -363,12 +411,15 @@ def _input_rows(
       told.blank += 1
 
 
-def _task_rows(config: pipeline.DatasetConfig) -> Iterator[dict[str, str]]:
+def _task_rows(config: pipeline.DatasetConfig) -> Iterator[sources.LocatedRow]:
   task = config.task()
   for part in seqio.get_subtasks(task):
+    place = f"task {part.name!r}, example"
     if isinstance(part.source, seqio_source.SeqioSource):
-      for example in part.source.examples(config.split):
-        yield {k: example[k] for k in ("inputs", "targets")}
+      examples = part.source.examples(config.split)
+      for number, example in enumerate(examples, 1):
+        keys = ("inputs", "targets")
+        yield f"{place} {number}", {key: example[key] for key in keys}
       continue
     # A task of the user's own: its text as SeqIO keeps it.
     dataset = part.get_dataset(
@@ -376,11 +427,14 @@ def _task_rows(config: pipeline.DatasetConfig) -> Iterator[dict[str, str]]:
       split=config.split,
       shuffle=False,
     )
-    for example in dataset.as_numpy_iterator():
-      yield {
-        key: pipeline.decode(part.output_features[key], example[key])
-        for key in ("inputs", "targets")
-      }
+    for number, example in enumerate(dataset.as_numpy_iterator(), 1):
+      yield (
+        f"{place} {number}",
+        {
+          key: pipeline.decode(part.output_features[key], example[key])
+          for key in ("inputs", "targets")
+        },
+      )
 
 
 def _encode(
@@ -391,6 +445,12 @@ def _encode(
   told: predictions.Told,
 ) -> list[int]:
   ids = vocabulary.encode(text)
+  if max_length is None and len(ids) >= infer_settings.MOST_TOKENS:
+    raise UserError(
+      f"{files.shown(text)} has {len(ids):,} tokens, and at most"
+      f" {infer_settings.MOST_TOKENS:,} are predicted: MAX_INPUT_LENGTH cuts"
+      " longer inputs"
+    )
   told.add_tokens(ids, vocabulary.unk_id)
   if max_length is not None and len(ids) >= max_length:
     ids = ids[: max_length - 1]
@@ -407,32 +467,6 @@ def _encode(
 def _format(row: dict[str, str], output_format: str, header: bool) -> str:
   if output_format == "jsonl":
     return json.dumps(row, ensure_ascii=False) + "\n"
-  clean = lambda text: text.replace("\t", " ").replace("\n", " ")
   lines = ["\t".join(row)] if header else []
-  return "\n".join([*lines, "\t".join(map(clean, row.values()))]) + "\n"
-
-
-@contextlib.contextmanager
-def _open_output(path: str):
-  """The output file, complete or not there; or standard output."""
-  if jax.process_index():
-    path = os.devnull
-  if path == "-":
-    yield sys.stdout
-    return
-  if path == os.devnull:
-    with open(path, "w", encoding="utf-8") as file:
-      yield file
-    return
-  partial = f"{path}.partial"
-  try:
-    file = open(partial, "w", encoding="utf-8")
-  except OSError as e:
-    raise UserError(f"OUTPUT {path} cannot be written: {e.strerror}") from None
-  try:
-    with file:
-      yield file
-    os.replace(partial, path)
-  finally:
-    if os.path.exists(partial):
-      os.remove(partial)
+  cells = "\t".join(map(predictions.cell, row.values()))
+  return "\n".join([*lines, cells]) + "\n"

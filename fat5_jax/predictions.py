@@ -6,13 +6,14 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 import dataclasses
 import itertools
 import json
+import re
 from typing import Any
 
 import numpy as np
 import seqio
 import tensorflow_datasets as tfds
 
-from fat5_jax import row_batches
+from fat5_jax import infer_settings, row_batches
 from fat5_jax.data import (
   conll,
   features,
@@ -79,39 +80,35 @@ def describe(value: Any, head: HeadConfig) -> str:
 
 def task_of_rows(
   head: HeadConfig,
-  rows: Callable[[], Iterable[dict[str, Any]]],
+  rows: Callable[[], Iterable[sources.LocatedRow]],
   vocabulary: seqio.Vocabulary,
   pairs: bool = False,
 ) -> seqio.Task:
   """A task (its split is `ROWS`) of rows without labels, for a head to predict.
 
-  Rows have `inputs`, where they are `pairs` also `second`; for spans `question`
-  and `context`; for tags words apart by spaces in `inputs`.
+  Rows have `inputs`, where they are `pairs` also `second`; for spans `id`,
+  `question` and `context`; for tags words apart by spaces in `inputs`.
   """
   name = "predict_rows"
-  source = sources.Function({ROWS: rows})
+
+  def source(make):
+    return seqio_source.Located(
+      lambda: ((where, make(row)) for where, row in rows())
+    )
+
   if head.kind == "question_answering":
-    numbers = itertools.count()
-
-    def question(row):
-      return {
-        "id": str(row.get("id", next(numbers))),
-        "question": sources.column(row, "question"),
-        "context": sources.column(row, "context"),
-        "answers": [],
-      }
-
-    source = sources.Function({ROWS: lambda: map(question, rows())})
-    return head_tasks.spans(source, vocabulary, name)
+    make = lambda row: row | {"answers": []}
+    return head_tasks.spans(source(make), vocabulary, name)
   if head.kind == "token_classification":
 
     def tagged(row):
       words = sources.column(row, "inputs").split()
       return {"words": words, "tags": [0] * len(words)}
 
-    source = sources.Function({ROWS: lambda: map(tagged, rows())})
     names = head.label_names or tuple(map(str, range(head.num_labels)))
-    return head_tasks.tagging(source, vocabulary, tag_names=names, name=name)
+    return head_tasks.tagging(
+      source(tagged), vocabulary, tag_names=names, name=name
+    )
   unknown: Any = -1
   if head.problem_type == "multi_label_classification":
     unknown = []
@@ -123,7 +120,7 @@ def task_of_rows(
 
   inputs = ["{inputs}", "{second}"] if pairs else "{inputs}"
   return head_tasks.classification(
-    sources.Function({ROWS: lambda: map(classed, rows())}),
+    source(classed),
     inputs,
     "label",
     vocabulary,
@@ -132,6 +129,26 @@ def task_of_rows(
     name,
     num_labels=head.num_labels,
   )
+
+
+def with_own_ids(
+  rows: Iterable[sources.LocatedRow],
+) -> Iterator[sources.LocatedRow]:
+  """The rows, each with an `id`: its own, or its number.
+
+  Raises:
+    UserError: for one that an earlier row has: their answers would be one.
+  """
+  seen: set[str] = set()
+  for number, (where, row) in enumerate(rows):
+    name = number if row.get("id") is None else row["id"]
+    if str(name) in seen:
+      raise UserError(
+        f"{where}: an earlier row has id {sources.shown(name)} too; give each"
+        " its own, or leave the column out"
+      )
+    seen.add(str(name))
+    yield where, {**row, "id": name}
 
 
 def predict_task(
@@ -166,6 +183,14 @@ def predict_task(
       yield from zip(batch, np.asarray(predict(params, placed)))
 
   def _arrays(batch, rows, length):
+    longest = max(len(example["inputs"]) for example in batch)
+    if longest > infer_settings.MOST_TOKENS:
+      text = next(x for x in batch if len(x["inputs"]) == longest)
+      raise UserError(
+        f"{sources.shown(_question(text))} has {longest:,} tokens, and at most"
+        f" {infer_settings.MOST_TOKENS:,} are predicted: MAX_INPUT_LENGTH cuts"
+        " longer inputs"
+      )
     keys = ["inputs"] + ["answerable"] * (head.kind == "question_answering")
     fill = {"inputs": model.config.pad_token_id, "answerable": 0}
     arrays = {key: np.full((rows, length), fill[key], np.int32) for key in keys}
@@ -209,30 +234,38 @@ def _records(
     name = key.get(head.kind)
     return next(numbers) if name is None else window[0][name]
 
+  def read(window):
+    """(prediction, target) of a window."""
+    example, values = window
+    return (
+      postprocess(values, example=example, is_target=False),
+      postprocess(example["targets"], example=example, is_target=True),
+    )
+
   for _, parts in itertools.groupby(windows, group):
-    parts = list(parts)
-    example, values = parts[0]
-    found = [postprocess(v, example=e, is_target=False) for e, v in parts]
-    wanted = [
-      postprocess(e["targets"], example=e, is_target=True) for e, _ in parts
-    ]
-    targets: Any = describe(wanted[0], head)
+    example, values = first = next(parts)
+    # One window after the other: each holds the whole text.
+    found, wanted = read(first)
+    targets: Any = describe(wanted, head)
     if head.kind == "question_answering":
-      best = max(found, key=lambda part: part["score"])
-      record = {**best, "question": _question(example)}
-      targets = wanted[0]["answers"]
+      for other, _ in map(read, parts):
+        found = max(found, other, key=lambda part: part["score"])
+      record = {**found, "question": _question(example)}
+      targets = wanted["answers"]
     elif head.kind == "token_classification":
-      join = lambda rows: [tag for row in rows for tag in row["tags"]]
+      tags, targets = found["tags"], wanted["tags"]
+      for more, wanted in map(read, parts):
+        tags, targets = tags + more["tags"], targets + wanted["tags"]
       words = [word.decode("utf-8") for word in example["words"]]
-      record = {"words": words, "tags": join(found)}
-      targets = join(wanted)
+      record = {"words": words, "tags": tags}
     else:
       text = example["inputs_pretokenized"].decode("utf-8")
-      record = {"inputs": text} | _labels(found[0], values, head)
+      record = {"inputs": text} | _labels(found, values, head)
     yield record | ({"targets": targets} if with_targets else {})
 
 
 def _question(example) -> str:
+  """The first of a row's texts."""
   text = example["inputs_pretokenized"].decode("utf-8")
   return text.split(" </s> ", 1)[0]
 
@@ -267,6 +300,13 @@ def forms(head: HeadConfig | None) -> tuple[str, ...]:
     "enct5": ("glue",),
   }
   return ("jsonl", "tsv", *own.get(head.kind if head else "", ()))
+
+
+def cell(value: Any) -> str:
+  """A value as a cell of a TSV file; what is no text or number as JSON."""
+  if isinstance(value, (list, dict)):
+    value = json.dumps(value, ensure_ascii=False)
+  return re.sub("[\t\n\r]", " ", str(value))
 
 
 def write(
@@ -304,10 +344,9 @@ def write(
       if not named and "label" in record:
         value = record["label"]
       text = f"{value:.3f}" if isinstance(value, float) else value
-      yield f"{i if number is None else number}\t{text}\n"
+      yield f"{i if number is None else cell(number)}\t{cell(text)}\n"
   else:
-    clean = lambda x: str(x).replace("\t", " ").replace("\n", " ")
     for i, record in enumerate(records):
       if i == 0:
         yield "\t".join(record) + "\n"
-      yield "\t".join(map(clean, record.values())) + "\n"
+      yield "\t".join(map(cell, record.values())) + "\n"

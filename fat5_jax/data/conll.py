@@ -27,14 +27,13 @@ def read(
       words, else the last.
 
   Raises:
-    UserError: naming file and row, for a line with too few columns.
+    UserError: naming file and row, for a line with too few columns, or other
+      ones than the line before.
   """
   _, opener = sources.split_suffix(path)
-  if not os.path.exists(path):
-    raise UserError(f"{path}: no such data file")
   words: list[str] = []
   tags: list[str] = []
-  begin = 1
+  begin = width = 1
   # Whether tabs part the columns; None until the first word.
   tabs: bool | None = None
   for number, line in sources.read_lines(path, opener):
@@ -45,7 +44,7 @@ def read(
       continue
     if line.startswith("-DOCSTART-") or _is_comment(line, tabs):
       continue
-    tabs = "\t" in line
+    before, tabs = tabs, "\t" in line
     columns = line.split("\t") if tabs else line.split()
     counted = columns[0].replace("-", "").replace(".", "").isdigit()
     counted = counted and len(columns) > 2
@@ -62,8 +61,22 @@ def read(
         f"{path}, row {number}: {len(columns)} columns; words are in column"
         f" {word_at}, tags in column {tag_at} (counted from 0)"
       )
+    if before not in (None, tabs):
+      raise UserError(
+        f"{path}, row {number}: columns are apart by"
+        f" {'tabs' if tabs else 'spaces'}, before by"
+        f" {'tabs' if before else 'spaces'}"
+      )
     if not words:
-      begin = number
+      begin, width = number, len(columns)
+    if len(columns) != width:
+      raise UserError(
+        f"{path}, row {number}: {len(columns)} columns, and {width} in the line"
+        " before"
+      )
+    for what, at in (("word", word_at), ("tag", tag_at)):
+      if not columns[at].strip():
+        raise UserError(f"{path}, row {number}: the {what} is empty")
     words.append(columns[word_at])
     tags.append(columns[tag_at])
   if words:
@@ -90,8 +103,11 @@ class Conll:
     word_column: int | None = None,
     tag_column: int | None = None,
   ):
-    self.splits = {s: sources.expand(p) for s, p in splits.items()}
+    self.splits = sources.split_files(splits)
     self._columns = (word_column, tag_column)
+    for name, column in zip(("word_column", "tag_column"), self._columns):
+      if column is not None and not isinstance(column, int):
+        raise UserError(f"Conll: {name} = {column!r} must be a number or None")
 
   def rows(self, split: str) -> Iterator[sources.LocatedRow]:
     for path in self.splits[split]:

@@ -11,11 +11,13 @@ import functools
 import itertools
 from typing import Any
 
+import numpy as np
 import seqio
 import tensorflow as tf
 
 from fat5_jax.data import (
   features,
+  labels,
   preprocessors,
   records,
   seqio_source,
@@ -118,7 +120,9 @@ def classification(
   if problem_type != "regression":
     label_names = label_names or label_columns
     if not label_names:
-      label_names = _found_labels(source, label, problem_type, separator, name)
+      label_names = labels.found_labels(
+        source, label, problem_type, separator, name
+      )
     size = len(label_names)
   read_label = preprocessors.label_reader(
     tuple(label_names), problem_type, size, separator
@@ -186,50 +190,9 @@ def _is_on(value: Any, column: str) -> bool:
     return True
   if text in ("0", "0.0", "false", ""):
     return False
-  raise UserError(f"column {column!r}: {value!r} is neither 0 nor 1")
-
-
-# More labels than this are numbers or text, not classes.
-_MOST_LABELS = 1000
-
-
-def _found_labels(
-  source, label: str, problem_type: str, separator: str, name: str
-) -> tuple[str, ...]:
-  """The labels that the data names, or those of its training split, sorted."""
-  if hasattr(source, "label_names"):
-    names = source.label_names(label)
-    if names:
-      return names
-  if "train" not in source.splits:
-    raise UserError(f"task {name!r} needs label_names: it has no split 'train'")
-  many = problem_type == "multi_label_classification"
-  found: set[str] = set()
-  for where, row in source.rows("train"):
-    value = sources.column(row, label)
-    values = [value]
-    if many:
-      values = value.split(separator) if isinstance(value, str) else value
-    try:
-      found.update(str(part).strip() for part in values)
-    except TypeError:
-      raise UserError(f"{where}: label {value!r} is no list") from None
-    if len(found) > _MOST_LABELS:
-      raise UserError(
-        f"task {name!r}: over {_MOST_LABELS} different values in column"
-        f" {label!r}: give label_names, or problem_type = 'regression'"
-      )
-  found -= {"", "-1", "-100", "None"}
-  if not found:
-    raise UserError(
-      f"task {name!r}: no labels in column {label!r} of"
-      f" {source.describe('train')}"
-    )
-  numbers = all(text.isdigit() for text in found)
-  if numbers:
-    # Class numbers, of which some may not occur.
-    return tuple(map(str, range(max(map(int, found)) + 1)))
-  return tuple(sorted(found))
+  raise UserError(
+    f"column {column!r}: {sources.shown(value)} is neither 0 nor 1"
+  )
 
 
 _SEQUENCE_METRICS = {
@@ -282,6 +245,19 @@ def glue(
   )
 
 
+# What comes in windows, each of which carries the whole text.
+_MOST_CHARACTERS = 1 << 21
+_MOST_WORDS = 1 << 15
+
+
+def _check_length(length: int, most: int, what: str) -> None:
+  if length > most:
+    raise UserError(
+      f"{length:,} {what}, and at most {most:,} may be in a row: make several"
+      " rows of it"
+    )
+
+
 # ---- Tags --------------------------------------------------------------------
 
 
@@ -314,10 +290,7 @@ def tagging(
     UserError: if the training split has no tags.
   """
   if tag_names is None:
-    rows = source.rows("train")
-    found = {t for _, row in rows for t in sources.column(row, tags)}
-    if not all(isinstance(tag, str) for tag in found):
-      raise UserError(f"task {name!r}: tags are numbers; give tag_names")
+    found = labels.found_tags(source, tags, name)
     tag_names = sorted(found, key=lambda tag: (tag != "O", tag))
   tag_names = tuple(tag_names)
   if not tag_names:
@@ -329,32 +302,42 @@ def tagging(
   counter = itertools.count()
 
   def words_of(row):
-    found = sources.column(row, words)
-    # A person's own rows may hold a sentence.
-    found = found.split() if isinstance(found, str) else list(found)
-    if any(word is None or isinstance(word, (list, dict)) for word in found):
-      raise UserError(f"column {words!r}: {found!r} are no words")
-    return list(map(str, found))
+    found = labels.items(row, words)
+    return [preprocessors.text_of({words: word}, words) for word in found]
+
+  def number_of(tag, word):
+    if isinstance(tag, str) and tag in numbers:
+      return numbers[tag]
+    if (
+      isinstance(tag, (int, np.integer))
+      and not isinstance(tag, bool)
+      and (0 <= tag < len(tag_names) or tag == features.IGNORED)
+    ):
+      return int(tag)
+    raise UserError(
+      f"tag {sources.shown(tag)} of word {sources.shown(word)} is none of"
+      f" {sources.listed(tag_names)}."
+      " tagging.tag_names = (...) names all that may occur"
+    )
 
   def format_row(row):
     row_words = words_of(row)
-    row_tags = list(sources.column(row, tags))
+    row_tags = labels.items(row, tags)
+    _check_length(len(row_words), _MOST_WORDS, f"words in column {words!r}")
+    characters = f"characters in column {words!r}"
+    _check_length(sum(map(len, row_words)), _MOST_CHARACTERS, characters)
     if len(row_words) != len(row_tags) or not row_words:
       raise UserError(f"{len(row_words)} words and {len(row_tags)} tags")
-    pieces, labels = [], []
+    pieces, targets = [], []
     for word, tag in zip(row_words, row_tags):
-      if isinstance(tag, str) and tag not in numbers:
-        raise UserError(
-          f"tag {tag!r} of word {word!r} is none of {', '.join(tag_names)}."
-          " tagging.tag_names = (...) names all that may occur"
-        )
+      number = number_of(tag, word)
       # A word that the vocabulary drops still has a tag to predict.
       ids = vocabulary.encode(word) or [vocabulary.unk_id]
       pieces += ids
-      labels += [numbers.get(tag, tag)] + [features.IGNORED] * (len(ids) - 1)
+      targets += [number] + [features.IGNORED] * (len(ids) - 1)
     return {
       "inputs": pieces,
-      "targets": labels,
+      "targets": targets,
       "inputs_pretokenized": " ".join(row_words),
       "sentence": next(counter),
       "words": row_words,
@@ -388,12 +371,12 @@ def tagging(
 
 def _tags(tag_names, values, example=None, is_target=False, **unused):
   """The tags of a row's words."""
-  labels = [int(label) for label in example["targets"]]
+  targets = [int(label) for label in example["targets"]]
   return {
     "sentence": int(example["sentence"]),
     "tags": [
       tag_names[int(value)]
-      for value, label in zip(values, labels)
+      for value, label in zip(values, targets)
       if label != features.IGNORED
     ],
   }
@@ -424,6 +407,9 @@ def spans(
 
   def format_row(row):
     context = preprocessors.text_of(row, "context")
+    if not context.strip():
+      raise UserError("column 'context' is empty")
+    _check_length(len(context), _MOST_CHARACTERS, "characters of context")
     answer = preprocessors.first_answer(row, context)
     question = vocabulary.encode(preprocessors.text_of(row, "question").strip())
     ids, begin, end = features.encode_with_offsets(vocabulary, context)
@@ -438,7 +424,7 @@ def spans(
         raise UserError("the answer covers no token of its context")
       first, last = inside[0], inside[-1]
     return {
-      "id": str(sources.column(row, "id")),
+      "id": preprocessors.text_of(row, "id"),
       "inputs_pretokenized": f"{row['question']} </s> {context}",
       "context": context,
       "answers": preprocessors.answer_texts(row),

@@ -7,13 +7,16 @@ results equal those of the original code (tests/test_golden_text.py).
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+import datetime
+import decimal
+import math
 import re
 import string
 from typing import Any
 
 import numpy as np
 
-from fat5_jax.data.sources import Row, RowFn, column
+from fat5_jax.data.sources import Row, RowFn, column, listed, shown
 from fat5_jax.errors import UserError
 
 
@@ -69,7 +72,12 @@ def fill(
       value = _value_of(row, name, names.get(name))
       if conversion == "r":
         value = repr(value)
-      found.append(format(value, form or ""))
+      try:
+        found.append(format(value, form or ""))
+      except (ValueError, TypeError, OverflowError) as e:
+        raise UserError(
+          f"column {name!r}: {shown(value)} does not fit {{{name}:{form}}}: {e}"
+        ) from None
     return "".join(found)
 
   return filled
@@ -77,25 +85,69 @@ def fill(
 
 def _value_of(row: Row, name: str, names: Sequence[str] | None) -> Any:
   value = column(row, name)
-  if value is None or not str(value).strip():
+  if names and isinstance(value, (bool, np.bool_)):
+    value = int(value)
+  if value is None or (isinstance(value, str) and not value.strip()):
     raise UserError(f"column {name!r} is empty")
-  if isinstance(value, (Mapping, list, tuple, np.ndarray)):
-    inside = "0"
-    if isinstance(value, Mapping):
-      inside = next(iter(value), "field")
-    raise UserError(
-      f"column {name!r} holds a {type(value).__name__}, not text; its parts are"
-      f" columns too: {{{name}.{inside}}}"
-    )
-  if names and str(value).lstrip("-").isdigit():
+  _check_text(value, name, template=True)
+  if names and re.fullmatch(r"-?[0-9]{1,9}", str(value)):
     if int(value) == -1:
       return "<unk>"  # T5's text for the label of a test set.
     if not 0 <= int(value) < len(names):
       raise UserError(
-        f"column {name!r}: class {value} of {len(names)} ({', '.join(names)})"
+        f"column {name!r}: class {value} of {len(names)} ({listed(names)})"
       )
     return names[int(value)]
   return value
+
+
+# What text may be made of; anything else would be as Python shows it.
+_TEXT = (
+  *(str, int, float, np.integer, np.floating, decimal.Decimal),
+  *(datetime.date, datetime.time),
+)
+
+
+def _check_text(value: Any, name: str, template: bool = False) -> None:
+  """Raises UserError for a cell that holds neither text nor a number.
+
+  What a `template` can do about it is told too.
+  """
+  mend = ""
+  if value is None:
+    what = "nothing"
+  elif isinstance(value, (bool, np.bool_)):
+    what = str(value).lower()
+    mend = f"; its words are label_names = {{{name!r}: ('no', 'yes')}}"
+  elif not isinstance(value, _TEXT):
+    what = f"a {type(value).__name__}"
+    if isinstance(value, (Mapping, list, tuple, np.ndarray)):
+      inside = next(iter(value), "field") if isinstance(value, Mapping) else 0
+      mend = f"; its parts are columns too: {{{name}.{listed([inside])}}}"
+  elif isinstance(
+    value, (float, np.floating, decimal.Decimal)
+  ) and not math.isfinite(value):
+    what = str(value)
+  else:
+    return
+  mend = mend if template else ""
+  raise UserError(f"column {name!r} holds {what}, not text{mend}")
+
+
+def number_of(value: Any, what: str) -> float:
+  """A number that float32 holds.
+
+  Raises:
+    UserError: for anything else; `what` it is.
+  """
+  try:
+    found = float(value)
+  except (TypeError, ValueError, OverflowError):
+    found = math.nan
+  spelled = isinstance(value, str) and "_" in value
+  if isinstance(value, (bool, bytes)) or spelled or not abs(found) < 3e38:
+    raise UserError(f"{what} {shown(value)} is not a number")
+  return found
 
 
 def text_of(row: Row, name: str) -> str:
@@ -105,9 +157,7 @@ def text_of(row: Row, name: str) -> str:
     UserError: for anything else, which would be asked about as Python shows it.
   """
   value = column(row, name)
-  if value is None or isinstance(value, (Mapping, list, tuple, np.ndarray)):
-    what = "nothing" if value is None else f"a {type(value).__name__}"
-    raise UserError(f"column {name!r} holds {what}, not text")
+  _check_text(value, name)
   return str(value)
 
 
@@ -133,15 +183,9 @@ def label_reader(
   See head_tasks.classification.
   """
 
-  def number(value):
-    try:
-      return float(value)
-    except (TypeError, ValueError):
-      raise UserError(f"label {value!r} is not a number") from None
-
   def as_list(value):
-    if isinstance(value, str) or not hasattr(value, "__iter__"):
-      raise UserError(f"label {value!r} is no list")
+    if not isinstance(value, (list, tuple, np.ndarray)):
+      raise UserError(f"label {shown(value)} is no list")
     return list(value)
 
   def class_of(value):
@@ -152,10 +196,11 @@ def label_reader(
       return -1
     # Where the names are numbers themselves, another number is no label.
     numbered = any(name.lstrip("-").isdecimal() for name in names)
-    if text.isdecimal() and int(text) < size and not numbered:
+    if re.fullmatch("[0-9]{1,9}", text) and int(text) < size and not numbered:
       return int(text)
     raise UserError(
-      f"label {text!r} is neither one of {', '.join(names)} nor a class number"
+      f"label {shown(text)} is neither one of {listed(names)} nor a class"
+      " number"
     )
 
   def many(value):
@@ -170,15 +215,15 @@ def label_reader(
       parts = many(value)
       if len(parts) > 1 and len(set(map(str, parts))) < len(parts):
         raise UserError(
-          f"labels {value!r} repeat: name each label that holds once (a column"
-          " of 0 and 1 a label: label = ('first', 'second'))"
+          f"labels {shown(value)} repeat: name each label that holds once (a"
+          " column of 0 and 1 a label: label = ('first', 'second'))"
         )
       found = {class_of(part) for part in parts}
       return [float(i in found) for i in range(size)]
     numbers = [value] if size == 1 else many(value)
     if len(numbers) != size:
       raise UserError(f"{len(numbers)} numbers, expected {size}")
-    return [number(part) for part in numbers]
+    return [number_of(part, "label") for part in numbers]
 
   return read
 
@@ -199,7 +244,7 @@ def glue(
     label = str(column(row, "label"))
     if label not in classes:
       raise UserError(
-        f"label {label!r} is neither one of {', '.join(label_names)} nor a"
+        f"label {shown(label)} is neither one of {listed(label_names)} nor a"
         " class number"
       )
     parts = [f"{key}: {text_of(row, key)}" for key in sorted(features)]
@@ -210,10 +255,7 @@ def glue(
 
 def stsb(row: Row) -> Row:
   """STS-B as text: the similarity rounded to the nearest 0.2."""
-  try:
-    score = np.float32(column(row, "label"))
-  except ValueError:
-    raise UserError(f"label {row['label']!r} is not a number") from None
+  score = np.float32(number_of(column(row, "label"), "label"))
   rounded = np.round(score * np.float32(5)) / np.float32(5)
   return {
     "inputs": (
@@ -239,7 +281,16 @@ def pad_punctuation(text: str) -> str:
 def answer_texts(row: Row) -> list[str]:
   """The accepted answers of a SQuAD row, as HF and TFDS or as a flat list."""
   answers = column(row, "answers")
-  return list(answers["text"] if isinstance(answers, dict) else answers)
+  texts = answers.get("text") if isinstance(answers, Mapping) else answers
+  texts = texts.tolist() if isinstance(texts, np.ndarray) else texts
+  if not isinstance(texts, (list, tuple)) or not all(
+    isinstance(text, str) for text in texts
+  ):
+    raise UserError(
+      f"column 'answers' holds {shown(answers)}; expected a list of texts, or"
+      ' {"text": [...], "answer_start": [...]}'
+    )
+  return list(texts)
 
 
 def first_answer(row: Row, context: str) -> tuple[int, int] | None:
@@ -253,12 +304,22 @@ def first_answer(row: Row, context: str) -> tuple[int, int] | None:
     return None
   text, answers = texts[0], row["answers"]
   begin = -1
-  if isinstance(answers, dict) and len(answers.get("answer_start", ())):
-    begin = int(answers["answer_start"][0])
+  starts = ()
+  if isinstance(answers, Mapping) and answers.get("answer_start") is not None:
+    starts = answers["answer_start"]
+    if not isinstance(starts, (list, tuple, np.ndarray)):
+      raise UserError(f"answer_start holds {shown(starts)}, not a list")
+  if len(starts):
+    begin = int(number_of(starts[0], "answer_start"))
+    if begin < -1 or begin > len(context):
+      raise UserError(
+        f"answer_start {begin} is outside of its context of {len(context)}"
+        " characters"
+      )
   if begin < 0 or context[begin : begin + len(text)] != text:
     begin = context.find(text)
   if begin < 0 or not text.strip():
-    raise UserError(f"answer {text!r} is not in its context")
+    raise UserError(f"answer {shown(text)} is not in its context")
   return begin, begin + len(text)
 
 
@@ -277,7 +338,7 @@ def squad(row: Row) -> Row:
     "inputs": _collapse_spaces(f"question: {question} context: {context}"),
     "targets": answers[0],
     "answers": answers,
-    "id": str(row.get("id", "")),
+    "id": "" if row.get("id") is None else text_of(row, "id"),
   }
 
 
@@ -299,9 +360,13 @@ def translate(source: str, target: str) -> RowFn:
 
   def format_row(row: Row) -> Row:
     pair = row.get("translation", row)
+    if not isinstance(pair, Mapping):
+      raise UserError(
+        f"column 'translation' holds {shown(pair)}, not a text a language"
+      )
     return {
-      "inputs": (f"translate {names[0]} to {names[1]}: {column(pair, source)}"),
-      "targets": column(pair, target),
+      "inputs": f"translate {names[0]} to {names[1]}: {text_of(pair, source)}",
+      "targets": text_of(pair, target),
     }
 
   return format_row
@@ -313,7 +378,7 @@ def summarize(article: str, summary: str) -> RowFn:
   def format_row(row: Row) -> Row:
     return {
       "inputs": f"summarize: {text_of(row, article)}",
-      "targets": column(row, summary),
+      "targets": text_of(row, summary),
     }
 
   return format_row

@@ -64,7 +64,19 @@ TEXT_TO_TEXT = {
 _SKIP = ". (skip_bad_rows = True leaves such rows out)"
 
 
-class _Located:
+def files_of(task: seqio.Task | seqio.Mixture) -> list[str]:
+  """The local files of a task, or of a mixture's tasks."""
+  found: list[str] = []
+  for part in seqio.get_subtasks(task):
+    if isinstance(part.source, SeqioSource):
+      for files in part.source.rows_source.splits.values():
+        # Sources of other kinds have names or functions there.
+        paths = files.values() if isinstance(files, Mapping) else files
+        found += [] if isinstance(files, str) or callable(files) else paths
+  return found
+
+
+class Located:
   """Rows that know their place, in split ROWS."""
 
   def __init__(self, rows: Callable[[], Iterable[LocatedRow]]):
@@ -134,7 +146,7 @@ class SeqioSource(seqio.DataSource):
 
   def asking(self, rows: Callable[[], Iterable[LocatedRow]]) -> SeqioSource:
     """This source with questions in the place of its rows, in split ROWS."""
-    return SeqioSource(_Located(rows), self.question, self._signature)
+    return SeqioSource(Located(rows), self.question, self._signature)
 
   @property
   def supports_arbitrary_sharding(self) -> bool:
@@ -159,10 +171,15 @@ class SeqioSource(seqio.DataSource):
           text = example.get(key)
           if isinstance(text, str) and not text.strip():
             raise UserError(f"{key} is empty")
-      except UserError as e:
+          if isinstance(text, str):
+            text.encode("utf-8")
+      except (UserError, UnicodeEncodeError) as e:
         if not self._skip_bad_rows:
+          reason = str(e)
+          if isinstance(e, UnicodeEncodeError):
+            reason = "half a character (a lone surrogate)"
           hint = "" if split == ROWS else _SKIP
-          raise UserError(f"{where}: {e}{hint}") from None
+          raise UserError(f"{where}: {reason}{hint}") from None
         skipped += 1
         continue
       count += 1

@@ -2,204 +2,35 @@
 
 A source yields plain Python dictionaries. What a task does with a row (see
 preprocessors.py) is plain Python too; TensorFlow begins after it, with SeqIO.
+How files are read is in files.py and formats.py.
 """
 
 from __future__ import annotations
 
-import bz2
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-import csv
 import functools
 import glob
-import gzip
 import hashlib
-import json
-import lzma
 import os
 from typing import Any
 
 import numpy as np
 
+from fat5_jax.data.files import (
+  LocatedRow,
+  Row,
+  expand,
+  file_record,
+  listed,
+  located,
+  read_lines,
+  shown,
+  split_suffix,
+)
+from fat5_jax.data.formats import check_columns, read_file
 from fat5_jax.errors import UserError, nearest
 
-_OPENERS = {".gz": gzip.open, ".xz": lzma.open, ".bz2": bz2.open}
-
-Row = dict[str, Any]
-LocatedRow = tuple[str, Row]
 RowFn = Callable[[Row], Row]
-
-
-def split_suffix(path: str) -> tuple[str, Callable]:
-  """(format suffix, opener) of a possibly compressed file."""
-  base, suffix = os.path.splitext(path)
-  if suffix in _OPENERS:
-    return os.path.splitext(base)[1], _OPENERS[suffix]
-  return suffix, open
-
-
-def _located(path: str, number: int) -> str:
-  return f"{path}, row {number}"
-
-
-def read_lines(path: str, opener) -> Iterator[tuple[int, str]]:
-  """(1-based line number, text), without byte-order mark and line ends."""
-  with opener(path, "rb") as file:
-    for number, line in enumerate(file, 1):
-      try:
-        text = line.decode("utf-8-sig" if number == 1 else "utf-8")
-      except UnicodeDecodeError as e:
-        raise UserError(
-          f"{_located(path, number)}: not valid UTF-8 ({e.reason} at byte"
-          f" {e.start}); convert the file to UTF-8"
-        ) from None
-      yield number, text.rstrip("\r\n")
-
-
-def _read_jsonl(path: str, opener) -> Iterator[LocatedRow]:
-  for number, line in read_lines(path, opener):
-    where = _located(path, number)
-    if not line.strip():
-      raise UserError(f"{where}: empty line")
-    try:
-      row = json.loads(line)
-    except json.JSONDecodeError as e:
-      raise UserError(f"{where}: not valid JSON: {e}") from None
-    if not isinstance(row, dict):
-      raise UserError(f"{where}: expected a JSON object, found {line[:40]!r}")
-    yield where, row
-
-
-def _read_delimited(
-  path: str,
-  opener,
-  delimiter: str,
-  quoting: bool,
-  columns: Sequence[str] | None,
-) -> Iterator[LocatedRow]:
-  lines = read_lines(path, opener)
-  if quoting:
-    # Quoted fields may hold line ends, so the csv reader needs them back.
-    records = csv.reader(
-      (text + "\n" for _, text in lines), delimiter=delimiter
-    )
-    numbered = ((records.line_num, record) for record in records)
-  else:
-    numbered = ((n, text.split(delimiter) if text else []) for n, text in lines)
-  try:
-    for number, record in numbered:
-      where = _located(path, number)
-      if columns is None:
-        columns = record
-        if not any(columns):
-          raise UserError(f"{where}: the header is empty")
-        continue
-      if not record:
-        raise UserError(f"{where}: empty line")
-      if len(record) != len(columns):
-        raise UserError(
-          f"{where}: {len(record)} columns, expected {len(columns)}"
-          f" ({', '.join(columns)})"
-        )
-      yield where, dict(zip(columns, record))
-  except csv.Error as e:
-    raise UserError(f"{path}, row {records.line_num}: {e}") from None
-
-
-def _read_parquet(path: str) -> Iterator[LocatedRow]:
-  import pyarrow as pa
-  from pyarrow import parquet
-
-  try:
-    file = parquet.ParquetFile(path)
-    number = 0
-    for batch in file.iter_batches():
-      for row in batch.to_pylist():
-        number += 1
-        yield _located(path, number), row
-  except pa.ArrowException as e:
-    raise UserError(f"{path}: not a complete Parquet file: {e}") from None
-
-
-def read_file(
-  path: str,
-  *,
-  columns: Sequence[str] | None = None,
-  quoting: bool | None = None,
-  delimiter: str | None = None,
-) -> Iterator[LocatedRow]:
-  """(place, row) of every row of a TSV, CSV, JSONL or Parquet file.
-
-  Args:
-    path: its ending tells the format: .tsv .csv .jsonl .json .parquet .txt (one
-      column named `text`), all but Parquet also .gz .xz .bz2.
-    columns: names where the file has no header.
-    quoting: whether double quotes group fields; None is yes for CSV, no for
-      TSV.
-    delimiter: between the fields of a TSV or CSV file; None is a tab or a
-      comma, by the ending.
-
-  Raises:
-    UserError: naming file and row, for a missing or unknown file, a row that
-      does not parse, has another number of columns, or is empty.
-  """
-  suffix, opener = split_suffix(path)
-  if not os.path.exists(path):
-    raise UserError(f"{path}: no such data file")
-  if suffix in (".jsonl", ".json"):
-    return _read_jsonl(path, opener)
-  if suffix in (".tsv", ".csv"):
-    is_csv = suffix == ".csv"
-    return _read_delimited(
-      path,
-      opener,
-      delimiter or ("," if is_csv else "\t"),
-      is_csv if quoting is None else quoting,
-      columns,
-    )
-  if suffix == ".parquet":
-    return _read_parquet(path)
-  if suffix == ".txt":
-    return (
-      (_located(path, number), {"text": line})
-      for number, line in read_lines(path, opener)
-    )
-  raise UserError(
-    f"{path}: unknown format {suffix!r}; known are .tsv .csv .jsonl .json"
-    " .parquet .txt"
-  )
-
-
-# Larger files are known by 64 of their parts.
-_WHOLE_HASH_BYTES = 1 << 32
-
-
-def file_record(path: str) -> dict[str, Any]:
-  """What a data file is: where it lies, its size, and a hash of what it holds.
-
-  `path` alone may differ between two records of the same data.
-  """
-  path = os.path.abspath(path)
-  status = os.stat(path)
-  return {
-    "path": path,
-    "bytes": status.st_size,
-    "sha256": _hash(path, status.st_size, status.st_mtime_ns),
-  }
-
-
-@functools.lru_cache(maxsize=1024)
-def _hash(path: str, size: int, changed: int) -> str:
-  """`changed`, a time, only keeps the cache right."""
-  found = hashlib.sha256()
-  with open(path, "rb") as file:
-    if size <= _WHOLE_HASH_BYTES:
-      while block := file.read(1 << 20):
-        found.update(block)
-    else:
-      for part in range(64):
-        file.seek((size - (1 << 20)) * part // 63)
-        found.update(file.read(1 << 20))
-  return found.hexdigest()[:16]
 
 
 def files_record(
@@ -213,26 +44,18 @@ def files_record(
   }
 
 
-def expand(patterns: str | Sequence[str]) -> list[str]:
-  """The files of one or more glob patterns, sorted.
+def split_files(splits: Any) -> dict[str, list[str]]:
+  """The files of every split.
 
   Raises:
-    UserError: if a pattern matches no file.
+    UserError: unless each names some, which are there.
   """
-  files = []
-  for pattern in [patterns] if isinstance(patterns, str) else patterns:
-    # A path is a path first: `data[1].tsv` is also a pattern.
-    if os.path.exists(os.path.expanduser(pattern)):
-      files.append(os.path.expanduser(pattern))
-      continue
-    matches = sorted(glob.glob(os.path.expanduser(pattern), recursive=True))
-    if not matches:
-      raise UserError(
-        f"{pattern}: no such data file"
-        f" (looked from {os.path.abspath(os.curdir)})"
-      )
-    files.extend(matches)
-  return files
+  if not isinstance(splits, Mapping) or not splits:
+    raise UserError(
+      f"splits = {shown(splits)} must name files by split: {{'train':"
+      " 'train.tsv'}"
+    )
+  return {name: expand(patterns) for name, patterns in splits.items()}
 
 
 class Files:
@@ -253,9 +76,31 @@ class Files:
 
     `quoting` and `delimiter`: see `read_file`.
     """
-    if delimiter is not None and len(delimiter) != 1:
-      raise UserError(f"Files: delimiter = {delimiter!r} must be one character")
-    self.splits = {name: expand(pattern) for name, pattern in splits.items()}
+    if delimiter is not None and (
+      not isinstance(delimiter, str)
+      or len(delimiter) != 1
+      or delimiter in '"\r\n'
+    ):
+      raise UserError(
+        f"Files: delimiter = {shown(delimiter)} must be one character, no quote"
+        " or line end"
+      )
+    if quoting not in (None, True, False):
+      raise UserError(
+        f"Files: quoting = {shown(quoting)} must be True or False"
+      )
+    self.splits = split_files(splits)
+    by_split = columns if isinstance(columns, Mapping) else {"": columns}
+    for names in by_split.values():
+      if names is None:
+        continue
+      if not isinstance(names, (list, tuple)) or not all(
+        isinstance(name, str) for name in names
+      ):
+        raise UserError(
+          f"Files: columns = {shown(names)} must be a list of names"
+        )
+      check_columns(names, "Files: columns")
     self._columns, self._quoting = columns, quoting
     self._delimiter = delimiter
 
@@ -308,7 +153,7 @@ def named_splits(
   for split, names in SPLIT_STEMS.items():
     for stem in names:
       for suffix in ("jsonl", "json", "tsv", "csv", "parquet"):
-        pattern = os.path.join(data_dir, f"{stem}*.{suffix}*")
+        pattern = os.path.join(glob.escape(data_dir), f"{stem}*.{suffix}*")
         if split not in found and glob.glob(pattern):
           found[split] = pattern
   if not found:
@@ -327,10 +172,21 @@ class ParallelFiles:
   """
 
   def __init__(self, splits: Mapping[str, Mapping[str, str]]):
-    self.splits = {
-      name: {column: expand(path)[0] for column, path in columns.items()}
-      for name, columns in splits.items()
-    }
+    self.splits = {}
+    for name, columns in splits.items():
+      if not isinstance(columns, Mapping) or not columns:
+        raise UserError(
+          f"ParallelFiles: split {name!r} = {shown(columns)} must name a file a"
+          " column: {'en': 'train.en', 'de': 'train.de'}"
+        )
+      files = {column: expand(path) for column, path in columns.items()}
+      for column, found in files.items():
+        if len(found) > 1:
+          raise UserError(
+            f"ParallelFiles: column {column!r} has {len(found)} files"
+            f" ({listed(found)}); it is one"
+          )
+      self.splits[name] = {column: found[0] for column, found in files.items()}
 
   def rows(self, split: str) -> Iterator[LocatedRow]:
     columns = self.splits[split]
@@ -348,7 +204,7 @@ class ParallelFiles:
             f"{path}: ends after {number - 1} rows, before the files beside it"
           )
       texts = [line[1] for line in lines]
-      yield _located(first, number), dict(zip(columns, texts))
+      yield located(first, number), dict(zip(columns, texts))
 
   def record(self) -> dict[str, Any]:
     files = {split: list(f.values()) for split, f in self.splits.items()}
@@ -596,13 +452,13 @@ def column(row: Row, name: str) -> Any:
       value = value[part]
     elif (
       isinstance(value, Sequence)
-      and not isinstance(value, str)
-      and part.isdigit()
+      and not isinstance(value, (str, bytes))
+      and part.isdecimal()
       and int(part) < len(value)
     ):
       value = value[int(part)]
     else:
       raise UserError(
-        f"no column {name!r}.{nearest(name, row)} Columns: {', '.join(row)}"
+        f"no column {name!r}.{nearest(name, row)} Columns: {listed(row)}"
       )
   return value

@@ -3,30 +3,29 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-import json
 import os
 from typing import Any
 
-from fat5_jax.data import sources
+from fat5_jax.data import formats, sources
 from fat5_jax.errors import UserError
 
 
 class SquadFiles:
   """Local files of questions, one or more glob patterns a split.
 
-  `.json` is the official layout of SQuAD 1.1 and 2.0, every other file has a
-  question a row: id, question, context, answers.
+  `.json` (also compressed) is the official layout of SQuAD 1.1 and 2.0, every
+  other file has a question a row: id, question, context, answers.
 
   Attributes:
     splits: split name to files.
   """
 
   def __init__(self, splits: Mapping[str, str | Sequence[str]]):
-    self.splits = {s: sources.expand(p) for s, p in splits.items()}
+    self.splits = sources.split_files(splits)
 
   def rows(self, split: str) -> Iterator[sources.LocatedRow]:
     for path in self.splits[split]:
-      if path.endswith(".json"):
+      if sources.split_suffix(path)[0] == ".json":
         yield from read(path)
       else:
         yield from sources.read_file(path)
@@ -47,13 +46,14 @@ def read(path: str) -> Iterator[sources.LocatedRow]:
   Raises:
     UserError: if the file is not of that layout.
   """
+  found = formats.read_json(path)
+  place = path
   try:
-    with open(path, encoding="utf-8") as file:
-      articles = json.load(file)["data"]
-    for article in articles:
-      for paragraph in article["paragraphs"]:
-        for qa in paragraph["qas"]:
-          answers = qa["answers"]
+    for article in _list(found, "data"):
+      for paragraph in _list(article, "paragraphs"):
+        for qa in _list(paragraph, "qas"):
+          place = f"{path}, question {sources.shown(qa['id'])}"
+          answers = _list(qa, "answers")
           row = {
             "id": qa["id"],
             "question": qa["question"],
@@ -63,9 +63,22 @@ def read(path: str) -> Iterator[sources.LocatedRow]:
               "answer_start": [answer["answer_start"] for answer in answers],
             },
           }
-          yield f"{path}, question {qa['id']}", row
-  except (json.JSONDecodeError, KeyError, TypeError) as e:
-    raise UserError(f"{path}: not an official SQuAD file: {e!r}") from None
+          yield f"{path}, question {sources.listed([qa['id']])}", row
+  except (KeyError, TypeError, UserError) as e:
+    reason = str(e)
+    if isinstance(e, KeyError):
+      reason = f"no key {e}"
+    elif isinstance(e, TypeError):
+      reason = "a value where an object with keys belongs"
+    raise UserError(f"{place}: not an official SQuAD file: {reason}") from None
+
+
+def _list(value: Any, key: str) -> list[Any]:
+  """The list that an object has under a key."""
+  found = value[key]
+  if not isinstance(found, list):
+    raise UserError(f"{key!r} is {sources.shown(found)}, no list")
+  return found
 
 
 def source(data_dir: str | None) -> Any:

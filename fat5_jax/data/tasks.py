@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 import functools
+import glob as glob_lib
 import os
 from typing import Any
 
@@ -62,6 +63,7 @@ def _register(
     ),
     preprocessors=[
       seqio.preprocessors.tokenize,
+      features.shorten_text,
       functools.partial(features.count_cut, name=name),
       seqio.preprocessors.append_eos_after_trim,
     ],
@@ -232,7 +234,9 @@ def translation(
   for split, stems in sources.SPLIT_STEMS.items() if data_dir else ():
     for stem in (*stems, "val") if split == "validation" else stems:
       files = {
-        code: sources.glob.glob(os.path.join(data_dir, f"{stem}*.{code}*"))
+        code: glob_lib.glob(
+          os.path.join(glob_lib.escape(data_dir), f"{stem}*.{code}*")
+        )
         for code in pair
       }
       if all(files.values()) and split not in parallel:

@@ -1,0 +1,296 @@
+"""Formats of rows: JSONL, TSV, CSV, Parquet and text, also compressed.
+
+Whatever a file holds, what comes out is its rows, or a UserError that names
+file and row.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+import csv
+import json
+import math
+from typing import Any
+
+from fat5_jax.data.files import (
+  LONGEST_ROW,
+  UNREADABLE,
+  LocatedRow,
+  check_file,
+  listed,
+  located,
+  printable,
+  read_lines,
+  shown,
+  split_suffix,
+  unreadable,
+)
+from fat5_jax.errors import UserError
+
+# Bytes of a JSON file that is read as a whole.
+_LONGEST_JSON = 1 << 30
+# A cell may be a row.
+csv.field_size_limit(LONGEST_ROW)
+
+
+# ---- JSON --------------------------------------------------------------------
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+  found = dict(pairs)
+  if len(found) < len(pairs):
+    raise UserError(f"key {shown(_twice([k for k, _ in pairs]))} twice")
+  return found
+
+
+def _float(text: str) -> float:
+  value = float(text)
+  if not math.isfinite(value):
+    raise UserError(f"the number {text[:40]} is too large")
+  return value
+
+
+def _constant(text: str) -> None:
+  raise UserError(f"{text} is no number; leave the key out, or write null")
+
+
+_DECODER = json.JSONDecoder(
+  object_pairs_hook=_object, parse_float=_float, parse_constant=_constant
+)
+
+
+def parse_json(text: str) -> Any:
+  """The value of a JSON text.
+
+  Raises:
+    UserError: for what is no JSON, or what others read in other ways: a key
+      twice, NaN, numbers and nesting beyond all bounds, half a character.
+  """
+  try:
+    value = _DECODER.decode(text)
+    if "\\ud" in text or "\\uD" in text:
+      json.dumps(value, ensure_ascii=False).encode("utf-8")
+  except json.JSONDecodeError as e:
+    line = f"line {e.lineno}, " if e.lineno > 1 else ""
+    raise UserError(
+      f"not valid JSON: {e.msg} ({line}character {e.colno})"
+    ) from None
+  except RecursionError:
+    raise UserError("not valid JSON: nested too deep") from None
+  except UnicodeEncodeError:
+    raise UserError(
+      "half a character (a lone \\ud800 to \\udfff); write it whole, or leave"
+      " it out"
+    ) from None
+  except UserError:
+    raise
+  except ValueError:
+    raise UserError("a number of too many digits; write it as text") from None
+  return value
+
+
+def read_json(path: str) -> Any:
+  """The value of a whole JSON file.
+
+  Raises:
+    UserError: naming it; see `parse_json`.
+  """
+  check_file(path)
+  try:
+    with split_suffix(path)[1](path, "rb") as file:
+      content = file.read(_LONGEST_JSON + 1)
+  except UNREADABLE as e:
+    raise unreadable(path, 0, e) from None
+  if len(content) > _LONGEST_JSON:
+    raise UserError(
+      f"{path}: larger than {_LONGEST_JSON >> 30} GiB; write a row a line"
+    )
+  try:
+    return parse_json(content.decode("utf-8-sig"))
+  except UnicodeDecodeError:
+    raise UserError(f"{path}: not valid UTF-8; convert it to UTF-8") from None
+  except UserError as e:
+    raise UserError(f"{path}: {e}") from None
+
+
+def _read_jsonl(path: str, opener) -> Iterator[LocatedRow]:
+  for number, line in read_lines(path, opener):
+    where = located(path, number)
+    if not line.strip():
+      raise UserError(f"{where}: empty line")
+    try:
+      row = parse_json(line)
+    except UserError as e:
+      hint = "; a row is one object in one line" if number == 1 else ""
+      raise UserError(f"{where}: {e}{hint}") from None
+    if not isinstance(row, dict):
+      raise UserError(
+        f"{where}: expected a JSON object, found {shown(line)}; a row is one"
+        " object in one line"
+      )
+    yield where, row
+
+
+# ---- TSV and CSV -------------------------------------------------------------
+
+
+def _twice(names: Sequence[str]) -> str | None:
+  """The first name that occurs again."""
+  seen: set[str] = set()
+  for name in names:
+    if name in seen:
+      return name
+    seen.add(name)
+  return None
+
+
+def check_columns(columns: Sequence[str], where: str) -> None:
+  """Raises UserError for a name that two columns have."""
+  again = _twice(columns)
+  if again is not None:
+    raise UserError(
+      f"{where}: two columns are named {shown(again)}; rename or remove one"
+    )
+
+
+def _csv_records(
+  path: str, lines: Iterator[tuple[int, str]], delimiter: str
+) -> Iterator[tuple[int, list[str]]]:
+  # Quoted fields may hold line ends, so the csv reader needs them back.
+  records = csv.reader(
+    (text + "\n" for _, text in lines), delimiter=delimiter, strict=True
+  )
+  begin = 1
+  while True:
+    try:
+      record = next(records, None)
+    except csv.Error as e:
+      raise UserError(
+        f"{located(path, begin)}: its quotes do not pair ({e}); a quote in a"
+        ' quoted field is written "", or set quoting = False'
+      ) from None
+    if record is None:
+      return
+    yield begin, record
+    begin = records.line_num + 1
+
+
+def _read_delimited(
+  path: str,
+  opener,
+  delimiter: str,
+  quoting: bool,
+  columns: Sequence[str] | None,
+) -> Iterator[LocatedRow]:
+  lines = read_lines(path, opener)
+  if quoting:
+    numbered = _csv_records(path, lines, delimiter)
+  else:
+    numbered = ((n, text.split(delimiter) if text else []) for n, text in lines)
+  for number, record in numbered:
+    where = located(path, number)
+    if columns is None:
+      columns = record
+      if not any(columns):
+        raise UserError(f"{where}: the header is empty")
+      check_columns(columns, where)
+      continue
+    if not record:
+      raise UserError(f"{where}: empty line")
+    if len(record) != len(columns):
+      raise UserError(
+        f"{where}: {len(record)} columns, expected {len(columns)}"
+        f" ({listed(columns)})"
+      )
+    yield where, dict(zip(columns, record))
+
+
+# ---- Parquet -----------------------------------------------------------------
+
+# Rows that are in memory at once.
+_PARQUET_ROWS = 1024
+
+
+def _read_parquet(path: str) -> Iterator[LocatedRow]:
+  from pyarrow import parquet
+
+  number = 0
+  try:
+    with parquet.ParquetFile(path) as file:
+      check_columns(file.schema_arrow.names, path)
+      for batch in file.iter_batches(_PARQUET_ROWS):
+        try:
+          rows = iter(batch.to_pylist())
+        except UnicodeDecodeError:
+          # One by one, to find which.
+          rows = (batch.slice(i, 1).to_pylist()[0] for i in range(len(batch)))
+        for row in rows:
+          number += 1
+          yield located(path, number), row
+  except UserError:
+    raise
+  except UnicodeDecodeError as e:
+    raise UserError(
+      f"{located(path, number + 1)}: not valid UTF-8 ({e.reason}); write the"
+      " column as UTF-8"
+    ) from None
+  except Exception as e:  # the library raises a dozen unrelated types
+    where = located(path, number + 1) if number else path
+    reason = (str(e).splitlines() or [type(e).__name__])[0][:160]
+    reason = printable(reason)
+    raise UserError(f"{where}: not a complete Parquet file: {reason}") from None
+
+
+# ---- Any of them -------------------------------------------------------------
+
+
+def read_file(
+  path: str,
+  *,
+  columns: Sequence[str] | None = None,
+  quoting: bool | None = None,
+  delimiter: str | None = None,
+) -> Iterator[LocatedRow]:
+  """(place, row) of every row of a TSV, CSV, JSONL or Parquet file.
+
+  Args:
+    path: its ending tells the format: .tsv .csv .jsonl .json .parquet .txt (one
+      column named `text`), all but Parquet also .gz .xz .bz2.
+    columns: names where the file has no header.
+    quoting: whether double quotes group fields; None is yes for CSV, no for
+      TSV.
+    delimiter: between the fields of a TSV or CSV file; None is a tab or a
+      comma, by the ending.
+
+  Raises:
+    UserError: naming file and row, for a missing, unknown or broken file, a row
+      that does not parse, has another number of columns, or is empty.
+  """
+  suffix, opener = split_suffix(path)
+  check_file(path)
+  if suffix in (".jsonl", ".json"):
+    return _read_jsonl(path, opener)
+  if suffix in (".tsv", ".csv"):
+    is_csv = suffix == ".csv"
+    return _read_delimited(
+      path,
+      opener,
+      delimiter or ("," if is_csv else "\t"),
+      is_csv if quoting is None else quoting,
+      columns,
+    )
+  if suffix == ".parquet":
+    if opener is not open:
+      raise UserError(
+        f"{path}: Parquet compresses by itself; decompress the file"
+      )
+    return _read_parquet(path)
+  if suffix == ".txt":
+    return (
+      (located(path, number), {"text": line})
+      for number, line in read_lines(path, opener)
+    )
+  raise UserError(
+    f"{path}: unknown format {suffix!r}; known are .tsv .csv .jsonl .json"
+    " .parquet .txt"
+  )
