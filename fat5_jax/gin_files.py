@@ -105,6 +105,8 @@ def _read(text: str, where: str) -> _Parsed:
         elif isinstance(value, _Use):
           function = name.split(".")[-1]
           parsed.binds.append((function, argument, str(value)))
+  except (RecursionError, MemoryError):
+    raise UserError(f"{where}: brackets are nested too deep") from None
   except (SyntaxError, tokenize.TokenError) as e:
     line = _line_of(e)
     shown = (text.splitlines() or [""])[min(line, text.count("\n") + 1) - 1]

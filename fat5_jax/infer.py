@@ -99,14 +99,14 @@ def infer(
         f" {hosts.everyone.count} hosts see"
       )
   infer_settings.check(
-    checkpoint_path,
     input,
-    output,
-    output_format,
-    batch_size,
-    max_input_length,
-    max_output_length,
-    use_template,
+    checkpoint_path=checkpoint_path,
+    output=output,
+    output_format=output_format,
+    infer_batch_size=batch_size,
+    max_input_length=max_input_length,
+    max_output_length=max_output_length,
+    use_template=use_template,
   )
   output_file.check(output, [] if input in (None, "-") else [input])
   model, params, own_vocabulary, source = load_model(

@@ -17,6 +17,7 @@ from fat5_jax.errors import UserError
 
 # Steps are int32 on the devices; the rest is beyond any machine.
 _STEPS, _ROWS, _TOKENS = 2**31 - 1, 2**24, 2**24
+MOST_PREDICTED = 2**17
 
 
 class Reference:
@@ -314,13 +315,18 @@ MACROS: dict[str, Macro] = {
     _or_none(_choice("jsonl", "tsv", "glue", "squad", "conll")),
     "None is what OUTPUT ends in",
   ),
-  "INFER_BATCH_SIZE": Macro(_whole(1, _ROWS), "rows at a time"),
+  "INFER_BATCH_SIZE": Macro(_whole(1, 2**16), "rows at a time"),
   "INFER_SPLIT": Macro(_text, "of the task that is predicted"),
   "INFER_VOCABULARY": Macro(
     _or_none(_built), "None is what the checkpoint brings"
   ),
-  "MAX_INPUT_LENGTH": Macro(_or_none(_length), "longer rows are cut there"),
-  "MAX_OUTPUT_LENGTH": Macro(_length, "tokens of a prediction"),
+  # One token is the end of the sequence.
+  "MAX_INPUT_LENGTH": Macro(
+    _or_none(_whole(2, MOST_PREDICTED)), "longer rows are cut there"
+  ),
+  "MAX_OUTPUT_LENGTH": Macro(
+    _whole(1, MOST_PREDICTED), "tokens of a prediction"
+  ),
   "USE_TEMPLATE": Macro(_flag, "ask in the words of the training's task"),
 }
 

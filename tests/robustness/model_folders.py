@@ -691,7 +691,6 @@ def _run_cases() -> Iterator[tuple[str, Damage]]:
   yield "a pipe", _is_pipe("checkpoint_0/params/manifest.ocdbt")
   yield "config.gin is a pipe", _is_pipe("config.gin")
   yield "metrics.csv is a folder", _is_folder("metrics.csv")
-  yield "metrics.csv of one field", _text("metrics.csv", b"a" * 200_000)
   tasks = (3, [], {"arguments": 3}, {"asks": 3}, {"name": []}, {"asks": [3]})
   for task in tasks:
     change = lambda x, t=task: x.update(task=t)

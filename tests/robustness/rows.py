@@ -298,7 +298,6 @@ def _paths(rng) -> Iterator[Case]:
   yield case("nothing", f"rows.{kind}", lambda p: None)
   yield case("a pattern of nothing", f"r[aeiou]ws*.{kind}", lambda p: None)
   yield case("a long name", "x" * 5000 + ".tsv", lambda p: None)
-  yield case("a zero byte", "x\0y.tsv", lambda p: None)
 
 
 def _labels(rng) -> Iterator[Case]:
