@@ -19,7 +19,7 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
-from fat5_jax import checkpoints, trainable
+from fat5_jax import checkpoints, run_record, trainable
 from fat5_jax.convert import (
   formats,
   hf,
@@ -30,7 +30,7 @@ from fat5_jax.convert import (
 )
 from fat5_jax.convert import plain_files as plain_files  # data's too
 from fat5_jax.convert import sentencepiece_file as sentencepiece_file
-from fat5_jax.errors import UserError, nearest
+from fat5_jax.errors import UserError
 from fat5_jax.models.config import T5Config
 from fat5_jax.optimizers import AdafactorState
 from fat5_jax.sharding import Partitioner, put_parts
@@ -121,7 +121,7 @@ def own_head_record(source: Source) -> dict[str, Any] | None:
   (models.factory.own_head)."""
   if source.kind != "fat5":
     return None
-  found = read_record(source.run_dir).get("own_head")
+  found = run_record.read(source.run_dir).get("own_head")
   if found is not None and not (
     isinstance(found, dict) and isinstance(found.get("module"), str)
   ):
@@ -130,37 +130,6 @@ def own_head_record(source: Source) -> dict[str, Any] | None:
       " no module"
     )
   return found
-
-
-def read_record(run_dir: str) -> dict[str, Any]:
-  """What a run folder's model.json says, as far as it is what it should be.
-
-  Raises:
-    UserError: if it is missing, damaged, or of an unknown kind.
-  """
-  path = os.path.join(run_dir, "model.json")
-  if not os.path.lexists(path):
-    raise UserError(f"{run_dir}: model.json is missing")
-  found = plain_files.read_json(path)
-  if not isinstance(found.get("model"), dict):
-    raise UserError(f"{path}: no description of a model in it")
-  return found
-
-
-def _recorded_config(run_dir: str) -> T5Config:
-  path = os.path.join(run_dir, "model.json")
-  model = read_record(run_dir)["model"]
-  known = {field.name for field in dataclasses.fields(T5Config)}
-  for name in model:
-    if name not in known:
-      raise UserError(
-        f"{path}: model has a field {name[:80]!r}, which this version of"
-        f" fat5_jax does not know.{nearest(name[:80], known)}"
-      )
-  try:
-    return T5Config(**model)
-  except (TypeError, ValueError) as e:
-    raise UserError(f"{path}: {e}") from None
 
 
 def read_config(source: Source) -> T5Config:
@@ -184,9 +153,10 @@ def open_params(
   Layers are unstacked. `without_decoder` leaves the decoder out, unread.
   """
   if source.kind == "fat5":
-    config = _recorded_config(source.run_dir)
+    config = run_record.read_config(source.run_dir)
     leaves = orbax_files.read_item(os.path.join(source.path, "params"))
-    _check_recorded(config, leaves, source)
+    own_head = own_head_record(source) is not None
+    run_record.check_tensors(config, leaves, source.path, own_head)
   else:
     config, leaves = formats.open_model(
       source.kind,
@@ -197,30 +167,6 @@ def open_params(
   if without_decoder:
     leaves = {k: leaf for k, leaf in leaves.items() if k[0] != "decoder"}
   return config, leaves
-
-
-def _check_recorded(
-  config: T5Config, leaves: table.Leaves, source: Source
-) -> None:
-  """Raises UserError unless the tensors are those of a run's model.json."""
-  where = source.path
-  name = "/".join
-  table.check_layers(config, len(leaves), where)
-  table.check_floats({name(k): leaf for k, leaf in leaves.items()}, where)
-  if own_head_record(source) is not None:
-    return  # Whose tensors only its module knows.
-  plain = config.replace(lora=None)
-  shapes = {row.path: row.shape for row in hf.rows(plain)}
-  for (*path, last), shape in list(shapes.items()):
-    if last == "kernel" and config.lora and config.lora.applies_to(name(path)):
-      shapes[*path, "lora_a"] = (shape[0], config.lora.rank)
-      shapes[*path, "lora_b"] = (config.lora.rank, shape[1])
-  table.check_names(map(name, shapes), map(name, leaves), where)
-  table.check_shapes(
-    {name(k): shape for k, shape in shapes.items()},
-    {name(k): leaf.shape for k, leaf in leaves.items()},
-    where,
-  )
 
 
 # What a language model's checkpoint does not have, and a head has.
