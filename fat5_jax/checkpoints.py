@@ -16,7 +16,6 @@ import dataclasses
 import functools
 import glob
 import itertools
-import json
 import logging
 import os
 import re
@@ -33,10 +32,9 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 from fat5_jax import console, integrity
-from fat5_jax.convert import orbax_files, plain_files
-from fat5_jax.errors import UserError, nearest
+from fat5_jax.convert import orbax_files
+from fat5_jax.errors import UserError
 from fat5_jax.models import layer_stack
-from fat5_jax.models.config import T5Config
 from fat5_jax.sharding import Partitioner, put_parts
 
 logger = logging.getLogger("fat5_jax")
@@ -45,11 +43,6 @@ STEP_FOLDER = re.compile(r"checkpoint_(\d+)$")
 _SCRATCH = ".writing-"
 _UNFINISHED = re.compile(r"checkpoint_\d+\.orbax-checkpoint-tmp")
 _DAMAGED = "damaged"
-# Of model.json; raised when a reader of before would misread it.
-FORMAT = 1
-_MODEL_JSON = {
-  *("format", "model", "vocabulary", "random_seed", "task", "own_head", "base")
-}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -200,95 +193,6 @@ def prepare_model_dir(model_dir: str) -> str:
       " with --gin.MODEL_DIR=..."
     ) from None
   return model_dir
-
-
-def read_model_json(folder: str) -> dict[str, Any] | None:
-  """The contents of a run folder's model.json, or None where there is none.
-
-  Raises:
-    UserError: if it is damaged, or says what this version does not know.
-  """
-  path = os.path.join(folder, "model.json")
-  if not os.path.lexists(path):
-    return None
-  found = plain_files.read_json(path)
-  if not isinstance(found.get("model"), dict):
-    raise UserError(f"{path} describes no model")
-  # What was written before there were numbers is of the first format.
-  number = found.get("format", 1)
-  unknown = sorted({*found} - _MODEL_JSON)
-  if number != FORMAT or unknown:
-    what = f"field {unknown[0]!r}" if unknown else f"format {number!r}"
-    raise UserError(
-      f"{path} has {what}, which this fat5_jax does not know: a newer one wrote"
-      " it, or it was edited"
-    )
-  return found
-
-
-def read_config(folder: str) -> T5Config | None:
-  """The T5Config in a run folder's model.json, or None where there is none.
-
-  Raises:
-    UserError: as read_model_json, and for a config that no model can have.
-  """
-  found = read_model_json(folder)
-  if found is None:
-    return None
-  where, known = f"{folder}/model.json", dataclasses.fields(T5Config)
-  names = [field.name for field in known]
-  for name in found["model"]:
-    if name not in names:
-      raise UserError(
-        f"{where}: model has a field {name[:80]!r}, which this fat5_jax does"
-        f" not know.{nearest(name[:80], names)}"
-      )
-  try:
-    return T5Config(**found["model"])
-  except (TypeError, ValueError) as e:
-    reason = str(e).removeprefix("T5Config.__init__() ")
-    raise UserError(f"{where}: model: {reason}") from None
-
-
-def check_same_model(model_dir: str, config: T5Config) -> None:
-  """Raises UserError if the folder holds a run of another architecture."""
-  found = read_config(model_dir)
-  if found is None:
-    return
-  before, now = found.architecture(), config.architecture()
-  lines = [
-    f"  - {key} = {before[key]!r}\n  + {key} = {now[key]!r}"
-    for key in now
-    if before[key] != now[key]
-  ]
-  labels = [
-    c.head.label_names if c.head is not None else () for c in (found, config)
-  ]
-  if labels[0] != labels[1]:
-    lines.append(f"  - labels = {labels[0]!r}\n  + labels = {labels[1]!r}")
-  if lines:
-    raise UserError(
-      f"MODEL_DIR {model_dir} holds a different model (- there, + asked"
-      " for):\n" + "\n".join(lines) + "\nUse another --gin.MODEL_DIR=..."
-    )
-
-
-def write_model_json(
-  model_dir: str,
-  config: T5Config,
-  vocabulary: dict[str, Any] | None,
-  **more: Any,
-) -> None:
-  """Records what a reader of the checkpoints needs to know."""
-  value = {
-    "format": FORMAT,
-    "model": dataclasses.asdict(config),
-    "vocabulary": vocabulary,
-    **more,
-  }
-  write_atomically(
-    os.path.join(model_dir, "model.json"), json.dumps(value, indent=2) + "\n"
-  )
 
 
 def steps(model_dir: str) -> list[int]:

@@ -24,6 +24,7 @@ from fat5_jax import (
   predictions,
   row_batches,
   run_folder,
+  run_record,
   weights,
 )
 from fat5_jax.data import features, pipeline, seqio_source, tasks
@@ -287,7 +288,7 @@ def load_model(
     ):
       vocabulary = vocabularies.from_hf(source.run_dir)
   else:
-    found = checkpoints.read_model_json(source.run_dir) or {}
+    found = run_record.read_or_none(source.run_dir) or {}
     if found.get("vocabulary"):
       vocabulary = vocabularies.load(found["vocabulary"], source.run_dir)
   return model, params, vocabulary, source

@@ -10,7 +10,7 @@ from typing import Any
 
 import seqio
 
-from fat5_jax import checkpoints, console, weights
+from fat5_jax import console, run_record, weights
 from fat5_jax.data import features, pipeline, records, seqio_source, sources
 from fat5_jax.errors import UserError
 
@@ -22,7 +22,7 @@ def check_same_task(
 
   What its labels mean, its metrics and its curves are those of one task.
   """
-  found = checkpoints.read_model_json(model_dir) or {}
+  found = run_record.read_or_none(model_dir) or {}
   before = found.get("task")
   if before is None:
     return
@@ -45,7 +45,7 @@ def base_of(
 ) -> str | None:
   """The checkpoint that a run started from, as recorded then."""
   if own_step is not None:
-    return (checkpoints.read_model_json(model_dir) or {}).get("base")
+    return (run_record.read_or_none(model_dir) or {}).get("base")
   return initial_path and os.path.abspath(os.path.expanduser(initial_path))
 
 
@@ -142,7 +142,7 @@ def own_task(source: weights.Source) -> dict[str, Any] | None:
   """The record of the task that a run was trained on (data/records.py)."""
   if source.kind != "fat5":
     return None
-  return (checkpoints.read_model_json(source.run_dir) or {}).get("task")
+  return (run_record.read_or_none(source.run_dir) or {}).get("task")
 
 
 def example(task: seqio.Task | seqio.Mixture) -> tuple[tuple[str, ...], str]:

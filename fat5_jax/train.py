@@ -35,6 +35,7 @@ from fat5_jax import (
   metrics,
   run_folder,
   run_lock,
+  run_record,
   steps,
   weights,
 )
@@ -197,7 +198,7 @@ def train(
   with contextlib.ExitStack() as opened:
     if jax.process_index() == 0:
       opened.enter_context(run_lock.held(model_dir))
-    checkpoints.check_same_model(model_dir, config)
+    run_record.check_same_model(model_dir, config)
     record = train_dataset_cfg.record()
     run_folder.check_same_task(model_dir, record, own_head)
     _check_shared(model_dir)
@@ -307,7 +308,7 @@ def train(
 
     text_side = "inputs" if features.label_feature(task) else "targets"
     vocabulary = task.output_features[text_side].vocabulary
-    checkpoints.write_model_json(
+    run_record.write(
       model_dir,
       config,
       vocabularies.save(vocabulary, model_dir),

@@ -19,7 +19,7 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
-from fat5_jax import checkpoints, integrity, trainable
+from fat5_jax import checkpoints, integrity, run_record, trainable
 from fat5_jax.convert import (
   formats,
   hf,
@@ -122,7 +122,7 @@ def own_head_record(source: Source) -> dict[str, Any] | None:
   (models.factory.own_head)."""
   if source.kind != "fat5":
     return None
-  found = read_record(source.run_dir).get("own_head")
+  found = run_record.read(source.run_dir).get("own_head")
   if found is not None and not (
     isinstance(found, dict) and isinstance(found.get("module"), str)
   ):
@@ -130,18 +130,6 @@ def own_head_record(source: Source) -> dict[str, Any] | None:
       f"{source.run_dir}/model.json: own_head is {str(found)[:80]!r}, and names"
       " no module"
     )
-  return found
-
-
-def read_record(run_dir: str) -> dict[str, Any]:
-  """What a run folder's model.json says.
-
-  Raises:
-    UserError: if it is missing, damaged, or of an unknown kind.
-  """
-  found = checkpoints.read_model_json(run_dir)
-  if found is None:
-    raise UserError(f"{run_dir}: model.json is missing")
   return found
 
 
@@ -166,11 +154,10 @@ def open_params(
   Layers are unstacked. `without_decoder` leaves the decoder out, unread.
   """
   if source.kind == "fat5":
-    config = checkpoints.read_config(source.run_dir)
-    if config is None:
-      raise UserError(f"{source.run_dir}: model.json is missing")
+    config = run_record.read_config(source.run_dir)
     leaves = orbax_files.read_item(os.path.join(source.path, "params"))
-    _check_recorded(config, leaves, source)
+    own_head = own_head_record(source) is not None
+    run_record.check_tensors(config, leaves, source.path, own_head)
   else:
     config, leaves = formats.open_model(
       source.kind,
@@ -181,30 +168,6 @@ def open_params(
   if without_decoder:
     leaves = {k: leaf for k, leaf in leaves.items() if k[0] != "decoder"}
   return config, leaves
-
-
-def _check_recorded(
-  config: T5Config, leaves: table.Leaves, source: Source
-) -> None:
-  """Raises UserError unless the tensors are those of a run's model.json."""
-  where = source.path
-  name = "/".join
-  table.check_layers(config, len(leaves), where)
-  table.check_floats({name(k): leaf for k, leaf in leaves.items()}, where)
-  if own_head_record(source) is not None:
-    return  # Whose tensors only its module knows.
-  plain = config.replace(lora=None)
-  shapes = {row.path: row.shape for row in hf.rows(plain)}
-  for (*path, last), shape in list(shapes.items()):
-    if last == "kernel" and config.lora and config.lora.applies_to(name(path)):
-      shapes[*path, "lora_a"] = (shape[0], config.lora.rank)
-      shapes[*path, "lora_b"] = (config.lora.rank, shape[1])
-  table.check_names(map(name, shapes), map(name, leaves), where)
-  table.check_shapes(
-    {name(k): shape for k, shape in shapes.items()},
-    {name(k): leaf.shape for k, leaf in leaves.items()},
-    where,
-  )
 
 
 # What a language model's checkpoint does not have, and a head has.
@@ -530,6 +493,6 @@ def write_params(
     description = None
     if vocabulary is not None:
       description = vocabularies.save(vocabulary, folder)
-    checkpoints.write_model_json(folder, config, description)
+    run_record.write(folder, config, description)
     integrity.write(target)
     os.rename(target, final)

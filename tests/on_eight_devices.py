@@ -11,7 +11,7 @@ import numpy as np
 import optax
 import pytest
 
-from fat5_jax import checkpoints, optimizers, weights
+from fat5_jax import checkpoints, optimizers, run_record, weights
 from fat5_jax.convert import table
 from fat5_jax.errors import UserError
 from fat5_jax.models import factory, layer_stack, partitioning
@@ -387,7 +387,7 @@ def test_weights_from_disk_lie_where_the_run_wants_them(tmp_path):
   saver.save(0, state.params, state.opt_state, {})
   saver.wait()
   saver.close()
-  checkpoints.write_model_json(str(tmp_path), config, None)
+  run_record.write(str(tmp_path), config, None)
   partitioner = Partitioner(mesh=MESHES["2x2x2"])
   abstract = Program(program.model, partitioner, ADAMW).abstract_state
   params, _, fresh = weights.initial_params(

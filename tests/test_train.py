@@ -14,7 +14,7 @@ import jax
 import numpy as np
 import pytest
 
-from fat5_jax import checkpoints, cli, metrics, weights
+from fat5_jax import checkpoints, cli, metrics, run_record, weights
 from fat5_jax.convert import table
 
 TINY = """
@@ -354,7 +354,7 @@ def test_a_model_dir_of_another_model(fails, folder):
 
   os.makedirs(folder / "run")
   other = T5Config(vocab_size=384, emb_dim=24)
-  checkpoints.write_model_json(str(folder / "run"), other, None)
+  run_record.write(str(folder / "run"), other, None)
   before = (folder / "run" / "model.json").read_text()
   message = fails(*TRAIN)
   assert "- emb_dim = 24" in message and "+ emb_dim = 16" in message

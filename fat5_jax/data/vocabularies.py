@@ -109,7 +109,7 @@ def of_checkpoint(path: str) -> seqio.Vocabulary:
   source = weights.find(path)
   if source.kind != "fat5":
     return from_hf(source.run_dir)
-  found = weights.read_record(source.run_dir)
+  found = weights.run_record.read(source.run_dir)
   if found.get("vocabulary") is None:
     raise OtherTokenizerError(
       f"{source.run_dir}: model.json names no vocabulary; set VOCABULARY in gin"

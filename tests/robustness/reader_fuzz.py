@@ -14,9 +14,10 @@ import time
 
 import model_folders
 import torch_files
+import whole_folders
 
 TENSORS = ("bin", "safetensors", "t5x", "zarr", "run")
-JSON = ("safetensors", "zarr", "run", *model_folders.OTHER_KINDS)
+JSON = ("safetensors", "zarr", "run", *whole_folders.OTHER_KINDS)
 KINDS = (*TENSORS, *(f"json of {kind}" for kind in JSON))
 _NAME = "encoder.block.0.layer.0.SelfAttention.q.weight"
 
@@ -26,15 +27,15 @@ class _Fuzzed:
 
   def __init__(self, kind: str, folder: pathlib.Path):
     self._kind, self._folder = kind, folder
-    model_folders.make(kind, folder)
+    whole_folders.make(kind, folder)
     self._files = {
       path: path.read_bytes()
       for path in folder.rglob("*")
       if path.is_file() and path.suffix != ".json"
     }
     self._changed: list[pathlib.Path] = []
-    arrays = dict(list(model_folders.tensors().items())[:3])
-    self._arrays = {_NAME: model_folders.tensors()[_NAME], **arrays}
+    arrays = dict(list(whole_folders.tensors().items())[:3])
+    self._arrays = {_NAME: whole_folders.tensors()[_NAME], **arrays}
     self._pickle = torch_files.pickled(torch_files.records(self._arrays))
 
   def mutate(self, rng: random.Random) -> None:
@@ -95,7 +96,7 @@ class _FuzzedJson:
   """A folder of a kind; `mutate` changes values in one of its JSON files."""
 
   def __init__(self, kind: str, folder: pathlib.Path):
-    model_folders.make(kind, folder)
+    whole_folders.make(kind, folder)
     self._folder = folder / "it" if kind == "peft" else folder
     self._files = {
       path: path.read_text()

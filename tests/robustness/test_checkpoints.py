@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from zygote import ROOT
 
-from fat5_jax import checkpoints, integrity, run_lock
+from fat5_jax import checkpoints, integrity, run_lock, run_record
 from fat5_jax.errors import UserError
 
 STEPS = (3, 6)
@@ -181,7 +181,7 @@ def test_what_a_full_disk_refuses_is_one_line_with_the_last_good_step(
 def test_a_model_json_of_another_kind_is_one_line(tmp_path, text, told):
   (tmp_path / "model.json").write_text(text)
   with pytest.raises(UserError, match="model.json") as e:
-    checkpoints.read_config(str(tmp_path))
+    run_record.read_config(str(tmp_path))
   [line] = str(e.value).splitlines()
   assert told in line
 

@@ -12,6 +12,7 @@ import model_folders
 import pytest
 import reader_fuzz
 import safetensors.numpy
+import whole_folders
 
 # Beyond what the process had: the folders are of kilobytes, an eager jax isn't.
 MOST_MIB = 400
@@ -25,8 +26,8 @@ BESIDE = {"spiece.model": "mine", "away.safetensors": ""}
 def whole(tmp_path_factory):
   """A valid folder of every kind."""
   root = tmp_path_factory.mktemp("whole")
-  for kind in model_folders.KINDS:
-    model_folders.make(kind, root / kind)
+  for kind in whole_folders.KINDS:
+    whole_folders.make(kind, root / kind)
   return root
 
 
@@ -113,14 +114,14 @@ def test_a_broken_folder_is_refused_by_infer(zygote, whole, seed, tmp_path):
   report(problems, len(cases), seed)
 
 
-@pytest.mark.parametrize("kind", model_folders.KINDS)
+@pytest.mark.parametrize("kind", whole_folders.KINDS)
 def test_a_whole_folder_is_converted(kind, zygote, whole, tmp_path):
   arguments = [str(whole / kind), "dest", "--no_transformers"]
   outcome = zygote.run("convert", arguments, str(tmp_path), seconds=60)
   assert outcome.status == 0, outcome.stderr
   if kind == "run":
     found = safetensors.numpy.load_file(tmp_path / "dest/model.safetensors")
-    assert found.keys() == model_folders.tensors().keys()
+    assert found.keys() == whole_folders.tensors().keys()
 
 
 def test_links_of_the_hubs_cache_are_read(zygote, whole, tmp_path):
@@ -186,7 +187,7 @@ def test_a_link_in_the_destination_is_not_followed(whole, tmp_path):
   vocabularies.save(vocabulary, str(tmp_path / "run"))
   assert (tmp_path / "mine").read_text() == "mine"
   written = (tmp_path / "run" / "spiece.model").read_bytes()
-  assert written == model_folders.spiece()
+  assert written == whole_folders.spiece()
 
 
 @pytest.mark.parametrize("kind", reader_fuzz.KINDS)
