@@ -81,7 +81,7 @@ class _Signals:
 
   def _insist(self, number: int) -> None:
     time.sleep(PATIENCE_SECONDS)
-    if not self.finishes:
+    if not self.finishes and _signals is self:
       _leave(number)
 
   def close(self) -> None:

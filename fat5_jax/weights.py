@@ -28,8 +28,6 @@ from fat5_jax.convert import (
   t5x,
   table,
 )
-from fat5_jax.convert import plain_files as plain_files  # data's too
-from fat5_jax.convert import sentencepiece_file as sentencepiece_file
 from fat5_jax.errors import UserError
 from fat5_jax.models.config import T5Config
 from fat5_jax.optimizers import AdafactorState

@@ -16,8 +16,8 @@ from typing import Any
 
 import seqio
 
+from fat5_jax.convert import plain_files, sentencepiece_file
 from fat5_jax.errors import UserError
-from fat5_jax.weights import plain_files, sentencepiece_file
 
 
 class OtherTokenizerError(UserError):

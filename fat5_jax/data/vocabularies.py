@@ -8,10 +8,10 @@ from typing import Any
 import seqio
 
 from fat5_jax import weights
+from fat5_jax.convert import plain_files, sentencepiece_file
 from fat5_jax.data import tokenizer_json
 from fat5_jax.data.tokenizer_json import OtherTokenizerError
 from fat5_jax.errors import UserError
-from fat5_jax.weights import plain_files, sentencepiece_file
 
 # More than any model has; each costs memory.
 _MOST_EXTRA_IDS = 100_000
