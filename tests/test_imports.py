@@ -75,8 +75,9 @@ def imports(path):
     if isinstance(node, ast.Import):
       yield from (alias.name for alias in node.names)
     elif isinstance(node, ast.ImportFrom) and node.module:
-      if node.module == "fat5_jax":
-        yield from (f"fat5_jax.{alias.name}" for alias in node.names)
+      if node.module.split(".")[0] == "fat5_jax":
+        # What is imported from a package may be a module of it.
+        yield from (f"{node.module}.{alias.name}" for alias in node.names)
       else:
         yield node.module
 
