@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 import contextlib
 import dataclasses
+import errno
 import functools
 import glob
 import itertools
@@ -43,6 +44,11 @@ STEP_FOLDER = re.compile(r"checkpoint_(\d+)$")
 _SCRATCH = ".writing-"
 _UNFINISHED = re.compile(r"checkpoint_\d+\.orbax-checkpoint-tmp")
 _DAMAGED = "damaged"
+# What a disk says that takes no more.
+_DISK = (
+  *(errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM),
+  *(errno.EIO, errno.ESTALE, errno.ENOENT, errno.ENOTCONN),
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -275,9 +281,12 @@ def _without_wildcards(folder: str):
 
 def _reason(error: BaseException) -> str:
   if isinstance(error, OSError) and error.strerror:
-    return f"{error.strerror} ({error.filename})"
+    return error.strerror
   text = " ".join(str(error).split()) or type(error).__name__
-  # tensorstore's messages end with where in its source they come from.
+  # tensorstore tells it last, after the names of all that it was writing.
+  for number in _DISK:
+    if os.strerror(number) in text:
+      return os.strerror(number)
   return text.split(" [source locations")[0][:300]
 
 

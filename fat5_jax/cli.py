@@ -217,7 +217,8 @@ def _run(command: str, arguments: list[str]) -> None:
   os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
   logging.basicConfig(format="%(message)s", level=logging.WARNING)
   logging.getLogger("fat5_jax").setLevel(logging.INFO)
-  logging.getLogger("absl").setLevel(logging.ERROR)
+  # orbax logs there, with a traceback, what its caller is told anyway.
+  logging.getLogger("absl").setLevel(logging.CRITICAL)
   with _quiet_stderr():
     import tensorflow  # noqa: F401
 

@@ -129,3 +129,40 @@ def test_a_signal_that_a_callback_swallows_comes_again():
     finally:
       gc.callbacks.remove(callback)
     assert interrupts.ending() == 143
+
+
+@pytest.mark.slow
+def test_a_disk_that_fills_is_a_line_and_the_last_good_step_stays(folder):
+  """A real file system of 1 MB, again and again."""
+  script = """
+    mount -t tmpfs -o size=1m tmpfs small || exit 77
+    for i in 1 2 3; do
+      "$@" > out 2>&1
+      echo "status $?"; tail -1 out; grep -c Traceback out
+      "$PYTHON" "$TOOL" small/run
+    done
+  """
+  (folder / "small").mkdir()
+  flags = ("--gin.MODEL_DIR=small/run", "--gin.KEEP=None")
+  done = subprocess.run(
+    ["unshare", "-rm", "sh", "-c", script, "sh", *command("train", *flags)],
+    cwd=folder,
+    env=ENVIRONMENT
+    | {
+      "PYTHON": sys.executable,
+      "TOOL": os.path.join(ROOT, "tools", "check_checkpoint.py"),
+    },
+    capture_output=True,
+    text=True,
+  )
+  if done.returncode == 77 or "unshare" in done.stderr:
+    pytest.skip(f"no file system of one's own here: {done.stderr.strip()}")
+  lines = done.stdout.splitlines()
+  print(done.stdout)
+  assert lines.count("status 1") == 3 and lines.count("0") == 3
+  told = [line for line in lines if line.startswith("error: ")]
+  assert len(told) == 3
+  for line in told:
+    assert "No space left on device" in line
+    assert "untouched" in line or "no earlier one" in line
+  assert not [line for line in lines if "damaged" in line]
