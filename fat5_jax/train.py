@@ -180,7 +180,8 @@ def train(
   ):
     if dataset_cfg is not None:
       pipeline.check_task(dataset_cfg, config)
-  pipeline.check_rows(train_dataset_cfg)
+      is_evaluation = dataset_cfg is not train_dataset_cfg
+      pipeline.check_rows(dataset_cfg, is_evaluation)
   partitioner.check(
     config,
     train_dataset_cfg.batch_size,

@@ -159,10 +159,10 @@ def _dataset(
   return convert(dataset, config.lengths())
 
 
-def check_rows(config: DatasetConfig) -> None:
-  """Raises UserError unless the split has rows for a batch.
+def check_rows(config: DatasetConfig, evaluation: bool = False) -> None:
+  """Raises UserError unless the split has rows for a batch, and they are fine.
 
-  Reads no more of it than that.
+  Reads no more of it than that. An evaluation needs one.
   """
   task = config.task()
   if isinstance(task, seqio.Mixture) or not isinstance(
@@ -171,6 +171,13 @@ def check_rows(config: DatasetConfig) -> None:
     return
   rows = task.source.examples(config.split)
   count = sum(1 for _ in itertools.islice(rows, config.batch_size))
+  if evaluation:
+    if not count:
+      raise UserError(
+        f"split {config.split!r} of task {task.name!r} has no rows; EVAL_SPLIT"
+        " names another, --gin.EVAL_SPLIT=None trains without an evaluation"
+      )
+    return
   if count < config.batch_size:
     raise UserError(
       f"split {config.split!r} of task {task.name!r} has {count:,} rows, fewer"
