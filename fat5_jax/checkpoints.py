@@ -189,6 +189,11 @@ def prepare_model_dir(model_dir: str) -> str:
       " (gcsfuse, s3fs) on every host and give the folder"
     )
   model_dir = os.path.abspath(os.path.expanduser(model_dir))
+  if "\\" in model_dir:
+    raise UserError(
+      f"MODEL_DIR {model_dir} holds a backslash, which tensorstore takes for a"
+      " slash: choose another with --gin.MODEL_DIR=..."
+    )
   try:
     os.makedirs(model_dir, exist_ok=True)
     with tempfile.TemporaryFile(dir=model_dir):
@@ -224,14 +229,21 @@ def latest_whole(
     UserError: if there are checkpoints, and all are damaged.
   """
   damaged: dict[int, str] = {}
-  for step in reversed(steps(model_dir)):
-    folder = os.path.join(model_dir, f"checkpoint_{step}")
-    reason = integrity.problem(folder, items)
+  found = steps(model_dir)
+  folder_of = lambda step: os.path.join(model_dir, f"checkpoint_{step}")
+  summed = [n for n in found if integrity.has_checksums(folder_of(n))]
+  for step in reversed(found):
+    reason = integrity.problem(folder_of(step), items)
+    if (
+      reason is None and step not in summed and step > min(summed, default=step)
+    ):
+      # One of an older fat5_jax comes before those that have them.
+      reason = f"{integrity.NAME} is missing"
     if reason is None:
       for bad, why in damaged.items():
-        console.say(
-          f"warning: {model_dir}/checkpoint_{bad} is damaged ({why}): passed"
-          f" over for step {step}, the last whole one"
+        _warn_once(
+          f"warning: {folder_of(bad)} is damaged ({why}): passed over for step"
+          f" {step}, the last whole one"
         )
       return step, list(damaged)
     damaged[step] = reason
@@ -244,6 +256,12 @@ def latest_whole(
       " another with --gin.INITIAL_CHECKPOINT_PATH=..., in another MODEL_DIR"
     )
   return None, []
+
+
+@functools.lru_cache
+def _warn_once(text: str) -> None:
+  """A command looks for the latest more than once."""
+  console.say(text)
 
 
 def _put_aside(model_dir: str, step: int) -> None:

@@ -218,7 +218,8 @@ def _run(command: str, arguments: list[str]) -> None:
   logging.basicConfig(format="%(message)s", level=logging.WARNING)
   logging.getLogger("fat5_jax").setLevel(logging.INFO)
   # orbax logs there, with a traceback, what its caller is told anyway.
-  logging.getLogger("absl").setLevel(logging.CRITICAL)
+  for name in ("absl", "asyncio", "concurrent.futures"):
+    logging.getLogger(name).setLevel(logging.CRITICAL)
   with _quiet_stderr():
     import tensorflow  # noqa: F401
 

@@ -42,8 +42,9 @@ def write(folder: str) -> None:
     paths = [os.path.join(folder, name) for name in names]
     found = dict(zip(names, threads.map(_sync_and_sum, paths)))
   path = os.path.join(folder, NAME)
+  value = {"format": _FORMAT, "sum": _sum_of_sums(found), "files": found}
   with open(path, "w", encoding="utf-8") as file:
-    json.dump({"format": _FORMAT, "files": found}, file, indent=1)
+    json.dump(value, file, indent=1)
     file.flush()
     os.fsync(file.fileno())
   for where, _, _ in os.walk(folder):
@@ -80,6 +81,9 @@ def _problem(folder: str, items: tuple[str, ...], stamp: int) -> str | None:
     return _one_line(e)
   if known is None:
     return None
+  for name in _files(folder):
+    if name.split("/")[0] in items and name not in known:
+      return f"{name} has no checksum"
   wanted = {
     name: entry for name, entry in known.items() if name.split("/")[0] in items
   }
@@ -104,6 +108,10 @@ def items_of(folder: str) -> tuple[set[str], bool]:
   there = {x for x in ITEMS if os.path.isdir(os.path.join(folder, x))}
   known = _read(os.path.join(folder, NAME))
   return there | {n.split("/")[0] for n in known or ()}, known is not None
+
+
+def has_checksums(folder: str) -> bool:
+  return os.path.lexists(os.path.join(folder, NAME))
 
 
 def sync_folder(folder: str) -> None:
@@ -183,7 +191,15 @@ def _read(path: str) -> dict[str, dict[str, Any]] | None:
       raise UserError(f"{NAME} names {name!r}, which is not of the checkpoint")
     if not isinstance(entry, dict) or not isinstance(entry.get("bytes"), int):
       raise UserError(f"{NAME} has no sum of {name}")
+  if found.get("sum") != _sum_of_sums(found["files"]):
+    raise UserError(f"{NAME} holds other sums than were written")
   return found["files"]
+
+
+def _sum_of_sums(files: dict[str, Any]) -> str:
+  import xxhash
+
+  return xxhash.xxh3_128_hexdigest(json.dumps(files, sort_keys=True).encode())
 
 
 def _check_structure(folder: str, item: str) -> None:

@@ -46,7 +46,8 @@ def read_item(folder: str) -> Leaves:
     if os.path.exists(os.path.join(folder, "manifest.ocdbt")):
       store = {
         "driver": "ocdbt",
-        "base": f"file://{os.path.abspath(folder)}/",
+        # As parts: in an address, `?` and `%` of a path would mean something.
+        "base": {"driver": "file", "path": os.path.abspath(folder) + "/"},
         "path": f"{name}/",
       }
     else:

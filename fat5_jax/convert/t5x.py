@@ -280,7 +280,7 @@ def _beside(
       driver = "zarr3" if zarr3 else "zarr"
       return _as_bfloat16(orbax_files.array(driver, store, path, stored()))
   if os.path.exists(os.path.join(folder, "manifest.ocdbt")):
-    base = f"file://{os.path.abspath(folder)}/"
+    base = {"driver": "file", "path": os.path.abspath(folder) + "/"}
     store = {"driver": "ocdbt", "base": base, "path": f"{candidates[0]}/"}
     return _as_bfloat16(
       orbax_files.array("zarr", store, f"{folder}: {name}", stored())

@@ -19,6 +19,11 @@ from fat5_jax.errors import UserError
 STEPS = (3, 6)
 
 
+@pytest.fixture(autouse=True)
+def say_again():
+  checkpoints._warn_once.cache_clear()
+
+
 def state(step):
   rng = np.random.default_rng(step)
   array = lambda *shape: jnp.asarray(rng.normal(size=shape), jnp.float32)
@@ -28,7 +33,7 @@ def state(step):
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory):
   """A run folder with two steps. Its name is a pattern to glob."""
-  folder = tmp_path_factory.mktemp("runs") / "of [mine]*"
+  folder = tmp_path_factory.mktemp("runs") / "of [mine]*?%41#|é"
   folder.mkdir()
   config = checkpoints.SaveCheckpointConfig(keep=2)
   with checkpoints.Checkpointer(str(folder), config) as saver:
@@ -95,6 +100,29 @@ def test_any_changed_byte_is_seen(run, seed):
   assert not missed
   integrity._problem.cache_clear()
   assert integrity.problem(step) is None
+
+
+def test_lost_sums_and_files_without_one_are_damage(run):
+  step = os.path.join(run, "checkpoint_6")
+  path = os.path.join(step, integrity.NAME)
+  with open(path) as file:
+    text = file.read()
+  changed = [
+    text.replace("params/", "Params/", 1),
+    '{"format": 1, "files": {}}',
+  ]
+  for other in changed:
+    with open(path, "w") as file:
+      file.write(other)
+    integrity._problem.cache_clear()
+    assert integrity.problem(step)
+  os.unlink(path)
+  integrity._problem.cache_clear()
+  # The one before has them, so this one had.
+  assert checkpoints.latest_whole(run) == (3, [6])
+  os.unlink(os.path.join(run, "checkpoint_3", integrity.NAME))
+  integrity._problem.cache_clear()
+  assert checkpoints.latest_whole(run) == (6, [])
 
 
 def test_where_all_are_damaged_nothing_begins_anew_in_silence(run):
