@@ -336,6 +336,12 @@ def _user_message(error: BaseException) -> str | None:
     return _without_gin_trail(str(error))
   if isinstance(error, ValueError):
     return _user_value_error(error)
+  if isinstance(error, MemoryError):
+    return "not enough memory: a smaller BATCH_SIZE, or NUM_MICROBATCHES"
+  if isinstance(error, RecursionError):
+    frames = traceback.extract_tb(error.__traceback__)
+    if sum("gin_wrapper" in frame.name for frame in frames) > 20:
+      return "what a gin reference builds needs itself: they go in a circle"
   # pallas_kernels says what a chip or jax cannot do; others are bugs.
   message = _without_gin_trail(str(error))
   if isinstance(error, NotImplementedError) and message.startswith(

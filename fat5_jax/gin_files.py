@@ -15,7 +15,7 @@ import re
 import tokenize
 from typing import NamedTuple
 
-from fat5_jax import macros
+from fat5_jax import annotations, macros
 from fat5_jax.errors import UserError, nearest
 import gin
 from gin import config as gin_config
@@ -345,17 +345,27 @@ def _check_values(files: _GinFiles, bindings: list[str]) -> None:
         macros.check(scope, value, _origin(scope, files, bindings))
       continue
     function = selector.split(".")[-1]
-    for parameter, value in values.items():
+    for parameter, bound_to in values.items():
       names = [
         n
         for n in bound.get((function, parameter), [])
         if n in macros.MACROS and not macros.MACROS[n].kind.is_built
       ]
-      value = _value(value, [])
-      if value is gin.REQUIRED:
+      value = _value(bound_to, [])
+      # A macro that is None may be one that the command does not come to use.
+      if value is gin.REQUIRED or (value is None and bound_to is not None):
         continue
+      where = f"{function}.{parameter}"
       if names and not any(macros.MACROS[n].kind.holds(value) for n in names):
-        macros.check(names[0], value, f"{function}.{parameter}")
+        macros.check(names[0], value, where)
+      _check_annotation(selector, parameter, value, where)
+
+
+def _check_annotation(selector: str, parameter: str, value, where: str) -> None:
+  function = gin_config._REGISTRY.get_match(selector).wrapped
+  words = annotations.problem(function, parameter, value)
+  if words is not None:
+    raise UserError(f"{where} = {value!r:.200} must be of type {words}")
 
 
 def _value(value: object, seen: list[str]) -> object:

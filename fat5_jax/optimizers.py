@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+import math
 import types
 from typing import Any, NamedTuple
 
@@ -14,6 +15,7 @@ from fat5_jax import sharding, trainable
 from fat5_jax.errors import UserError, nearest
 
 Schedule = Callable[[jax.Array], jax.Array]
+_BELOW_1 = math.nextafter(1.0, 0.0)
 
 _FACTORS = (
   "constant",
@@ -24,6 +26,18 @@ _FACTORS = (
   "decay_every",
   "cosine_decay",
 )
+
+
+def _check_ranges(**named: tuple[Any, float, float]) -> None:
+  """Raises UserError for a number beyond (value, least, most).
+
+  What is no number (None, a schedule, an HParamMap) has no range.
+  """
+  for name, (value, least, most) in named.items():
+    is_number = isinstance(value, (int, float))
+    if is_number and not least <= value <= most:
+      end = "or more" if math.isinf(most) else f"to {most:g}"
+      raise UserError(f"{name} = {value} must be {least:g} {end}")
 
 
 def create_learning_rate_scheduler(
@@ -53,6 +67,14 @@ def create_learning_rate_scheduler(
   Raises:
     ValueError: for an unknown factor.
   """
+  _check_ranges(
+    base_learning_rate=(base_learning_rate, 0.0, math.inf),
+    warmup_steps=(warmup_steps, 0, 2**31 - 1),
+    decay_factor=(decay_factor, 0.0, math.inf),
+    steps_per_decay=(steps_per_decay, 1, 2**31 - 1),
+    steps_per_cycle=(steps_per_cycle, 1, 2**31 - 1),
+    min_learning_rate=(min_learning_rate, 0.0, math.inf),
+  )
   names = [name.strip() for name in factors.split("*")]
   for name in names:
     if name not in _FACTORS:
@@ -278,6 +300,19 @@ def adafactor(
   rules = None
   if logical_factor_rules is not None:
     rules = _factor_rules(logical_factor_rules)
+  _check_ranges(
+    learning_rate=(learning_rate, 0.0, math.inf),
+    decay_rate=(decay_rate, 0.0, 1.0),
+    step_offset=(step_offset, 0, 2**31 - 1),
+    beta1=(beta1, 0.0, _BELOW_1),
+    clipping_threshold=(clipping_threshold, 0.0, math.inf),
+    min_dim_size_to_factor=(min_dim_size_to_factor, 1, 2**31 - 1),
+    epsilon1=(epsilon1, 0.0, math.inf),
+    epsilon2=(epsilon2, 0.0, math.inf),
+    weight_decay_rate=(weight_decay_rate, 0.0, math.inf),
+    max_parameter_scale=(max_parameter_scale, 0.0, math.inf),
+    global_norm_clip_threshold=(global_norm_clip_threshold, 0.0, math.inf),
+  )
   rate_at = _as_schedule(learning_rate)
   hyper = {
     "decay_rate": decay_rate,
@@ -420,6 +455,14 @@ def adamw(
 
   `learning_rate_multipliers`: see `scale_by_pattern`.
   """
+  _check_ranges(
+    learning_rate=(learning_rate, 0.0, math.inf),
+    b1=(b1, 0.0, _BELOW_1),
+    b2=(b2, 0.0, _BELOW_1),
+    eps=(eps, 0.0, math.inf),
+    weight_decay=(weight_decay, 0.0, math.inf),
+    global_norm_clip_threshold=(global_norm_clip_threshold, 0.0, math.inf),
+  )
   rate_at = _as_schedule(learning_rate)
   inner = optax.chain(
     optax.scale_by_adam(b1=b1, b2=b2, eps=eps),

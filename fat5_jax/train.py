@@ -23,6 +23,7 @@ import sys
 import time
 from typing import Any
 
+from flax import linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -149,6 +150,14 @@ def train(
       infer_eval_dataset_cfg,
     )
   )
+  for name, value, kind in (
+    ("MODEL", model, nn.Module),
+    ("OPTIMIZER", optimizer, optax.GradientTransformation),
+  ):
+    if not isinstance(value, kind):
+      raise UserError(
+        f"{name} builds a {type(value).__name__}: no {kind.__name__}"
+      )
   config = model.config
   try:
     own_head = factory.own_head(model)

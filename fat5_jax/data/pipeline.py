@@ -63,6 +63,16 @@ class DatasetConfig:
   data_dir: str | None = None
 
   def __post_init__(self):
+    wanted = (str, seqio.Task, seqio.Mixture, type(None))
+    for name, value, kinds in (
+      ("MIXTURE_OR_TASK_NAME", self.mixture_or_task_name, wanted),
+      ("VOCABULARY", self.vocabulary, (seqio.Vocabulary, type(None))),
+    ):
+      if not isinstance(value, kinds):
+        raise UserError(
+          f"{name} is a {type(value).__name__}, and must be a"
+          f" {kinds[-2].__name__}"
+        )
     if self.batch_size < 1:
       raise UserError(f"batch_size={self.batch_size} must be at least 1")
     for key, length in (self.task_feature_lengths or {}).items():

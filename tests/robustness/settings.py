@@ -83,6 +83,18 @@ LINES = (
   *("MESH = {'nosuch': 2}", "MESH = {'fsdp': 3}", "MESH = {'data': 7}"),
   *("include 'nosuch.gin'", "include '.'", "import nosuch", "from x import y"),
   *("A = %B\nB = %A\nBATCH_SIZE = %A", "BATCH_SIZE = %BATCH_SIZE"),
+  *("adafactor.learning_rate = -1.0", "adafactor.beta1 = 2.0"),
+  *("adafactor.learning_rate_multipliers = 5", "adafactor.decay_rate = 'x'"),
+  *("adafactor.clipping_threshold = -1.0", "adafactor.step_offset = 2.5"),
+  *("adafactor.multiply_by_parameter_scale = 'yes'", "train.model = 5"),
+  *("Partitioner.logical_axis_rules = [('a',)]", "train.optimizer = 'x'"),
+  *("CheckpointConfig.save = 5", "CheckpointConfig.restore = None"),
+  *("train/pipeline.DatasetConfig.shuffle = 'no'", "train.partitioner = 5"),
+  *("train.train_dataset_cfg = 5", "train.checkpoint_cfg = None"),
+  *("MODEL = @adafactor()", "OPTIMIZER = @Partitioner()"),
+  *("VOCABULARY = @tasks.quickstart()", "train.config_text = 5"),
+  *("create_learning_rate_scheduler.steps_per_decay = 0",),
+  *("create_learning_rate_scheduler.min_learning_rate = -9.0",),
   *("KEEP = %MODEL_DIR", "MODEL_DIR = %MODEL", "BATCH_SIZE = %PACK"),
 )
 COMMAND_LINES = (
