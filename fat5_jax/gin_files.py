@@ -356,9 +356,11 @@ def _check_values(files: _GinFiles, bindings: list[str]) -> None:
       if value is gin.REQUIRED or (value is None and bound_to is not None):
         continue
       where = f"{function}.{parameter}"
-      if names and not any(macros.MACROS[n].kind.holds(value) for n in names):
-        macros.check(names[0], value, where)
       _check_annotation(selector, parameter, value, where)
+      # A parameter may be None where its macro may not: the annotation knows.
+      holds = lambda n, v=value: macros.MACROS[n].kind.holds(v)
+      if names and value is not None and not any(map(holds, names)):
+        macros.check(names[0], value, where)
 
 
 def _check_annotation(selector: str, parameter: str, value, where: str) -> None:

@@ -175,8 +175,10 @@ def ending(more: str = "") -> int | None:
   no fault of the program's.
   """
   number = received()
+  if number is None and isinstance(sys.exception(), KeyboardInterrupt):
+    number = signal.SIGINT  # Of who runs the command in a program of theirs.
   if number is None:
     return None
-  text = f"\n{_program}: stopped by {words(number)}{more}"
+  text = f"\n{_program or 'it'}: stopped by {words(number)}{more}"
   print(text, file=sys.stderr, flush=True)
   return status(number)
