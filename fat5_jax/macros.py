@@ -237,7 +237,10 @@ MACROS: dict[str, Macro] = {
     "what the summed loss is divided by",
   ),
   # The machine.
-  "DTYPE": Macro(_choice("bfloat16", "float32"), "of the products"),
+  "DTYPE": Macro(
+    _choice("bfloat16", "float32"),
+    "of the products; float16 ends at 65504, which T5 exceeds",
+  ),
   "ATTENTION": Macro(
     _or_none(
       _choice("mosaic_tpu", "mosaic_gpu", "triton", "chunked", "reference")

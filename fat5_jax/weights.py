@@ -95,15 +95,18 @@ def find(path: str) -> Source:
       )
     raise UserError(f"{path}: no such checkpoint{hint}")
   match = checkpoints.STEP_FOLDER.match(os.path.basename(path))
-  if match:
+  if match and _is_own(path):
     if reason := integrity.problem(path, ("params",)):
       raise UserError(
         f"{path} is damaged ({reason}). Name its run folder for the last whole"
         " one"
       )
     return Source("fat5", path, int(match[1]))
-  step, _ = checkpoints.latest_whole(path, ("params",))
-  if step is not None:
+  own = [
+    n for n in checkpoints.steps(path) if _is_own(f"{path}/checkpoint_{n}")
+  ]
+  if own:
+    step, _ = checkpoints.latest_whole(path, ("params",))
     return Source("fat5", os.path.join(path, f"checkpoint_{step}"), step)
   found = formats.find(path)
   if found is not None:
@@ -113,6 +116,12 @@ def find(path: str) -> Source:
     " (model.json and checkpoint_<step>), nor a T5X, Mesh TensorFlow or PEFT"
     " checkpoint"
   )
+
+
+def _is_own(folder: str) -> bool:
+  """Whether it is one of ours, whole or not: T5X's have the same name."""
+  items = [os.path.join(folder, item) for item in integrity.ITEMS]
+  return any(map(os.path.isdir, items)) or integrity.has_checksums(folder)
 
 
 def own_head_record(source: Source) -> dict[str, Any] | None:
