@@ -647,7 +647,8 @@ optimizers.adafactor.logical_factor_rules = None
 def test_skip_nan_updates_goes_on_where_a_run_would_stop(folder, trains):
   """A parameter that overflows: nothing moves, and the run says so."""
   theirs = t5x_checkpoint(folder, 1000)
-  theirs.params[("decoder", "logits_dense", "kernel")][0, 0] = np.nan
+  theirs.params[("decoder", "logits_dense", "kernel")][0, 0] = 3e38
+  theirs.params[("decoder", "decoder_norm", "scale")][:] = 1e30
   theirs.write(folder / "checkpoint_1000")
   text = trains(
     "run",
