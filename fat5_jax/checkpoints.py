@@ -17,7 +17,6 @@ import errno
 import functools
 import glob
 import itertools
-import logging
 import os
 import re
 import shutil
@@ -32,16 +31,13 @@ from jax.sharding import PartitionSpec as P
 import numpy as np
 import orbax.checkpoint as ocp
 
-from fat5_jax import console, integrity
-from fat5_jax.convert import orbax_files
+from fat5_jax import console, integrity, macros
+from fat5_jax.convert import orbax_files, plain_files
 from fat5_jax.errors import UserError
 from fat5_jax.models import layer_stack
 from fat5_jax.sharding import Partitioner, put_parts
 
-logger = logging.getLogger("fat5_jax")
 STEP_FOLDER = re.compile(r"checkpoint_(\d+)$")
-# Begins the names of what is not finished.
-_SCRATCH = ".writing-"
 _UNFINISHED = re.compile(r"checkpoint_\d+\.orbax-checkpoint-tmp")
 _DAMAGED = "damaged"
 # What a disk says that takes no more.
@@ -63,14 +59,8 @@ class SaveCheckpointConfig:
   keep: int | None = None
 
   def __post_init__(self):
-    for name, macro in (("period", "CHECKPOINT_PERIOD"), ("keep", "KEEP")):
-      value = getattr(self, name)
-      if name == "keep" and value is None:
-        continue
-      if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise UserError(
-          f"{macro} = {value!r} must be a whole number, 1 or more"
-        )
+    macros.check("CHECKPOINT_PERIOD", self.period, "period")
+    macros.check("KEEP", self.keep, "keep")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -161,20 +151,7 @@ def write_atomically(path: str, text: str) -> None:
   """
   if jax.process_index():
     return
-  folder = os.path.dirname(os.path.abspath(path))
-  with tempfile.NamedTemporaryFile(
-    "w", dir=folder, prefix=_SCRATCH, delete=False, encoding="utf-8"
-  ) as file:
-    try:
-      file.write(text)
-      file.flush()
-      os.fsync(file.fileno())
-      os.chmod(file.name, 0o644)
-      os.replace(file.name, path)
-    except BaseException:
-      os.unlink(file.name)
-      raise
-  integrity.sync_folder(folder)
+  plain_files.replace_with(path, text.encode())
 
 
 def prepare_model_dir(model_dir: str) -> str:
@@ -274,7 +251,9 @@ def _put_aside(model_dir: str, step: int) -> None:
 def _remove_unfinished(model_dir: str) -> None:
   """What a process that was killed had begun to write, or to remove."""
   for entry in list(os.scandir(model_dir)):
-    if entry.name.startswith(_SCRATCH) or _UNFINISHED.match(entry.name):
+    if entry.name.startswith(plain_files.SCRATCH) or _UNFINISHED.match(
+      entry.name
+    ):
       if entry.is_dir(follow_symlinks=False):
         shutil.rmtree(entry.path, ignore_errors=True)
       else:
@@ -358,10 +337,6 @@ class Checkpointer:
         post_finalization_callback=self._seal,
       ),
     )
-
-  def latest_step(self) -> int | None:
-    """The last one that is complete, as far as is known."""
-    return self._last
 
   def find_latest(self) -> int | None:
     """The latest whole checkpoint; damaged ones after it are put aside.
@@ -457,14 +432,16 @@ class Checkpointer:
       return
     self._last, self._saving = self._saving, None
     if jax.process_index() == 0:
-      integrity.sync_folder(self._folder)
+      plain_files.sync_folder(self._folder)
       self._drop_old()
 
   def _drop_old(self) -> None:
     """Removes what is beyond `keep`; a name is gone before its files are."""
     for step in steps(self._folder)[: -self._keep] if self._keep else []:
       folder = os.path.join(self._folder, f"checkpoint_{step}")
-      leaving = os.path.join(self._folder, f"{_SCRATCH}checkpoint_{step}")
+      leaving = os.path.join(
+        self._folder, f"{plain_files.SCRATCH}checkpoint_{step}"
+      )
       os.rename(folder, leaving)
       shutil.rmtree(leaving, ignore_errors=True)
 

@@ -15,7 +15,7 @@ import json
 import os
 from typing import Any
 
-from fat5_jax.convert import orbax_files
+from fat5_jax.convert import orbax_files, plain_files
 from fat5_jax.errors import UserError
 
 NAME = "checksums.json"
@@ -48,7 +48,7 @@ def write(folder: str) -> None:
     file.flush()
     os.fsync(file.fileno())
   for where, _, _ in os.walk(folder):
-    sync_folder(where)
+    plain_files.sync_folder(where)
 
 
 def problem(folder: str, items: Iterable[str] = ITEMS) -> str | None:
@@ -112,17 +112,6 @@ def items_of(folder: str) -> tuple[set[str], bool]:
 
 def has_checksums(folder: str) -> bool:
   return os.path.lexists(os.path.join(folder, NAME))
-
-
-def sync_folder(folder: str) -> None:
-  """Makes the names in a folder last, where the file system can."""
-  descriptor = os.open(folder, os.O_RDONLY)
-  try:
-    os.fsync(descriptor)
-  except OSError:
-    pass  # Some network file systems know no such thing.
-  finally:
-    os.close(descriptor)
 
 
 def _files(folder: str) -> Iterator[str]:

@@ -30,6 +30,7 @@ class _Signals:
   """Those of this process.
 
   Attributes:
+    program: the name of the command.
     number: the first that came, or None.
     loading: whether libraries are being imported, in the midst of which an
       exception is printed, or crashes; there is nothing to tidy up yet.
@@ -37,7 +38,10 @@ class _Signals:
       however long that takes: it saves.
   """
 
-  def __init__(self):
+  def __init__(self, program: str):
+    self.program = program
+    # Standard error is elsewhere for a while, where libraries load.
+    self._terminal = os.dup(2)
     self.number: int | None = None
     self.loading = True
     self.finishes = False
@@ -71,9 +75,9 @@ class _Signals:
         continue
       came += 1
       if self.loading:
-        _leave(number, "")
+        self._leave(number, "")
       if came > 1 and number == signal.SIGINT:
-        _leave(number)
+        self._leave(number)
       if not self.finishes:
         threading.Thread(
           target=self._insist, args=[number], daemon=True
@@ -82,14 +86,19 @@ class _Signals:
   def _insist(self, number: int) -> None:
     time.sleep(PATIENCE_SECONDS)
     if not self.finishes and _signals is self:
-      _leave(number)
+      self._leave(number)
+
+  def _leave(self, number: int, how: str = " at once") -> None:
+    text = f"\n{self.program}: stopped{how} by {words(number)}\n"
+    os.write(self._terminal, text.encode())
+    os._exit(status(number))
 
   def close(self) -> None:
     os.close(self._writer)
+    os.close(self._terminal)
 
 
 _signals: _Signals | None = None
-_program, _terminal = "", 2
 
 
 def words(number: int) -> str:
@@ -101,22 +110,14 @@ def status(number: int) -> int:
   return 128 + number
 
 
-def _leave(number: int, how: str = " at once") -> None:
-  text = f"\n{_program}: stopped{how} by {words(number)}\n"
-  os.write(_terminal, text.encode())
-  os._exit(status(number))
-
-
 @contextlib.contextmanager
 def watched(program: str):
   """While a command of that name runs, in the main thread of its process."""
-  global _signals, _program, _terminal
+  global _signals
   if threading.current_thread() is not threading.main_thread() or _signals:
     yield
     return
-  _signals = signals = _Signals()
-  # Standard error is elsewhere for a while, where libraries load.
-  _program, _terminal = program, os.dup(2)
+  _signals = signals = _Signals(program)
   before = {n: signal.signal(n, signals.raise_stopped) for n in NUMBERS}
   hook, sys.unraisablehook = sys.unraisablehook, signals.unraisable
   descriptor = signal.set_wakeup_fd(signals._writer, warn_on_full_buffer=False)
@@ -130,7 +131,6 @@ def watched(program: str):
       signal.signal(number, handler)
     _signals = None
     signals.close()
-    os.close(_terminal)
 
 
 def received() -> int | None:
@@ -179,6 +179,7 @@ def ending(more: str = "") -> int | None:
     number = signal.SIGINT  # Of who runs the command in a program of theirs.
   if number is None:
     return None
-  text = f"\n{_program or 'it'}: stopped by {words(number)}{more}"
+  program = f"{_signals.program}: " if _signals else ""
+  text = f"\n{program}stopped by {words(number)}{more}"
   print(text, file=sys.stderr, flush=True)
   return status(number)

@@ -341,7 +341,7 @@ def check(name: str, value: Any, where: str) -> None:
     return
   shown = repr(value) if len(repr(value)) <= 200 else f"{value!r:.200}..."
   hint = ""
-  if isinstance(value, str) and not isinstance(value, Reference):
+  if isinstance(value, str):
     if value.strip() in ("True", "False", "None") or _looks_numeric(value):
       hint = "; without quotes"
   elif "text" in macro.kind.words or "path" in macro.kind.words:

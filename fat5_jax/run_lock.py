@@ -28,6 +28,8 @@ SIGN_SECONDS = 5.0
 # As long as a holder may take to be seen: a signature, and what a file system
 # of several hosts keeps back.
 PATIENCE_SECONDS = 30.0
+# Of this process, for whoever asks.
+_SINCE = datetime.datetime.now().isoformat(" ", timespec="seconds")
 
 
 @contextlib.contextmanager
@@ -52,8 +54,11 @@ def held(model_dir: str):
     holder = _read(path)
     if holder.get("host") not in (None, socket.gethostname()):
       _wait_for(model_dir, path, holder)
+    _sign(file)
     ended = threading.Event()
-    signer = threading.Thread(target=_sign, args=(file, ended), daemon=True)
+    signer = threading.Thread(
+      target=_keep_signing, args=(file, ended), daemon=True
+    )
     signer.start()
     try:
       yield
@@ -64,22 +69,25 @@ def held(model_dir: str):
         os.ftruncate(file.fileno(), 0)
 
 
-def _sign(file, ended: threading.Event) -> None:
+def _sign(file) -> None:
   words = " ".join(getattr(sys, "orig_argv", sys.argv))[:500]
   holder = {
     "host": socket.gethostname(),
     "process": os.getpid(),
-    "since": datetime.datetime.now().isoformat(" ", timespec="seconds"),
+    "since": _SINCE,
     "command": words,
+    "sign": secrets.token_hex(4),
   }
-  while True:
-    # The disk may be full, or away: saving says so.
-    with contextlib.suppress(OSError):
-      text = json.dumps(holder | {"sign": secrets.token_hex(4)}) + "\n"
-      os.pwrite(file.fileno(), text.encode(), 0)
-      os.ftruncate(file.fileno(), len(text.encode()))
-    if ended.wait(SIGN_SECONDS):
-      return
+  text = (json.dumps(holder) + "\n").encode()
+  # The disk may be full, or away: saving says so.
+  with contextlib.suppress(OSError):
+    os.pwrite(file.fileno(), text, 0)
+    os.ftruncate(file.fileno(), len(text))
+
+
+def _keep_signing(file, ended: threading.Event) -> None:
+  while not ended.wait(SIGN_SECONDS):
+    _sign(file)
 
 
 def _read(path: str) -> dict:

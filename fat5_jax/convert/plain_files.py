@@ -10,6 +10,9 @@ from typing import Any
 
 from fat5_jax.errors import UserError
 
+# Begins the names of what is not finished.
+SCRATCH = ".writing-"
+
 
 def check_regular(path: str) -> None:
   """Raises UserError unless a path (or what it links to) is a plain file.
@@ -106,14 +109,32 @@ def tree_bytes(folder: str) -> int:
 
 
 def replace_with(path: str, data: bytes) -> None:
-  """Writes a file as a whole, and never through a link that lies there."""
+  """Writes a file as a whole, and never through a link that lies there.
+
+  A reader, or a crash, sees all of it or nothing.
+  """
   folder = os.path.dirname(os.path.abspath(path))
-  with tempfile.NamedTemporaryFile(dir=folder, delete=False) as file:
+  with tempfile.NamedTemporaryFile(
+    dir=folder, prefix=SCRATCH, delete=False
+  ) as file:
     try:
       file.write(data)
       file.flush()
+      os.fsync(file.fileno())
       os.chmod(file.name, 0o644)
       os.replace(file.name, path)
     except BaseException:
       os.unlink(file.name)
       raise
+  sync_folder(folder)
+
+
+def sync_folder(folder: str) -> None:
+  """Makes the names in a folder last, where the file system can."""
+  descriptor = os.open(folder, os.O_RDONLY)
+  try:
+    os.fsync(descriptor)
+  except OSError:
+    pass  # Some network file systems know no such thing.
+  finally:
+    os.close(descriptor)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
 import re
 from typing import Any
 
@@ -40,14 +39,12 @@ def found_labels(
         raise UserError(f"label {sources.shown(value)} is no list")
     return map(_name, values)
 
-  found: set[str] = set()
-  for names in _of_rows(source, names_of):
-    found.update(names)
-    if len(found) > _MOST_LABELS:
-      raise UserError(
-        f"task {name!r}: over {_MOST_LABELS} different values in column"
-        f" {label!r}: give label_names, or problem_type = 'regression'"
-      )
+  found = _gather(
+    source,
+    names_of,
+    f"task {name!r}: over {_MOST_LABELS} different values in column {label!r}:"
+    " give label_names, or problem_type = 'regression'",
+  )
   found -= {"", "-1", "-100", "None"}
   if not found:
     raise UserError(
@@ -102,15 +99,12 @@ def found_tags(source, column: str, name: str) -> set[str]:
         raise UserError(f"tag {sources.shown(tag)} is no name")
     return tags
 
-  found: set[str] = set()
-  for tags in _of_rows(source, tags_of):
-    found.update(tags)
-    if len(found) > _MOST_LABELS:
-      raise UserError(
-        f"task {name!r}: over {_MOST_LABELS} different tags in column"
-        f" {column!r}: name the right column, or give tag_names"
-      )
-  return found
+  return _gather(
+    source,
+    tags_of,
+    f"task {name!r}: over {_MOST_LABELS} different tags in column {column!r}:"
+    " name the right column, or give tag_names",
+  )
 
 
 def items(row: sources.Row, name: str) -> list[Any]:
@@ -123,10 +117,14 @@ def items(row: sources.Row, name: str) -> list[Any]:
   return list(found)
 
 
-def _of_rows(source, names_of) -> Iterator[Iterable[str]]:
-  """What `names_of` finds in every training row; an error says in which."""
+def _gather(source, names_of, too_many: str) -> set[str]:
+  """What `names_of` finds in all training rows; an error says in which."""
+  found: set[str] = set()
   for where, row in source.rows("train"):
     try:
-      yield list(names_of(row))
+      found.update(names_of(row))
     except UserError as e:
       raise UserError(f"{where}: {e}") from None
+    if len(found) > _MOST_LABELS:
+      raise UserError(too_many)
+  return found

@@ -78,6 +78,7 @@ def test_killed_and_damaged_a_run_ends_with_the_same_bits(
       told.append(f"{seconds:.1f} s, step {found[-1]}: {way}")
     else:
       told.append(f"{seconds:.1f} s, steps {found}")
+  assert killed >= 2, "it ended before it could be killed: make it longer"
   last = train("killed", 300)
   assert last.status == 0, (told, last.stderr)
   print("\n".join(told))

@@ -44,7 +44,8 @@ class Outcome:
     status: exit status; minus the signal that ended it; None where it hung.
     stdout, stderr: all of it.
     seconds: of the child.
-    mib: most memory of the child beyond what it was born with.
+    mib: most memory of the child beyond what it was born with, as seen every
+      hundredth of a second.
   """
 
   status: int | None
@@ -191,11 +192,31 @@ def _fork(case: dict, files: list) -> int:
     os._exit(status or 0)
 
 
+def _memory(pid: int) -> int:
+  """KiB of a process that no file is behind; 0 where it is gone."""
+  try:
+    with open(f"/proc/{pid}/status") as file:
+      for line in file:
+        if line.startswith("RssAnon:"):
+          return int(line.split()[1])
+  except (FileNotFoundError, ProcessLookupError):
+    pass
+  return 0
+
+
 def _wait(pid: int, seconds: float) -> tuple[int | None, float]:
-  """(exit status or None, most KiB resident) of a child, which then is gone."""
+  """(exit status or None, MiB it took) of a child, which then is gone.
+
+  It is born with the zygote's memory, so no count of the system's at its end
+  tells what it took itself: it is looked at again and again.
+  """
+  ends, born, most = time.monotonic() + seconds, _memory(pid), 0
   pidfd = os.pidfd_open(pid)
   try:
-    ended, _, _ = select.select([pidfd], [], [], seconds)
+    ended = False
+    while not ended and time.monotonic() < ends:
+      ended = bool(select.select([pidfd], [], [], 0.01)[0])
+      most = max(most, _memory(pid))
   finally:
     os.close(pidfd)
   # What the child itself has started goes too.
@@ -203,8 +224,9 @@ def _wait(pid: int, seconds: float) -> tuple[int | None, float]:
     os.killpg(pid, signal.SIGKILL)
   except ProcessLookupError:
     os.kill(pid, signal.SIGKILL)
-  _, status, usage = os.wait4(pid, 0)
-  return os.waitstatus_to_exitcode(status) if ended else None, usage.ru_maxrss
+  _, status = os.waitpid(pid, 0)
+  code = os.waitstatus_to_exitcode(status) if ended else None
+  return code, max(0, most - born) / 1024
 
 
 def _warm() -> None:
@@ -237,12 +259,11 @@ def _serve() -> None:
     ):
       stdin.write(case["stdin"].encode(errors="surrogateescape"))
       stdin.seek(0)
-      born = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
       begin = time.monotonic()
       pid = _fork(case, [stdin, stdout, stderr])
-      status, most = _wait(pid, case["seconds"])
-      outcome = dict(status=status, seconds=time.monotonic() - begin)
-      outcome["mib"] = max(0, most - born) / 1024
+      status, mib = _wait(pid, case["seconds"])
+      seconds = time.monotonic() - begin
+      outcome = dict(status=status, seconds=seconds, mib=mib)
       for name, file in (("stdout", stdout), ("stderr", stderr)):
         file.seek(0)
         outcome[name] = file.read().decode(errors="replace")
