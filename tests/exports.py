@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 
+from fat5_jax import trees
 from fat5_jax.convert import enct5, flash_t5, hf, table
 from fat5_jax.models import factory
 from fat5_jax.models.config import HeadConfig, T5Config
@@ -154,7 +155,7 @@ def large_leaves(config, dtype="float32", seed=0):
   shapes = jax.eval_shape(lambda: model.init(jax.random.key(0), *inputs))
   rng = np.random.default_rng(seed)
   found = {}
-  for path, x in table.flatten(shapes["params"]).items():
+  for path, x in trees.flatten(shapes["params"]).items():
     value = rng.normal(size=x.shape)
     if path[-2] in ("query", "key"):
       value *= 1.5

@@ -11,14 +11,24 @@ import numpy as np
 import optax
 import pytest
 
-from fat5_jax import checkpoints, optimizers, run_record, weights
-from fat5_jax.convert import table
+from fat5_jax import checkpoints, optimizers, trees
+from fat5_jax.checkpoints import (
+  checkpointer,
+  load,
+  optimizer_state,
+  reference,
+  run_record,
+)
+from fat5_jax.distributed.sharding import (
+  Partitioner,
+  standard_logical_axis_rules,
+)
 from fat5_jax.errors import UserError
+from fat5_jax.inference.decoding import make_predict_step
 from fat5_jax.models import factory, layer_stack, partitioning
 from fat5_jax.models.config import HeadConfig, LoRAConfig, T5Config
 from fat5_jax.planning import cost
-from fat5_jax.program import Program, prediction
-from fat5_jax.sharding import Partitioner, standard_logical_axis_rules
+from fat5_jax.training.program import Program
 
 ROWS, LENGTH, VOCAB = 8, 16, 64
 CONFIG = T5Config(
@@ -286,7 +296,7 @@ def test_greedy_decoding_on_a_mesh_gives_the_same_tokens(mesh):
     )
     params = Program(model, partitioner, ADAMW).init_state().params
     placed = partitioner.to_devices(batch, 0, ROWS)
-    return np.asarray(prediction(model, partitioner, 6)(params, placed))
+    return np.asarray(make_predict_step(model, partitioner, 6)(params, placed))
 
   np.testing.assert_array_equal(decode(mesh), decode(None))
 
@@ -308,7 +318,7 @@ def test_a_checkpoint_goes_from_one_mesh_and_layout_to_another(tmp_path):
 
   program = made(MESHES["2x2x2"], True)
   state = program.init_state()
-  saver = checkpoints.Checkpointer(
+  saver = checkpointer.Checkpointer(
     str(tmp_path), checkpoints.SaveCheckpointConfig()
   )
   saver.save(3, state.params, state.opt_state, {"batches": 3})
@@ -381,7 +391,7 @@ def test_weights_from_disk_lie_where_the_run_wants_them(tmp_path):
   config = CONFIG.replace(scan_layers=True)
   program = Program(factory.create(config), Partitioner(), ADAMW)
   state = program.init_state()
-  saver = checkpoints.Checkpointer(
+  saver = checkpointer.Checkpointer(
     str(tmp_path), checkpoints.SaveCheckpointConfig()
   )
   saver.save(0, state.params, state.opt_state, {})
@@ -390,7 +400,7 @@ def test_weights_from_disk_lie_where_the_run_wants_them(tmp_path):
   run_record.write(str(tmp_path), config, None)
   partitioner = Partitioner(mesh=MESHES["2x2x2"])
   abstract = Program(program.model, partitioner, ADAMW).abstract_state
-  params, _, fresh = weights.initial_params(
+  params, _, fresh = load.load_params(
     str(tmp_path), config, abstract.params, partitioner
   )
   assert not fresh
@@ -406,7 +416,7 @@ def test_t5x_s_slots_go_onto_a_mesh(scan, tmp_path):
 
   theirs = T5X(CONFIG, True, beta1=0.9, factored=False)
   theirs.train()
-  source = weights.find(theirs.write(tmp_path / "checkpoint_1"))
+  source = reference.find(theirs.write(tmp_path / "checkpoint_1"))
   partitioner = Partitioner(mesh=MESHES["2x2x2"])
   program = Program(
     factory.create(theirs.config.replace(scan_layers=scan)),
@@ -414,7 +424,7 @@ def test_t5x_s_slots_go_onto_a_mesh(scan, tmp_path):
     optimizers.adafactor(0.01, beta1=0.9, factored=False),
   )
   abstract = program.abstract_state
-  state = weights.initial_optimizer(
+  state = optimizer_state.load_optimizer(
     source, abstract.opt_state, abstract.params, partitioner
   )
   assert jax.tree.map(lambda x: x.sharding, state) == jax.tree.map(
@@ -424,6 +434,6 @@ def test_t5x_s_slots_go_onto_a_mesh(scan, tmp_path):
   assert split
   for slot in ("m", "v"):
     tree = layer_stack.unstack(getattr(state[0], slot))
-    found = {k: np.asarray(x) for k, x in table.flatten(tree).items()}
+    found = {k: np.asarray(x) for k, x in trees.flatten(tree).items()}
     for k, x in theirs.layout(found).items():
       np.testing.assert_array_equal(x, theirs.slots[k][slot].astype("float32"))

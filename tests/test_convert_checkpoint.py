@@ -12,7 +12,7 @@ import jax
 import numpy as np
 import pytest
 
-from fat5_jax import weights
+from fat5_jax.checkpoints import writer
 from fat5_jax.convert import hf
 from fat5_jax.errors import UserError
 from fat5_jax.models.config import HeadConfig, LoRAConfig
@@ -109,7 +109,7 @@ def source_for(to, folder):
       lora=LoRAConfig() if to == "peft" else None
     )
   )
-  weights.write_params(str(folder), config, leaves)
+  writer.write_params(str(folder), config, leaves)
 
 
 @pytest.mark.parametrize(
@@ -178,7 +178,7 @@ def test_a_tied_model_that_is_not_scaled_is_converted(
   config, leaves = exports.large_leaves(
     exports.T5.replace(logits_via_embedding=True, scale_decoder_outputs=False)
   )
-  weights.write_params(str(tmp_path / "run"), config, leaves)
+  writer.write_params(str(tmp_path / "run"), config, leaves)
   arguments = (tmp_path / "run", tmp_path / "out", "--to", "hf")
   assert convert(tool, monkeypatch, *arguments) == 0
   assert hf.read_config(tmp_path / "out").logits_via_embedding

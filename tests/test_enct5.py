@@ -17,8 +17,9 @@ import numpy as np
 import pytest
 from test_heads import apply, batch_of, close, loss_and_grads, text
 
+from fat5_jax.checkpoints import load, reference
 from fat5_jax.convert import enct5, table
-from fat5_jax.models import factory
+from fat5_jax.models import factory, initial
 
 # One worker: the oracle runs once.
 pytestmark = pytest.mark.xdist_group("enct5")
@@ -205,18 +206,17 @@ def test_weights_from_a_t5_are_upstreams_choice(tmp_path):
   import hf_models
   import optax
 
-  from fat5_jax import steps, weights
+  from fat5_jax.distributed.sharding import Partitioner
   from fat5_jax.models.config import HeadConfig
-  from fat5_jax.program import Program
-  from fat5_jax.sharding import Partitioner
+  from fat5_jax.training.program import Program
 
   hf_models.make("t5_1_1", tmp_path / "hf", num_decoder_layers=3)
-  source = weights.find(str(tmp_path / "hf"))
-  config, leaves = weights.open_params(source)
+  source = reference.find(str(tmp_path / "hf"))
+  config, leaves = reference.open_params(source)
   t5 = table.read_all(leaves)
   model = factory.create(config, HeadConfig("enct5", decoder_layers=2))
   program = Program(model, Partitioner(), optax.sgd(0.1), seed=0)
-  params, _, fresh = weights.initial_params(
+  params, _, fresh = load.load_params(
     source.path,
     model.config,
     program.abstract_state.params,
@@ -239,7 +239,7 @@ def test_weights_from_a_t5_are_upstreams_choice(tmp_path):
       params["decoder"][part],
       t5["decoder"][part],
     )
-  own = jax.jit(steps.init_params, static_argnums=(0, 1))(model, 0)
+  own = jax.jit(initial.init_params, static_argnums=(0, 1))(model, 0)
   jax.tree.map(
     np.testing.assert_array_equal,
     params["prompt_embedder"],

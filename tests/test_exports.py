@@ -22,9 +22,11 @@ import pytest
 import seqio
 import yaml
 
-from fat5_jax import decoding, weights
+from fat5_jax import trees
+from fat5_jax.checkpoints import reference
 from fat5_jax.convert import hf, hf_heads, model_card, table
 from fat5_jax.data import records, tasks
+from fat5_jax.inference import decoding
 from fat5_jax.models import factory
 from fat5_jax.models.config import HeadConfig
 
@@ -357,7 +359,7 @@ def test_the_lines_for_fat5_jax_work_too(exported):
     assert found.architecture() == one["config"].architecture(), name
     if found.head is not None:
       assert found.head.label_names == one["config"].head.label_names
-    read = table.flatten(scope["params"])
+    read = trees.flatten(scope["params"])
     assert read.keys() == one["leaves"].keys()
     for path, leaf in one["leaves"].items():
       assert np.array_equal(read[path], leaf.read()), path
@@ -406,7 +408,7 @@ def test_what_transformers_saves_again_is_read_again(exported, answered):
     _, auto_class = hf_heads.ENDINGS[one["config"].head.kind]
     folder = f"{one['folder']}-saved-{auto_class}"
     assert hf_heads.CODE_FILE in os.listdir(folder)
-    config, leaves = weights.open_params(weights.find(folder))
+    config, leaves = reference.open_params(reference.find(folder))
     assert config.architecture() == one["config"].architecture(), name
     for path, leaf in one["leaves"].items():
       assert np.array_equal(leaves[path].read(), leaf.read()), path

@@ -14,7 +14,8 @@ import pytest
 import safetensors.numpy
 import t5x_adafactor
 
-from fat5_jax import optimizers, weights
+from fat5_jax import optimizers, trees
+from fat5_jax.checkpoints import load, optimizer_state, reference, writer
 from fat5_jax.convert import (
   enct5,
   flash_t5,
@@ -28,10 +29,10 @@ from fat5_jax.convert import (
   table,
   tensor_files,
 )
+from fat5_jax.distributed.sharding import Partitioner
 from fat5_jax.errors import UserError
 from fat5_jax.models import factory, layer_stack
 from fat5_jax.models.config import HeadConfig, LoRAConfig, T5Config
-from fat5_jax.sharding import Partitioner
 
 CONFIG = T5Config(
   vocab_size=50,
@@ -56,7 +57,7 @@ def random_leaves(config, dtype="float32", seed=0):
   rng = np.random.default_rng(seed)
   arrays = {
     k: rng.normal(size=x.shape).astype(dtype)
-    for k, x in table.flatten(shapes["params"]).items()
+    for k, x in trees.flatten(shapes["params"]).items()
   }
   return model.config, {k: table.leaf_of(x) for k, x in arrays.items()}
 
@@ -92,9 +93,9 @@ def test_every_head_goes_there_and_back_in_both_formats(head, tmp_path):
     ("flash_t5", flash_t5.to_folder),
   ):
     write(config, leaves, tmp_path / name)
-    source = weights.find(str(tmp_path / name))
+    source = reference.find(str(tmp_path / name))
     assert source.kind == name
-    found_config, found = weights.open_params(source)
+    found_config, found = reference.open_params(source)
     assert found_config.architecture() == config.architecture()
     assert found_config.head == head
     same(found, leaves)
@@ -324,13 +325,15 @@ def test_enct5_there_and_back(problem, tmp_path):
   )
   config, leaves = random_leaves(CONFIG.with_head(head))
   enct5.to_folder(config, leaves, tmp_path)
-  source = weights.find(str(tmp_path))
+  source = reference.find(str(tmp_path))
   assert source.kind == "enct5"
-  found_config, found = weights.open_params(source)
+  found_config, found = reference.open_params(source)
   assert found_config.head == head
   same(found, leaves)
   hf.to_pretrained(config, leaves, tmp_path / "hf")
-  found_config, found = weights.open_params(weights.find(str(tmp_path / "hf")))
+  found_config, found = reference.open_params(
+    reference.find(str(tmp_path / "hf"))
+  )
   assert found_config.architecture() == config.architecture()
   assert found_config.head == config.head
   same(found, leaves)
@@ -375,10 +378,10 @@ def test_a_peft_round_trip_loads_in_peft_with_the_same_logits(kind, tmp_path):
   adapter.save_pretrained(tmp_path / "adapter")
   hf_models.edit_config(tmp_path / "hf")
 
-  source = weights.Source(
+  source = reference.CheckpointRef(
     "peft", str(tmp_path / "adapter"), base=str(tmp_path / "hf")
   )
-  config, leaves = weights.open_params(source)
+  config, leaves = reference.open_params(source)
   assert (config.lora.rank, config.lora.alpha) == (3, 7)
   x, y = hf_models.tokens()
   inputs = (x, y) if kind == "language_model" else (x,)
@@ -514,9 +517,9 @@ def test_t5x_msgpack_with_arrays_inline_and_beside(leaf, tmp_path):
     tree = out_of_line(tree, folder, leaf)
   write_msgpack(tree, folder)
   for path in (folder, tmp_path):
-    source = weights.find(str(path))
+    source = reference.find(str(path))
     assert (source.kind, source.step) == ("t5x", 1007)
-    found_config, found = weights.open_params(source)
+    found_config, found = reference.open_params(source)
     same(found, leaves)
   expected = config.replace(dtype="bfloat16").architecture()
   assert found_config.architecture() == expected
@@ -534,9 +537,9 @@ def test_t5x_as_orbax_writes_it_now(tmp_path):
   ocp.Checkpointer(ocp.PyTreeCheckpointHandler(use_ocdbt=True)).save(
     folder / "state", tree
   )
-  source = weights.find(str(folder))
+  source = reference.find(str(folder))
   assert source.kind == "t5x"
-  same(weights.open_params(source)[1], leaves)
+  same(reference.open_params(source)[1], leaves)
 
 
 def test_t5x_scanned_layers_with_heads_apart(tmp_path):
@@ -547,7 +550,7 @@ def test_t5x_scanned_layers_with_heads_apart(tmp_path):
   target = t5x_adafactor.scanned(arrays, config.head_dim)
   tree = {
     "version": 3,
-    "optimizer": {"target": table.nest(target), "state": {}},
+    "optimizer": {"target": trees.nest(target), "state": {}},
   }
   write_msgpack(tree, tmp_path / "checkpoint_5")
   found_config, found = t5x.open_model(str(tmp_path / "checkpoint_5"))
@@ -577,19 +580,21 @@ def test_what_shapes_do_not_tell_can_be_said(tmp_path):
 def test_adafactors_slots_come_along_and_training_goes_on(tmp_path):
   config, leaves = random_leaves(CONFIG)
   write_msgpack(legacy(leaves, slots=True), tmp_path / "checkpoint_7")
-  source = weights.find(str(tmp_path / "checkpoint_7"))
-  step, state = weights.adafactor_state(source, config)
+  source = reference.find(str(tmp_path / "checkpoint_7"))
+  step, state = optimizer_state.adafactor_state(source, config)
   assert step == 7 and int(state[0].count) == 7
-  weights.write_params(str(tmp_path / "run"), config, leaves, None, step, state)
-  run = weights.find(str(tmp_path / "run"))
+  writer.write_params(str(tmp_path / "run"), config, leaves, None, step, state)
+  run = reference.find(str(tmp_path / "run"))
   assert run.step == 7 and run.has_optimizer
   optimizer = optimizers.adafactor(optimizers.create_learning_rate_scheduler())
   params = jax.tree.map(jnp.asarray, table.read_all(leaves))
   abstract = jax.eval_shape(optimizer.init, params)
-  restored = weights.initial_optimizer(run, abstract, params, Partitioner())
+  restored = optimizer_state.load_optimizer(
+    run, abstract, params, Partitioner()
+  )
   for k, leaf in leaves.items():
     np.testing.assert_array_equal(
-      table.flatten(restored[0].v)[k], np.square(leaf.read())
+      trees.flatten(restored[0].v)[k], np.square(leaf.read())
     )
 
 
@@ -642,8 +647,8 @@ class T5X:
       for s, x in own.items()
     }
     tree = {
-      "target": table.nest({k: narrow(x) for k, x in self.params.items()}),
-      "state": {"step": np.int32(self.step), "param_states": table.nest(state)},
+      "target": trees.nest({k: narrow(x) for k, x in self.params.items()}),
+      "state": {"step": np.int32(self.step), "param_states": trees.nest(state)},
     }
     write_msgpack({"version": 3, "optimizer": tree}, folder)
     return str(folder)
@@ -683,13 +688,13 @@ def test_training_goes_on_where_t5x_left_off(name, scan, tmp_path):
   shapes = {
     k: jax.ShapeDtypeStruct(x, "float32") for k, x in theirs.minimal.items()
   }
-  abstract = jax.eval_shape(lay, table.nest(shapes))
+  abstract = jax.eval_shape(lay, trees.nest(shapes))
   partitioner = Partitioner(devices=jax.devices()[:1])
-  params, source, _ = weights.initial_params(
+  params, source, _ = load.load_params(
     path, config, partitioner.place(abstract), partitioner
   )
-  assert source.continues and weights.read_step(source) == 1003
-  state = weights.initial_optimizer(
+  assert source.continues and reference.read_step(source) == 1003
+  state = optimizer_state.load_optimizer(
     source,
     partitioner.place(jax.eval_shape(optimizer.init, abstract), abstract),
     abstract,
@@ -697,7 +702,7 @@ def test_training_goes_on_where_t5x_left_off(name, scan, tmp_path):
   )
   assert int(state[0].count) == 1003
   # The converter writes the same slots.
-  step, converted = weights.adafactor_state(source, theirs.config)
+  step, converted = optimizer_state.adafactor_state(source, theirs.config)
   assert step == 1003
   for a, b in zip(
     jax.tree.leaves(jax.jit(layer_stack.unstack)(state)),
@@ -709,10 +714,10 @@ def test_training_goes_on_where_t5x_left_off(name, scan, tmp_path):
   for _ in range(5):
     grads = theirs.train()
     grads = {k: jnp.asarray(x, jnp.float32) for k, x in grads.items()}
-    grads = lay(table.nest(grads))
+    grads = lay(trees.nest(grads))
     updates, state = update(grads, state, params)
     params = jax.tree.map(np.add, params, updates)
-  found = table.flatten(jax.jit(layer_stack.unstack)(params))
+  found = trees.flatten(jax.jit(layer_stack.unstack)(params))
   found = theirs.layout({k: np.asarray(x, float) for k, x in found.items()})
   for k, wanted in theirs.params.items():
     error = np.abs(found[k] - wanted).max() / np.abs(wanted).max()
@@ -735,15 +740,15 @@ def test_slots_that_are_not_one_a_layer_are_refused(tmp_path):
 
 def test_another_optimizer_than_t5x_s_is_said_to_be_so(tmp_path):
   theirs = T5X(CONFIG, False)
-  source = weights.find(theirs.write(tmp_path / "checkpoint_0"))
+  source = reference.find(theirs.write(tmp_path / "checkpoint_0"))
   shapes = {
     k: jax.ShapeDtypeStruct(x, "float32") for k, x in theirs.minimal.items()
   }
-  abstract, partitioner = table.nest(shapes), Partitioner()
+  abstract, partitioner = trees.nest(shapes), Partitioner()
 
   def restore(optimizer):
     state = jax.eval_shape(optimizer.init, abstract)
-    return weights.initial_optimizer(source, state, abstract, partitioner)
+    return optimizer_state.load_optimizer(source, state, abstract, partitioner)
 
   restore(optimizers.adafactor(0.1, global_norm_clip_threshold=1.0))
   for optimizer, message in (
@@ -751,7 +756,7 @@ def test_another_optimizer_than_t5x_s_is_said_to_be_so(tmp_path):
     (optimizers.adafactor(0.1, beta1=0.9), r"slot m .* \(1,\) in the check"),
     (optimizers.adafactor(0.1, min_dim_size_to_factor=4), r"is \(8, 8\) in"),
   ):
-    with pytest.raises(weights.OtherOptimizerError, match=message):
+    with pytest.raises(optimizer_state.OtherOptimizerError, match=message):
       restore(optimizer)
 
 
@@ -773,8 +778,8 @@ def test_a_head_or_lora_on_a_t5x_checkpoint_begins_anew(tmp_path):
     values = {"/".join(k): x.read() for k, x in leaves.items()}
     fresh = lambda names, values=values: {n: values[n] for n in names}
     partitioner = Partitioner()
-    _, source, _ = weights.initial_params(
-      *(path, config, partitioner.place(table.nest(shapes)), partitioner),
+    _, source, _ = load.load_params(
+      *(path, config, partitioner.place(trees.nest(shapes)), partitioner),
       initialise=fresh,
     )
     assert source.continues == continues, config
@@ -840,9 +845,9 @@ def test_mesh_tensorflow(tmp_path):
 
   write_tensorflow(saved, tmp_path / "model.ckpt-1000")
   for path in (tmp_path, tmp_path / "model.ckpt-1000"):
-    source = weights.find(str(path))
+    source = reference.find(str(path))
     assert source.kind == "mesh_tf"
-    found_config, found = weights.open_params(source)
+    found_config, found = reference.open_params(source)
     same(found, leaves)
   assert found_config.architecture() == config.architecture()
   step, slots = mesh_tf.open_slots(str(tmp_path))
@@ -955,7 +960,7 @@ def test_truncated_files_are_errors(tmp_path):
 
   def refused(path):
     with pytest.raises(UserError) as e:
-      found = weights.open_params(weights.find(str(path)))[1]
+      found = reference.open_params(reference.find(str(path)))[1]
       table.read_all(found)
     assert len(str(e.value)) < 1500
 
@@ -978,7 +983,7 @@ def test_truncated_files_are_errors(tmp_path):
   cut(chunk, 0.5)
   refused(folder)
 
-  weights.write_params(str(tmp_path / "run"), config, leaves)
+  writer.write_params(str(tmp_path / "run"), config, leaves)
   files = [
     p
     for p in (tmp_path / "run").rglob("d/*")
@@ -1009,7 +1014,7 @@ def test_a_hostile_pickle_executes_nothing(kind, tmp_path):
     json.dumps({"model_type": model_type})
   )
   with pytest.raises(UserError, match="nothing was run"):
-    weights.open_params(weights.find(str(tmp_path / "it")))
+    reference.open_params(reference.find(str(tmp_path / "it")))
   assert not os.path.exists(marker)
 
 

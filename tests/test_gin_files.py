@@ -5,9 +5,10 @@ import os
 from conftest import ROOT
 import pytest
 
-from fat5_jax import gin_files, macros
+from fat5_jax import macros
 from fat5_jax.convert import hf
 from fat5_jax.errors import UserError
+from fat5_jax.gin_config import gin_files
 import gin
 
 GIN = os.path.join(ROOT, "gin")

@@ -11,10 +11,11 @@ import pytest
 import torch
 import transformers
 
-from fat5_jax import losses, objectives
+from fat5_jax import objectives, trees
 from fat5_jax.convert import hf, table
 from fat5_jax.models import factory
 from fat5_jax.models.config import HeadConfig, LoRAConfig, T5Config
+from fat5_jax.objectives import losses
 
 # One worker compiles what they share.
 pytestmark = pytest.mark.xdist_group("heads")
@@ -86,10 +87,9 @@ def text(rows=4, length=21, eos_counts=(1, 2, 1, 1), seed=0):
 
 def loss_and_grads(model, params, batch, normaliser="NUM_REAL_TARGET_TOKENS"):
   def objective(params):
-    weights, n = losses.normalise(
-      objectives.label_weights(model.config, batch), normaliser
-    )
-    return objectives.sums(model, params, batch, weights, n, None, 0.0, 0.0)[0]
+    objective = objectives.of(model.config, normalizing_factor=normaliser)
+    weights, n = objective.weights_and_normalizer(batch)
+    return objective.loss_and_sums(model, params, batch, weights, n, None)[0]
 
   return jax.jit(jax.value_and_grad(objective))(params)
 
@@ -475,9 +475,9 @@ def test_fresh_lora_changes_nothing():
   x, y = hf_models.tokens()
   params = jax.jit(model.init)(jax.random.key(0), x, y)["params"]
   flat = {
-    k: v for k, v in table.flatten(params).items() if k[-1][:5] != "lora_"
+    k: v for k, v in trees.flatten(params).items() if k[-1][:5] != "lora_"
   }
-  base = apply(factory.create(CONFIG), table.nest(flat), x, y)
+  base = apply(factory.create(CONFIG), trees.nest(flat), x, y)
   np.testing.assert_array_equal(apply(model, params, x, y), base)
 
 

@@ -15,10 +15,11 @@ import safetensors.numpy
 import torch
 import transformers
 
-from fat5_jax import decoding, losses
 from fat5_jax.convert import hf, table
 from fat5_jax.errors import UserError
+from fat5_jax.inference import decoding
 from fat5_jax.models.t5 import Transformer
+from fat5_jax.objectives import losses
 
 ALL = list(hf_models.FAMILIES)
 

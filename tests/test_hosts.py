@@ -14,8 +14,9 @@ import numpy as np
 import pytest
 from test_train import TINY, assert_equal_bit_for_bit, final_state
 
-from fat5_jax import hosts, metrics
+from fat5_jax.distributed import hosts
 from fat5_jax.errors import UserError
+from fat5_jax.loggers import metrics
 
 
 def free_address():

@@ -8,64 +8,65 @@ import sys
 from conftest import ROOT
 import pytest
 
-# What each part may import besides the standard library and itself.
+GROUND = {
+  f"fat5_jax.{name}"
+  for name in ("console", "errors", "interrupts", "macros", "trees")
+}
+# What each room may import besides the standard library, itself and the ground,
+# from the lowest to the highest. No room is named above the line that it has.
 ALLOWED = {
-  "pallas_kernels": {"jax", "numpy", "pallas_kernels"},
-  "fat5_jax/models": {
-    "flax",
-    "jax",
-    "numpy",
-    "pallas_kernels",
-    "fat5_jax.models",
-  },
+  "pallas_kernels": {"jax", "numpy"},
+  "fat5_jax/models": {"flax", "jax", "numpy", "pallas_kernels"},
+  "fat5_jax/objectives": {"jax", "fat5_jax.models"},
   "fat5_jax/convert": {
-    "ml_dtypes",
-    "msgpack",
-    "numpy",
-    "safetensors",
-    "tensorstore",
+    *("ml_dtypes", "msgpack", "numpy", "safetensors", "tensorstore"),
     # mesh_tf.py, when it reads a checkpoint.
     "tensorflow",
-    "fat5_jax.convert",
-    "fat5_jax.errors",
     "fat5_jax.models.config",
-  },
-  "fat5_jax/planning": {
-    "jax",
-    "numpy",
-    "fat5_jax.console",
-    "fat5_jax.errors",
-    "fat5_jax.planning",
-    "fat5_jax.program",
-    "fat5_jax.sharding",
-    "fat5_jax.steps",
-    "fat5_jax.trainable",
   },
   "fat5_jax/data": {
-    "numpy",
-    "seqio",
-    "tensorflow",
-    "tensorflow_datasets",
-    "datasets",
-    "pyarrow",
-    "sklearn",
-    "scipy",
-    "sacrebleu",
-    "rouge_score",
-    "sentencepiece",
-    "tokenizers",
-    "jax",
-    "fat5_jax.data",
-    "fat5_jax.errors",
-    "fat5_jax.checkpoints",
+    *("numpy", "seqio", "tensorflow", "tensorflow_datasets", "datasets"),
+    *("pyarrow", "sklearn", "scipy", "sacrebleu", "rouge_score"),
+    *("sentencepiece", "tokenizers"),
     "fat5_jax.convert.plain_files",
     "fat5_jax.convert.sentencepiece_file",
-    "fat5_jax.macros",
-    "fat5_jax.run_record",
-    "fat5_jax.weights",
     "fat5_jax.models.config",
   },
+  "fat5_jax/distributed": {"jax", "numpy", "fat5_jax", "fat5_jax.models"},
+  "fat5_jax/optimizers": {"jax", "optax", "fat5_jax.distributed"},
+  "fat5_jax/checkpoints": {
+    *("jax", "numpy", "orbax", "seqio", "xxhash"),
+    *("fat5_jax.convert", "fat5_jax.distributed", "fat5_jax.models"),
+    "fat5_jax.optimizers",
+    # Where a vocabulary is asked for.
+    "fat5_jax.data.vocabularies",
+  },
+  "fat5_jax/loggers": {
+    *("clu", "jax", "matplotlib", "numpy", "tensorflow"),
+    "fat5_jax.checkpoints",
+  },
+  "fat5_jax/inference": {
+    *("jax", "numpy", "seqio", "tensorflow_datasets"),
+    *("fat5_jax.checkpoints", "fat5_jax.data", "fat5_jax.distributed"),
+    *("fat5_jax.models", "fat5_jax.objectives"),
+  },
+  "fat5_jax/evaluation": {
+    *("jax", "numpy", "seqio", "tensorflow_datasets"),
+    *("fat5_jax.data", "fat5_jax.distributed", "fat5_jax.inference"),
+  },
+  "fat5_jax/training": {
+    *("flax", "jax", "numpy", "optax", "seqio"),
+    *("fat5_jax.checkpoints", "fat5_jax.data", "fat5_jax.distributed"),
+    *("fat5_jax.evaluation", "fat5_jax.loggers", "fat5_jax.models"),
+    "fat5_jax.objectives",
+  },
+  "fat5_jax/planning": {
+    *("jax", "numpy", "fat5_jax.convert.plain_files"),
+    *("fat5_jax.distributed", "fat5_jax.inference.decoding"),
+    *("fat5_jax.models", "fat5_jax.training"),
+  },
 }
+COMMANDS = {f"fat5_jax.{name}" for name in ("train", "eval", "infer", "plan")}
 
 
 def imports(path):
@@ -89,24 +90,59 @@ def python_files(folder):
       yield from (os.path.join(parent, n) for n in names if n.endswith(".py"))
 
 
+def is_of(name, modules):
+  """Whether a name is one of some modules, or lies in it."""
+  return any(name == m or name.startswith(f"{m}.") for m in modules)
+
+
 @pytest.mark.parametrize("folder", ALLOWED)
-def test_a_part_imports_only_what_it_may(folder):
+def test_a_room_imports_only_what_it_may(folder):
+  own = {folder.replace("/", ".")}
+  ground = set() if folder == "pallas_kernels" else GROUND
+  # Names of the package alone are its version.
+  deep = {name for name in ALLOWED[folder] if name != "fat5_jax"}
   for path in python_files(folder):
     for name in imports(path):
       if name.split(".")[0] in sys.stdlib_module_names:
         continue
-      assert any(
-        name == a or name.startswith(f"{a}.") for a in ALLOWED[folder]
-      ), f"{path} imports {name}"
+      may = name == "fat5_jax" and name in ALLOWED[folder]
+      assert may or is_of(name, own | ground | deep), f"{path} imports {name}"
 
 
-def test_only_two_modules_import_gin_and_nothing_imports_torch():
+def test_rooms_stand_on_each_other_without_a_circle():
+  rooms = [folder.replace("/", ".") for folder in ALLOWED]
+  for i, folder in enumerate(ALLOWED):
+    for above in rooms[i + 1 :]:
+      named = ALLOWED[folder] - {"fat5_jax"}
+      assert not is_of(above, named), f"{folder} imports {above}"
+
+
+def test_every_folder_is_a_room():
+  rooms = {"fat5_jax", "fat5_jax/gin_config", *ALLOWED}
+  for path in python_files("fat5_jax"):
+    folder = os.path.relpath(os.path.dirname(path), ROOT)
+    assert any(
+      folder == room or folder.startswith(f"{room}/") for room in rooms
+    ), path
+    assert folder != "fat5_jax" or is_of(
+      f"fat5_jax.{os.path.basename(path)[:-3]}",
+      {*GROUND, *COMMANDS, "fat5_jax.api", "fat5_jax.__init__"},
+    ), f"{path}: of which room is it?"
+
+
+def test_nobody_imports_a_command_but_the_doors():
+  for path in python_files("fat5_jax"):
+    if "gin_config" not in path:
+      for name in imports(path):
+        assert not is_of(name, COMMANDS), f"{path} imports {name}"
+
+
+def test_only_one_room_imports_gin_and_nothing_imports_torch():
   for folder in ("fat5_jax", "pallas_kernels"):
     for path in python_files(folder):
       roots = {name.split(".")[0] for name in imports(path)}
       assert "torch" not in roots, path
-      is_door = path.endswith(("cli.py", "gin_files.py"))
-      assert "gin" not in roots or is_door, path
+      assert "gin" not in roots or "/gin_config/" in path, path
 
 
 def test_the_gin_folder_is_no_package():
@@ -118,9 +154,10 @@ def test_the_step_and_the_converter_run_without_seqio_tensorflow_and_gin():
     "import sys\n"
     "for name in ('seqio', 'tensorflow', 'gin', 'clu', 'torch'):\n"
     "  sys.modules[name] = None\n"
-    "import fat5_jax.steps, fat5_jax.decoding, fat5_jax.models.t5\n"
-    "import fat5_jax.optimizers, fat5_jax.convert.hf, fat5_jax.checkpoints\n"
-    "import fat5_jax.program, fat5_jax.hosts, fat5_jax.planning.search\n"
+    "import fat5_jax.training.steps, fat5_jax.inference.decoding\n"
+    "import fat5_jax.optimizers, fat5_jax.convert.hf, fat5_jax.models.t5\n"
+    "import fat5_jax.training.program, fat5_jax.distributed.hosts\n"
+    "import fat5_jax.checkpoints.checkpointer, fat5_jax.planning.search\n"
   )
   subprocess.run([sys.executable, "-c", program], check=True, cwd=ROOT)
 

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from fat5_jax import losses
+from fat5_jax.objectives import losses
 from pallas_kernels import linear_cross_entropy
 
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from fat5_jax import losses
+from fat5_jax.objectives import losses
 
 
 @pytest.fixture
@@ -75,16 +75,18 @@ SEGMENTS = jnp.asarray([[1, 1, 1, 2, 2, 0], [1, 1, 0, 0, 0, 0]])
   ],
 )
 def test_normalising_factors_mean_what_they_mean_in_t5x(factor, expected):
-  _, normaliser = losses.normalise(WEIGHTS, factor, SEGMENTS)
+  _, normaliser = losses.weights_and_normalizer(WEIGHTS, factor, SEGMENTS)
   assert normaliser == pytest.approx(expected)
 
 
 def test_average_per_sequence_weighs_sequences_not_tokens():
-  weights, _ = losses.normalise(WEIGHTS, "AVERAGE_PER_SEQUENCE", SEGMENTS)
+  weights, _ = losses.weights_and_normalizer(
+    WEIGHTS, "AVERAGE_PER_SEQUENCE", SEGMENTS
+  )
   expected = [[1 / 3] * 3 + [1 / 2] * 2 + [0], [1 / 2] * 2 + [0] * 4]
   np.testing.assert_allclose(weights, expected, rtol=1e-6)
 
 
 def test_an_unknown_factor_names_the_known_ones():
   with pytest.raises(ValueError, match="NUM_REAL_TARGET_TOKENS"):
-    losses.normalise(WEIGHTS, "MEAN")
+    losses.weights_and_normalizer(WEIGHTS, "MEAN")

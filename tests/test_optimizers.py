@@ -7,8 +7,7 @@ import optax
 import pytest
 import t5x_adafactor
 
-from fat5_jax import optimizers
-from fat5_jax.convert import table
+from fat5_jax import optimizers, trees
 from fat5_jax.errors import UserError
 from fat5_jax.models import layer_stack
 
@@ -98,13 +97,13 @@ def small_t5(rng, d=130, i=140, f=160, layers=2):
 
 
 def as_float32(flat, scan):
-  tree = table.nest({k: jnp.asarray(x, jnp.float32) for k, x in flat.items()})
+  tree = trees.nest({k: jnp.asarray(x, jnp.float32) for k, x in flat.items()})
   return stack(tree) if scan else tree
 
 
 def assert_close(tree, expected, tolerance=1e-5):
   """Against each tensor's largest element."""
-  found = table.flatten(unstack(tree))
+  found = trees.flatten(unstack(tree))
   assert found.keys() == expected.keys()
   for path, wanted in expected.items():
     error = np.abs(np.asarray(found[path], np.float64) - wanted).max()
@@ -210,7 +209,7 @@ def test_a_nan_is_skipped_as_t5x_skips_it(scan):
   for k in finite:
     for slot in ("m", "v", "v_row", "v_col"):
       tree = unstack(getattr(state[0], slot))
-      found = table.flatten(tree)[k]
+      found = trees.flatten(tree)[k]
       assert_close({"x": found}, {("x",): slots[k][slot]})
   # Without the switch the parameter is lost.
   with np.errstate(invalid="ignore", divide="ignore"):
@@ -255,12 +254,12 @@ def test_factor_rules_are_those_of_t5x_s_scanned_layers(scan):
         beta1=0.9,
         weight_decay_rate=0.01,
       )
-  found = table.flatten(unstack(ours))
+  found = trees.flatten(unstack(ours))
   found = {k: np.asarray(x) for k, x in found.items()}
-  assert_close(table.nest(t5x_adafactor.scanned(found, HEAD_DIM)), theirs)
+  assert_close(trees.nest(t5x_adafactor.scanned(found, HEAD_DIM)), theirs)
   wo = ("encoder", "layers_1", "mlp", "wo", "kernel")
   tree = unstack(state[0].v)
-  assert table.flatten(tree)[wo].shape == (1,), "factored, small as it is"
+  assert trees.flatten(tree)[wo].shape == (1,), "factored, small as it is"
   embedding = state[0].v["token_embedder"]["embedding"]
   assert embedding.shape == (150, 24), (
     "T5X's rules leave matrices to their size"
@@ -363,7 +362,7 @@ def test_multipliers_scale_all_that_a_step_adds():
     grads, (*state, optax.EmptyState()), params
   )
   factors = {"embedding": 1, "norm": 0, "wi": 3, "scale": 0}
-  updates, found = table.flatten(updates), table.flatten(found)
+  updates, found = trees.flatten(updates), trees.flatten(found)
   for path, x in updates.items():
     np.testing.assert_allclose(found[path], factors[path[-1]] * x, rtol=1e-6)
   for a, b in zip(jax.tree.leaves(found_slots), jax.tree.leaves(slots)):

@@ -12,13 +12,14 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from fat5_jax import cli, optimizers
+from fat5_jax import optimizers
+from fat5_jax.distributed.sharding import Partitioner
 from fat5_jax.errors import UserError
+from fat5_jax.gin_config import cli
 from fat5_jax.models import factory
 from fat5_jax.models.config import T5Config
 from fat5_jax.planning import chips, cost, rehearse, schedule, search, tell
-from fat5_jax.program import Program
-from fat5_jax.sharding import Partitioner
+from fat5_jax.training.program import Program
 
 SMALL = textwrap.dedent("""
   from __gin__ import dynamic_registration

@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 import seqio
 
-from fat5_jax import cli, gin_files, weights
+from fat5_jax.checkpoints import load, reference
 from fat5_jax.convert import hf, table
+from fat5_jax.gin_config import cli, gin_files
 import gin
 
 # Recipe -> the devices that it is for, and where its plan is.
@@ -155,7 +156,7 @@ def test_a_recipe_builds(recipe, user, monkeypatch, capfd, shared_vocabulary):
 
 @pytest.mark.parametrize("recipe", PODS)
 def test_a_recipe_for_a_pod_divides_over_it_and_its_plan_fits(recipe):
-  from fat5_jax.sharding import Partitioner
+  from fat5_jax.distributed.sharding import Partitioner
 
   count, plans = PODS[recipe]
   gin_files.parse([f"recipes/{recipe}"], [], [], "train", cli.NOT_PLANNED)
@@ -228,7 +229,7 @@ def test_classify(user, monkeypatch, capfd):
   found = metrics_of(user, "cls", "glue_sst2_classes")
   assert [row["step"] for row in found] == [2, 4]
   assert 0 <= found[0]["accuracy"] <= 100
-  config = weights.read_config(weights.find(str(user / "cls")))
+  config = reference.read_config(reference.find(str(user / "cls")))
   assert config.head.label_names == ("negative", "positive")
   assert config.num_decoder_layers == 0
   # The run folder alone evaluates, and predicts lines and GLUE's test set.
@@ -283,9 +284,9 @@ def test_classify(user, monkeypatch, capfd):
 
   # A classifier of its own kind goes on from it, its head anew where asked.
   shapes = table.read_all(
-    weights.open_params(weights.find(str(user / "cls")))[1]
+    reference.open_params(reference.find(str(user / "cls")))[1]
   )
-  again = weights.initial_params(
+  again = load.load_params(
     str(user / "cls"),
     config,
     shapes,
@@ -301,7 +302,7 @@ def test_a_checkpoint_without_the_head_is_no_classifier(user):
   from fat5_jax.models import factory
   from fat5_jax.models.config import HeadConfig
 
-  config = weights.model_config(str(user / "t5"))
+  config = reference.model_config(str(user / "t5"))
   model = factory.create(config, HeadConfig("token_classification"))
   with pytest.raises(UserError, match="has no classifier/bias"):
     load_model(str(user / "t5"), model)
@@ -342,8 +343,8 @@ def test_enct5_by_its_prompt_alone(user, monkeypatch, capfd):
     r"--gin.TRAINABLE=^(prompt_embedder|classifier)/",
   )
   assert "of them training" in text
-  _, before = weights.open_params(weights.find(str(user / "t5")))
-  config, after = weights.open_params(weights.find(str(user / "enct5")))
+  _, before = reference.open_params(reference.find(str(user / "t5")))
+  config, after = reference.open_params(reference.find(str(user / "enct5")))
   assert config.num_decoder_layers == 1
   for path, leaf in after.items():
     if path in before:
@@ -430,8 +431,8 @@ def test_lora_trains_resumes_and_is_exported(user, monkeypatch, capfd):
   assert "going on from step 4" in again
   from fat5_jax.convert import formats, peft
 
-  config, leaves = weights.open_params(weights.find(str(user / "lora")))
-  _, base = weights.open_params(weights.find(str(user / "t5")))
+  config, leaves = reference.open_params(reference.find(str(user / "lora")))
+  _, base = reference.open_params(reference.find(str(user / "t5")))
   for path, leaf in base.items():
     assert np.array_equal(leaf.read(), leaves[path].read()), path
   assert any(

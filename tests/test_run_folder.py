@@ -14,7 +14,8 @@ import flax.linen as nn
 import numpy as np
 import pytest
 
-from fat5_jax import cli
+from fat5_jax.gin_config import cli
+from fat5_jax.models import initial
 import gin
 
 # One worker: its fixtures are made once.
@@ -320,7 +321,7 @@ def test_code_is_known_by_what_it_does_not_by_where_it_lies(user):
 
 
 def test_a_change_in_a_long_value_is_told(tmp_path, capfd):
-  from fat5_jax import run_folder
+  from fat5_jax.training import run_folder
 
   wrapped = "a.b = \\\n    {'x': 1.0,\n     'y': %s}\nTRAIN_STEPS = 2\n"
   (tmp_path / "config.gin").write_text(wrapped % "2.0")
@@ -443,7 +444,7 @@ def test_nested_columns_are_asked_about_beside_a_column_inputs(user):
 
 
 def test_a_long_row_is_predicted_alone(user, capfd):
-  from fat5_jax import row_batches
+  from fat5_jax.inference import row_batches
 
   lengths = [10, 600, 20, 9000, 30, 30]
   groups = list(row_batches.group(lengths, lambda n: n, 4))
@@ -576,11 +577,10 @@ def test_two_tasks_of_one_name_are_each_scored_as_themselves(user):
   import seqio
 
   from fat5_jax import eval as eval_script
-  from fat5_jax import steps
   from fat5_jax.data import pipeline, sources, tasks
+  from fat5_jax.distributed.sharding import Partitioner
   from fat5_jax.models import factory
   from fat5_jax.models.config import T5Config
-  from fat5_jax.sharding import Partitioner
 
   def task(text):
     rows = lambda: [{"a": text, "b": text}] * 2
@@ -601,7 +601,7 @@ def test_two_tasks_of_one_name_are_each_scored_as_themselves(user):
     str(user / "scored"),
     Partitioner(devices=jax.devices()[:1]),
   )
-  params = jax.jit(steps.init_params, static_argnums=(0, 1))(model, 0)
+  params = jax.jit(initial.init_params, static_argnums=(0, 1))(model, 0)
   evaluator.evaluate(params, 1)
   path = user / "scored/inference_eval/text_to_text-000001.jsonl"
   targets = [json.loads(line)["target"] for line in path.open()]

@@ -7,11 +7,11 @@ from conftest import ROOT, with_devices
 import jax
 import pytest
 
-from fat5_jax import sharding
+from fat5_jax.distributed import sharding
 from fat5_jax.errors import UserError
 from fat5_jax.models import factory
 from fat5_jax.models.config import HeadConfig, LoRAConfig, T5Config
-from fat5_jax.program import abstract_params
+from fat5_jax.models.initial import abstract_params
 
 SMALL = T5Config(vocab_size=32, emb_dim=16, num_heads=2, head_dim=8, mlp_dim=16)
 FAMILIES = {

@@ -8,11 +8,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from fat5_jax import losses, steps
-from fat5_jax.convert import table
-from fat5_jax.models import layer_stack, layers
+from fat5_jax import trees
+from fat5_jax.models import initial, layer_stack, layers
 from fat5_jax.models.config import T5Config
 from fat5_jax.models.t5 import Transformer
+from fat5_jax.objectives import losses
+from fat5_jax.training import steps
 
 # One worker compiles what they share.
 pytestmark = pytest.mark.xdist_group("t5")
@@ -44,7 +45,7 @@ def apply(config, params, *args, method="__call__", **kwargs):
 @functools.lru_cache
 def init(config, seed=0):
   model = Transformer(config.replace(scan_layers=False))
-  params = jax.jit(steps.init_params, static_argnums=(0, 1))(model, seed)
+  params = jax.jit(initial.init_params, static_argnums=(0, 1))(model, seed)
 
   # A fresh table is almost flat; positions must matter here.
   def widen(path, x):
@@ -164,8 +165,8 @@ def test_how_it_runs_changes_neither_loss_nor_gradient(variant, per_layer):
   loss, grads = loss_and_grads(base)
   found_loss, found = loss_and_grads(base.replace(**VARIANTS[variant]))
   assert found_loss == pytest.approx(float(loss), rel=1e-5)
-  for path, grad in table.flatten(grads).items():
-    other = table.flatten(found)[path]
+  for path, grad in trees.flatten(grads).items():
+    other = trees.flatten(found)[path]
     assert np.abs(other - grad).max() <= 2e-5 * max(np.abs(grad).max(), 1), path
 
 
@@ -242,7 +243,7 @@ def test_parameter_names_and_shapes_are_t5xs():
   """A public interface: converters and users' patterns rely on it."""
   names = {
     "/".join(path): leaf.shape
-    for path, leaf in table.flatten(init(CONFIG)).items()
+    for path, leaf in trees.flatten(init(CONFIG)).items()
   }
   encoder_layer = {
     "attention/query/kernel": (24, 24),
@@ -383,7 +384,7 @@ def test_fresh_parameters_are_drawn_by_one_layer_of_each_stack():
     config = CONFIG.replace(
       num_encoder_layers=layers, num_decoder_layers=layers
     )
-    fresh = lambda: steps.init_params(Transformer(config), 0)
+    fresh = lambda: initial.init_params(Transformer(config), 0)
     return str(jax.make_jaxpr(fresh)()).count("random_fold_in")
 
   assert draws(2) == draws(5) > 10
@@ -391,7 +392,7 @@ def test_fresh_parameters_are_drawn_by_one_layer_of_each_stack():
 
 def test_fresh_parameters_do_not_depend_on_the_layout():
   scanned, looped = (
-    jax.jit(lambda c=c: steps.init_params(Transformer(c), 0))()
+    jax.jit(lambda c=c: initial.init_params(Transformer(c), 0))()
     for c in (CONFIG.replace(scan_layers=x) for x in (True, False))
   )
   jax.tree.map(

@@ -14,8 +14,18 @@ import jax
 import numpy as np
 import pytest
 
-from fat5_jax import checkpoints, cli, metrics, run_record, weights
+from fat5_jax import trees
+from fat5_jax.checkpoints import (
+  checkpointer,
+  history,
+  optimizer_state,
+  reference,
+  run_record,
+  writer,
+)
 from fat5_jax.convert import table
+from fat5_jax.gin_config import cli
+from fat5_jax.loggers import metrics
 
 TINY = """
 from __gin__ import dynamic_registration
@@ -94,7 +104,7 @@ TRAIN = ("--gin_file=tiny.gin", "--gin.MODEL_DIR=run")
 
 def final_state(folder, step=12):
   path = os.path.abspath(os.path.join(folder, f"checkpoint_{step}"))
-  params = table.read_all(weights.open_params(weights.find(path))[1])
+  params = table.read_all(reference.open_params(reference.find(path))[1])
   import orbax.checkpoint as ocp
 
   with ocp.StandardCheckpointer() as reader:
@@ -132,7 +142,7 @@ def test_a_killed_run_goes_on_to_the_same_bits(folder):
     "checkpoint_12",
   ):
     assert (run_dir / name).exists(), name
-  assert checkpoints.steps(run_dir) == [6, 9, 12], "KEEP = 3"
+  assert history.steps(run_dir) == [6, 9, 12], "KEEP = 3"
 
   process = subprocess.Popen(
     command("train", "--gin_file=tiny.gin", "--gin.MODEL_DIR=killed"),
@@ -141,12 +151,12 @@ def test_a_killed_run_goes_on_to_the_same_bits(folder):
     stderr=subprocess.DEVNULL,
   )
   deadline = time.monotonic() + 200
-  while not [s for s in checkpoints.steps(folder / "killed") if s >= 3]:
+  while not [s for s in history.steps(folder / "killed") if s >= 3]:
     assert process.poll() is None and time.monotonic() < deadline
     time.sleep(0.01)
   process.send_signal(signal.SIGKILL)
   process.wait()
-  killed_at = checkpoints.steps(folder / "killed")
+  killed_at = history.steps(folder / "killed")
   assert killed_at and killed_at[-1] < 12, "the run ended before the kill"
   done = run(folder, "train", "--gin_file=tiny.gin", "--gin.MODEL_DIR=killed")
   assert done.returncode == 0, done.stderr
@@ -204,7 +214,7 @@ def test_sigterm_saves_and_says_how_to_go_on(folder):
     stderr=subprocess.PIPE,
     text=True,
   )
-  while not checkpoints.steps(folder / "run"):
+  while not history.steps(folder / "run"):
     assert process.poll() is None
     time.sleep(0.05)
   time.sleep(5)
@@ -212,7 +222,7 @@ def test_sigterm_saves_and_says_how_to_go_on(folder):
   _, text = process.communicate(timeout=120)
   assert process.returncode == 0, text
   step = int(re.search(r"stopped by SIGTERM at step (\d+)", text)[1])
-  assert checkpoints.steps(folder / "run")[-1] == step
+  assert history.steps(folder / "run")[-1] == step
   assert "--gin.TRAIN_STEPS=100000" in text
 
 
@@ -383,7 +393,7 @@ def test_a_nan_names_step_and_parameter_and_keeps_the_checkpoint(fails, folder):
   assert re.search(r"step [123]: loss", message)
   assert "the gradient of " in message or "the loss" in message
   assert "last good checkpoint is step 0" in message
-  assert checkpoints.steps(folder / "run") == [0]
+  assert history.steps(folder / "run") == [0]
 
 
 def test_what_was_being_saved_is_whole_after_a_bad_row(
@@ -395,7 +405,7 @@ def test_what_was_being_saved_is_whole_after_a_bad_row(
 
   original, close, closed = (
     pipeline.train_batches,
-    checkpoints.Checkpointer.close,
+    checkpointer.Checkpointer.close,
     [],
   )
 
@@ -410,7 +420,7 @@ def test_what_was_being_saved_is_whole_after_a_bad_row(
     closed.append(sorted(os.listdir(folder / "run")))
 
   monkeypatch.setattr(pipeline, "train_batches", three)
-  monkeypatch.setattr(checkpoints.Checkpointer, "close", closing)
+  monkeypatch.setattr(checkpointer.Checkpointer, "close", closing)
   flags = ("--gin.CHECKPOINT_PERIOD=1", "--gin.EVAL_PERIOD=0")
   assert "rows.tsv, row 9: bad" in fails(*TRAIN, *flags)
   (names,) = closed
@@ -469,7 +479,7 @@ def test_a_run_starts_from_a_run_and_counts_its_steps(
     "--gin.TRAIN_STEPS_RELATIVE=2",
   )
   assert "checkpoint_4, step 4" in text
-  assert checkpoints.steps("second")[-1] == 6
+  assert history.steps("second")[-1] == 6
   # The optimizer's count came along.
   optimizer = final_state("second", 6)[1]
   counts = [x for x in jax.tree.leaves(optimizer) if np.shape(x) == ()]
@@ -509,8 +519,8 @@ from __gin__ import dynamic_registration
 import fat5_jax.train as train_script
 
 include 'tiny.gin'
-train_script.train.train_eval_dataset_cfg = None
-train_script.train.infer_eval_dataset_cfg = None
+train_script.Run.train_eval_dataset_cfg = None
+train_script.Run.infer_eval_dataset_cfg = None
 STATS_PERIOD = 1
 # Compiles in half the time.
 ATTENTION = 'reference'
@@ -560,10 +570,10 @@ def logged_rates(run_dir):
 def test_the_logged_rate_is_the_applied_one(folder, trains):
   """From step 1000, with a part of the parameters and a fresh optimizer."""
   t5x_checkpoint(folder, 1000)
-  source = weights.find("checkpoint_1000")
-  config, leaves = weights.open_params(source)
-  step, state = weights.adafactor_state(source, config)
-  weights.write_params("begin", config, leaves, None, step, state)
+  source = reference.find("checkpoint_1000")
+  config, leaves = reference.open_params(source)
+  step, state = optimizer_state.adafactor_state(source, config)
+  writer.write_params("begin", config, leaves, None, step, state)
   schedule = "optimizers.create_learning_rate_scheduler"
   (folder / "adamw.gin").write_text("include 'optimizers/adamw.gin'\n")
   text = trains(
@@ -585,8 +595,10 @@ def test_the_logged_rate_is_the_applied_one(folder, trains):
     n: pytest.approx((n - 1) ** -0.5, rel=1e-6) for n in (1001, 1002)
   }
   # Adam's first update with fresh slots is the rate times the gradient's sign.
-  at = lambda n: table.flatten(
-    table.read_all(weights.open_params(weights.find(f"run/checkpoint_{n}"))[1])
+  at = lambda n: trees.flatten(
+    table.read_all(
+      reference.open_params(reference.find(f"run/checkpoint_{n}"))[1]
+    )
   )
   before, after = at(1000), at(1001)
   moved = {k: np.abs(after[k] - before[k]) for k in before}
@@ -626,7 +638,7 @@ optimizers.adafactor.logical_factor_rules = None
   params, (slots, *_) = final_state(folder / "counted", 1_000_000)
   assert int(slots["count"]) == 1_000_000
   for name in ("m", "v"):
-    for k, x in table.flatten(slots[name]).items():
+    for k, x in trees.flatten(slots[name]).items():
       wanted = np.asarray(theirs.slots[k][name], np.float32)
       np.testing.assert_array_equal(x, wanted)
 
@@ -639,7 +651,7 @@ optimizers.adafactor.logical_factor_rules = None
     "--gin.TRAIN_STEPS=1000001",
   )
   assert len([x for x in text.splitlines() if "a fresh optimizer" in x]) == 1
-  assert checkpoints.steps("adamw") == [1_000_000, 1_000_001]
+  assert history.steps("adamw") == [1_000_000, 1_000_001]
   counts = jax.tree.leaves(final_state(folder / "adamw", 1_000_001)[1])
   assert [int(c) for c in counts if np.shape(c) == ()] == [1]
 

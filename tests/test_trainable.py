@@ -7,18 +7,18 @@ import optax
 import pytest
 from test_heads import CONFIG, batch_of, text
 
-from fat5_jax import optimizers, steps, trainable
-from fat5_jax.convert import table
+from fat5_jax import optimizers, trees
 from fat5_jax.errors import UserError
-from fat5_jax.models import factory, layer_stack
+from fat5_jax.models import factory, initial, layer_stack
 from fat5_jax.models.config import HeadConfig, LoRAConfig
+from fat5_jax.training import steps, trainable
 
 HEAD = HeadConfig("enct5", num_labels=3)
 
 
 def setup(pattern=None, frozen=None, lora=None, **multipliers):
   model = factory.create(CONFIG, HEAD, lora)
-  params = jax.jit(steps.init_params, static_argnums=(0, 1))(model, 0)
+  params = jax.jit(initial.init_params, static_argnums=(0, 1))(model, 0)
   chosen = trainable.choose(params, pattern, frozen)
   optimizer = optimizers.adamw(0.01, **multipliers)
   moving, _ = trainable.split(params, chosen)
@@ -42,7 +42,7 @@ def test_frozen_parameters_stay_bit_for_bit(pattern, frozen):
   state, step, chosen = setup(pattern, frozen)
   after, sums = jax.jit(step)(state, BATCH)
   after, sums = jax.jit(step)(after, BATCH)
-  before, now = table.flatten(state.params), table.flatten(after.params)
+  before, now = trees.flatten(state.params), trees.flatten(after.params)
   assert np.isfinite(sums["loss"])
   moved = {p for p in before if not np.array_equal(before[p], now[p])}
   assert moved <= chosen
@@ -57,7 +57,7 @@ def test_frozen_parameters_have_no_state_and_cost_no_gradient():
   def size_and_flops(pattern):
     state, step, chosen = setup(pattern)
     state_size = sum(x.size for x in jax.tree.leaves(state.opt_state))
-    params = table.flatten(state.params)
+    params = trees.flatten(state.params)
     assert state_size == 1 + 2 * sum(params[path].size for path in chosen)
     cost = jax.jit(step).lower(state, BATCH).compile().cost_analysis()
     return state_size, cost["flops"]
@@ -73,7 +73,7 @@ def test_lora_trains_its_matrices_and_the_head_alone():
   state, step, chosen = setup(
     r"lora_|^head/|^classifier/|^prompt_embedder/", lora=LoRAConfig()
   )
-  names = {trainable.name_of(path) for path in chosen}
+  names = {trees.name_of(path) for path in chosen}
   assert "encoder/layers_0/attention/query/lora_a" in names
   assert "classifier/bias" in names and "prompt_embedder/embedding" in names
   assert not any(name.endswith("query/kernel") for name in names)
@@ -88,7 +88,7 @@ def test_a_lora_target_that_is_none_is_an_error():
     LoRAConfig(targets=("q", "v"))
   config = CONFIG.replace(lora=LoRAConfig(targets=("wi_0",)))
   model = factory.create(config, HEAD)
-  params = jax.eval_shape(lambda: steps.init_params(model, 0))
+  params = jax.eval_shape(lambda: initial.init_params(model, 0))
   with pytest.raises(UserError, match="'wi_0'"):
     trainable.check_lora(params, model.config)
 
@@ -144,7 +144,7 @@ def test_a_learning_rate_of_its_own_for_a_pattern():
 )
 def test_a_pattern_that_does_nothing_is_an_error(pattern, frozen, match):
   params = jax.eval_shape(
-    lambda: steps.init_params(factory.create(CONFIG, HEAD), 0)
+    lambda: initial.init_params(factory.create(CONFIG, HEAD), 0)
   )
   with pytest.raises(UserError, match=match):
     trainable.choose(params, pattern, frozen)
@@ -153,7 +153,7 @@ def test_a_pattern_that_does_nothing_is_an_error(pattern, frozen, match):
 def test_scanned_layers_go_together_or_say_so():
   params = jax.eval_shape(
     lambda: layer_stack.stack(
-      steps.init_params(factory.create(CONFIG, HEAD), 0)
+      initial.init_params(factory.create(CONFIG, HEAD), 0)
     )
   )
   chosen = trainable.choose(params, r"layers_\d+/mlp", None)

@@ -10,7 +10,8 @@ import seqio
 import tensorflow_datasets as tfds
 import transformers
 
-from fat5_jax import weights
+from fat5_jax import checkpoints
+from fat5_jax.checkpoints import reference
 from fat5_jax.convert import tokenizers
 from fat5_jax.data import (
   head_tasks,
@@ -271,9 +272,9 @@ def test_a_name_of_the_hub_is_told_from_a_path(tmp_path, monkeypatch):
   monkeypatch.chdir(tmp_path)
   for name in ("google/flan-t5-small", "t5-small"):
     with pytest.raises(UserError, match=f"hf download {name}"):
-      weights.find(name)
+      reference.find(name)
   with pytest.raises(UserError) as e:
-    weights.find("/no/such/folder")
+    reference.find("/no/such/folder")
   assert "download" not in str(e.value)
 
 
@@ -354,7 +355,7 @@ def test_a_folder_of_hf_with_tokenizer_json_alone_predicts(tmp_path):
   tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "slow")
   tokenizer.save_pretrained(folder)
   assert not (folder / "spiece.model").exists()
-  found = vocabularies.of_checkpoint(str(folder))
+  found = checkpoints.vocabulary_of(str(folder))
   for text in ("red square", "blue  redround", "unknown zebra"):
     ids = tokenizer(text, add_special_tokens=False).input_ids
     assert found.encode(text) == ids, text

@@ -18,6 +18,9 @@ import sys
 import tempfile
 import time
 
+from fat5_jax import checkpoints
+from fat5_jax.checkpoints import checkpointer
+
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
@@ -55,7 +58,7 @@ def main() -> None:
 
   import logging
 
-  from fat5_jax import checkpoints, integrity
+  from fat5_jax.checkpoints import integrity
   from fat5_jax.convert import orbax_files
 
   logging.getLogger("absl").setLevel(logging.ERROR)
@@ -69,7 +72,7 @@ def main() -> None:
 
   def save(folder):
     config = checkpoints.SaveCheckpointConfig()
-    with checkpoints.Checkpointer(folder, config) as saver:
+    with checkpointer.Checkpointer(folder, config) as saver:
       saver.save(1, params, slots, {})
 
   def read(folder):

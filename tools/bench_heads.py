@@ -35,9 +35,10 @@ def main() -> int:
   from rich.console import Console
   from rich.table import Table
 
-  from fat5_jax import objectives, optimizers, steps, trainable
-  from fat5_jax.models import factory
+  from fat5_jax import objectives, optimizers
+  from fat5_jax.models import factory, initial
   from fat5_jax.models.config import HeadConfig, LoRAConfig, T5Config
+  from fat5_jax.training import steps, trainable
 
   base = T5Config(
     vocab_size=32128,
@@ -78,7 +79,7 @@ def main() -> int:
   for name, head, lora, pattern in sides:
     model = factory.create(base, head, lora)
     batch = text if head is None else classes
-    params = jax.jit(steps.init_params, static_argnums=(0, 1))(model, 0)
+    params = jax.jit(initial.init_params, static_argnums=(0, 1))(model, 0)
     chosen = trainable.choose(params, pattern, None)
     moving, _ = trainable.split(params, chosen)
     state = steps.TrainState(np.int32(0), params, optimizer.init(moving))
@@ -88,8 +89,11 @@ def main() -> int:
     compiled = step.lower(state, batch).compile()
 
     def predict(params, batch, model=model):
-      weights = objectives.label_weights(model.config, batch)
-      return objectives.sums(model, params, batch, weights, 1.0, None, 0, 0)[0]
+      objective = objectives.of(model.config)
+      weights = objective.label_weights(batch)
+      return objective.loss_and_sums(model, params, batch, weights, 1.0, None)[
+        0
+      ]
 
     forward = jax.jit(predict).lower(params, batch).compile()
     count = lambda tree: sum(x.size for x in jax.tree.leaves(tree))

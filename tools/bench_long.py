@@ -30,8 +30,8 @@ def run(implementation: str, length: int, steps: int) -> dict:
   import numpy as np
 
   from fat5_jax import optimizers
-  from fat5_jax import steps as train
-  from fat5_jax.models import config, t5
+  from fat5_jax.models import config, initial, t5
+  from fat5_jax.training import steps as train
 
   model = t5.Transformer(
     config.T5Config(
@@ -60,19 +60,19 @@ def run(implementation: str, length: int, steps: int) -> dict:
     "decoder_loss_weights": np.ones((1, TARGETS), np.int32),
   }
 
-  def initial():
-    params = train.init_params(model, 0)
+  def start():
+    params = initial.init_params(model, 0)
     return train.TrainState(np.int32(0), params, optimizer.init(params))
 
   jitted = jax.jit(step, donate_argnums=0)
-  compiled = jitted.lower(jax.eval_shape(initial), batch).compile()
+  compiled = jitted.lower(jax.eval_shape(start), batch).compile()
   memory = compiled.memory_analysis()
   needed = memory.temp_size_in_bytes + memory.argument_size_in_bytes
   found = {"needed": needed}
   machine = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
   if jax.default_backend() == "cpu" and needed > machine:
     return found
-  state = jax.jit(initial)()
+  state = jax.jit(start)()
   seconds = []
   for _ in range(steps):
     start = time.perf_counter()

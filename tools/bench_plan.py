@@ -42,10 +42,10 @@ def main() -> None:
   import numpy as np
 
   from fat5_jax import optimizers
+  from fat5_jax.distributed.sharding import Partitioner
   from fat5_jax.models import factory
   from fat5_jax.models.config import T5Config
-  from fat5_jax.program import Program
-  from fat5_jax.sharding import Partitioner
+  from fat5_jax.training.program import Program
 
   config = T5Config(
     vocab_size=32128,

@@ -18,6 +18,9 @@ import subprocess
 import sys
 import tempfile
 
+from fat5_jax import checkpoints, trees
+from fat5_jax.checkpoints import checkpointer, layout, load, writer
+
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path.insert(0, ROOT)
 GIB = 2**30
@@ -43,9 +46,9 @@ def config(layers: int):
 
 def program(layers: int, mesh: dict[str, int]):
   from fat5_jax import optimizers
+  from fat5_jax.distributed.sharding import Partitioner
   from fat5_jax.models import factory
-  from fat5_jax.program import Program
-  from fat5_jax.sharding import Partitioner
+  from fat5_jax.training.program import Program
 
   return Program(
     factory.create(config(layers)),
@@ -59,25 +62,26 @@ def save(folder: str, layers: int, kind: str) -> None:
   import jax
   import numpy as np
 
-  from fat5_jax import checkpoints, weights
   from fat5_jax.convert import hf, table
 
   made = program(layers, {"fsdp": 8})
-  on_disk = checkpoints.as_on_disk(made.abstract_state.params)
+  on_disk = layout.to_disk_layout(made.abstract_state.params)
   leaves = {
     where: table.Leaf(x.shape, "float32", lambda x=x: np.zeros(x.shape, "f4"))
-    for where, x in table.flatten(on_disk).items()
+    for where, x in trees.flatten(on_disk).items()
   }
   if kind == "hf":
     hf.to_pretrained(config(layers), leaves, folder)
   elif kind == "fat5":
-    weights.write_params(folder, config(layers), leaves)
+    writer.write_params(folder, config(layers), leaves)
   else:
     state = jax.tree.map(
       lambda x: jax.device_put(np.zeros(x.shape, x.dtype), x.sharding),
       made.abstract_state,
     )
-    saver = checkpoints.Checkpointer(folder, checkpoints.SaveCheckpointConfig())
+    saver = checkpointer.Checkpointer(
+      folder, checkpoints.SaveCheckpointConfig()
+    )
     saver.save(0, state.params, state.opt_state, {})
     saver.wait()
     saver.close()
@@ -86,21 +90,20 @@ def save(folder: str, layers: int, kind: str) -> None:
 def restore(folder: str, layers: int, kind: str) -> None:
   import jax
 
-  from fat5_jax import checkpoints, weights
   from tools.bench_plan import memory
 
   made = program(layers, {"fsdp": 4, "model": 2})
   abstract = made.abstract_state
   before = memory("VmRSS")
   if kind == "run":
-    reader = checkpoints.Checkpointer(
+    reader = checkpointer.Checkpointer(
       folder, checkpoints.SaveCheckpointConfig()
     )
     params, _, _ = reader.restore(
       0, abstract.params, abstract.opt_state, made.partitioner
     )
   else:
-    params, _, _ = weights.initial_params(
+    params, _, _ = load.load_params(
       folder, config(layers), abstract.params, made.partitioner
     )
   jax.block_until_ready(params)

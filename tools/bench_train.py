@@ -31,10 +31,12 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from fat5_jax import decoding, steps
+from fat5_jax.inference import decoding
+from fat5_jax.models import initial
 from fat5_jax.models.config import T5Config
 from fat5_jax.models.t5 import Transformer
 from fat5_jax.planning import chips, cost
+from fat5_jax.training import steps
 
 VOCABULARY = 32128
 # T5 1.1 by size: width, width of the feed-forward, layers of a stack, heads.
@@ -277,7 +279,7 @@ def model_flops(size: str, x, y) -> float:
     size, attention_implementation="reference", scan_layers=True
   )
   model = Transformer(config)
-  params = jax.eval_shape(lambda: steps.init_params(model, 0))
+  params = jax.eval_shape(lambda: initial.init_params(model, 0))
   forward = steps.make_eval_step(model)
   return 3 * cost.product_flops(
     jax.make_jaxpr(forward)(params, our_batch(x, y))
@@ -296,7 +298,7 @@ def _our_step(size, side, x, y):
   )
 
   def start():
-    params = steps.init_params(model, 0)
+    params = initial.init_params(model, 0)
     return steps.TrainState(jnp.int32(0), params, optimizer.init(params))
 
   state, batch = jax.jit(start)(), jax.device_put(our_batch(x, y))

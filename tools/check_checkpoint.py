@@ -14,12 +14,14 @@ import argparse
 import os
 import sys
 
+from fat5_jax.checkpoints import history
+
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
 
 def check(folder: str) -> str:
   """The verdict on one checkpoint."""
-  from fat5_jax import integrity
+  from fat5_jax.checkpoints import integrity
   from fat5_jax.errors import UserError
 
   try:
@@ -41,16 +43,15 @@ def main() -> int:
   )
   parser.add_argument("folders", nargs="+", metavar="MODEL_DIR")
   flags = parser.parse_args()
-  from fat5_jax import checkpoints
 
   status = 0
   for given in flags.folders:
     folder = os.path.abspath(os.path.expanduser(given))
     found = [
       os.path.join(folder, f"checkpoint_{step}")
-      for step in checkpoints.steps(folder)
+      for step in history.steps(folder)
     ]
-    if checkpoints.STEP_FOLDER.match(os.path.basename(folder)):
+    if history.STEP_FOLDER.match(os.path.basename(folder)):
       found = [folder]
     if not found:
       print(f"{given}: there is no checkpoint_<step> in it")

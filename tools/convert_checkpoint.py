@@ -114,13 +114,14 @@ def _main(interrupts) -> int:
 
 def convert(flags) -> None:
   """See the module's docstring."""
-  from fat5_jax import checkpoints, interrupts, weights
+  from fat5_jax import interrupts
+  from fat5_jax.checkpoints import history, reference
   from fat5_jax.convert import folders, formats, lora, table
   from fat5_jax.errors import UserError
   from fat5_jax.models.config import HeadConfig
 
   interrupts.loaded()
-  source = weights.find(flags.source)
+  source = reference.find(flags.source)
   source = dataclasses.replace(
     source,
     overrides=tuple(_overrides(flags.set)),
@@ -136,14 +137,14 @@ def convert(flags) -> None:
       f"{dest}: the source is inside of it, and would be replaced with it;"
       " choose another destination"
     )
-  own_head = weights.own_head_record(source)
+  own_head = reference.own_head_record(source)
   if own_head is not None:
     raise UserError(
       f"{source.run_dir}: its head is a module of your own"
       f" ({own_head['module']}), which no other library has and whose logits"
       " cannot be checked here. It stays a run of fat5_jax"
     )
-  config, leaves = weights.open_params(source, flags.encoder_only)
+  config, leaves = reference.open_params(source, flags.encoder_only)
   leaves = table.finite(leaves, source.path)
   if flags.encoder_only and config.is_language_model:
     config = config.with_head(HeadConfig("embedding"))
@@ -156,7 +157,7 @@ def convert(flags) -> None:
     to != "fat5" or source.kind not in ("t5x", "mesh_tf")
   ):
     raise UserError("--optimizer is for T5X and Mesh TensorFlow, --to fat5")
-  if to == "fat5" and os.path.isdir(dest) and checkpoints.steps(dest):
+  if to == "fat5" and os.path.isdir(dest) and history.steps(dest):
     raise UserError(f"{dest}: holds checkpoints already")
   if config.lora is not None and to not in ("fat5", "peft"):
     print("LoRA is merged into the kernels")
@@ -239,15 +240,15 @@ def _describe(config) -> str:
 
 
 def _to_fat5(source, config, leaves, dest, with_optimizer) -> None:
-  from fat5_jax import weights
+  from fat5_jax.checkpoints import optimizer_state, writer
 
   vocabulary = None
   if source.kind == "fat5" or _has_tokenizer(source.run_dir):
     vocabulary = _vocabulary(source, config)
   step, opt_state = 0, None
   if with_optimizer:
-    step, opt_state = weights.adafactor_state(source, config)
-  weights.write_params(dest, config, leaves, vocabulary, step, opt_state)
+    step, opt_state = optimizer_state.adafactor_state(source, config)
+  writer.write_params(dest, config, leaves, vocabulary, step, opt_state)
 
 
 def _base_of(source) -> str:
@@ -276,10 +277,11 @@ def _has_tokenizer(folder: str) -> bool:
 
 
 def _vocabulary(source, config):
+  from fat5_jax.checkpoints import vocabulary_of
   from fat5_jax.data import vocabularies
 
   try:
-    found = vocabularies.of_checkpoint(source.path)
+    found = vocabulary_of(source.path)
   except vocabularies.OtherTokenizerError as e:
     print(f"note: no vocabulary taken along: {e}")
     return None
@@ -308,7 +310,7 @@ def _compared(config, leaves, folder, to) -> str:
   """
   import numpy as np
 
-  from fat5_jax import weights
+  from fat5_jax.checkpoints import reference
   from fat5_jax.convert import peft
   from fat5_jax.errors import UserError
 
@@ -320,7 +322,7 @@ def _compared(config, leaves, folder, to) -> str:
       folder, config.replace(lora=None), base
     )
   else:
-    again_config, again = weights.open_params(weights.find(folder))
+    again_config, again = reference.open_params(reference.find(folder))
   if leaves.keys() != again.keys():
     raise UserError(f"{what}: it does not hold the same parameters")
   for path, leaf in leaves.items():

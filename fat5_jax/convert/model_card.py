@@ -273,7 +273,7 @@ from fat5_jax import weights
 from fat5_jax.convert import table
 from fat5_jax.models import factory
 
-config, leaves = weights.open_params(weights.find("/models/this"))
+config, leaves = reference.open_params(reference.find("/models/this"))
 model, params = factory.create(config), table.read_all(leaves)
 ```"""
 

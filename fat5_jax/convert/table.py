@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from fat5_jax import trees
 from fat5_jax.errors import UserError
 
 # Prints this many names of a list, then a count.
@@ -57,12 +58,12 @@ def as_leaves(tree: Mapping[Any, Any]) -> Leaves:
   """A tree of arrays as a table; a table stays one."""
   if all(isinstance(key, tuple) for key in tree):
     return dict(tree)
-  return {path: leaf_of(x) for path, x in flatten(tree).items()}
+  return {path: leaf_of(x) for path, x in trees.flatten(tree).items()}
 
 
 def read_all(leaves: Leaves) -> dict[str, Any]:
   """The tree of all arrays."""
-  return nest({path: leaf.read() for path, leaf in leaves.items()})
+  return trees.nest({path: leaf.read() for path, leaf in leaves.items()})
 
 
 class LazyTree(dict):
@@ -73,7 +74,7 @@ class LazyTree(dict):
   """
 
   def __init__(self, leaves: Leaves):
-    super().__init__(nest(leaves))
+    super().__init__(trees.nest(leaves))
 
   def __getitem__(self, key):
     node = super().__getitem__(key)
@@ -201,29 +202,6 @@ def check_layers(config, tensors: int, where: str) -> None:
         f"{where}: {field} = {getattr(config, field)}, and there are"
         f" {tensors} tensors"
       )
-
-
-def nest(flat: Mapping[tuple[str, ...], Any]) -> dict[str, Any]:
-  """{("a", "b"): x} as {"a": {"b": x}}."""
-  tree: dict[str, Any] = {}
-  for path, leaf in flat.items():
-    node = tree
-    for key in path[:-1]:
-      node = node.setdefault(key, {})
-    node[path[-1]] = leaf
-  return tree
-
-
-def flatten(tree: Mapping[str, Any], prefix=()) -> dict[tuple[str, ...], Any]:
-  """{"a": {"b": x}} as {("a", "b"): x}."""
-  flat: dict[tuple[str, ...], Any] = {}
-  for key, value in tree.items():
-    path = (*prefix, str(key))
-    if isinstance(value, Mapping):
-      flat.update(flatten(value, path))
-    else:
-      flat[path] = value
-  return flat
 
 
 def to_leaves(

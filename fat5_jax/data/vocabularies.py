@@ -7,7 +7,6 @@ from typing import Any
 
 import seqio
 
-from fat5_jax import weights
 from fat5_jax.convert import plain_files, sentencepiece_file
 from fat5_jax.data import tokenizer_json
 from fat5_jax.data.tokenizer_json import OtherTokenizerError
@@ -97,21 +96,3 @@ def from_hf(folder: str) -> seqio.Vocabulary:
     " the SentencePiece model of this checkpoint there, or bind VOCABULARY in"
     " gin"
   )
-
-
-def of_checkpoint(path: str) -> seqio.Vocabulary:
-  """The vocabulary that a checkpoint brings: an HF folder or a fat5_jax run.
-
-  Raises:
-    OtherTokenizerError: if it brings none.
-    UserError: if it is damaged.
-  """
-  source = weights.find(path)
-  if source.kind != "fat5":
-    return from_hf(source.run_dir)
-  found = weights.run_record.read(source.run_dir)
-  if found.get("vocabulary") is None:
-    raise OtherTokenizerError(
-      f"{source.run_dir}: model.json names no vocabulary; set VOCABULARY in gin"
-    )
-  return load(found["vocabulary"], source.run_dir)

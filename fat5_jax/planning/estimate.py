@@ -12,10 +12,12 @@ import math
 import jax
 import jax.numpy as jnp
 
-from fat5_jax import trainable
+from fat5_jax.distributed.sharding import Partitioner, logical_axes
+from fat5_jax.models.initial import abstract_params
 from fat5_jax.planning import chips
-from fat5_jax.program import Program, abstract_params
-from fat5_jax.sharding import Partitioner, logical_axes, path_keys
+from fat5_jax.training import trainable
+from fat5_jax.training.program import Program
+from fat5_jax.trees import path_keys
 
 
 @dataclasses.dataclass(frozen=True)

@@ -15,10 +15,11 @@ from typing import Any
 import jax
 import numpy as np
 
-from fat5_jax import steps
+from fat5_jax.distributed.sharding import Partitioner
+from fat5_jax.inference.decoding import make_predict_step
 from fat5_jax.planning import chips, cost, schedule
-from fat5_jax.program import Program, prediction
-from fat5_jax.sharding import Partitioner
+from fat5_jax.training import steps
+from fat5_jax.training.program import Program
 
 
 @dataclasses.dataclass(frozen=True)
@@ -258,7 +259,7 @@ def sizes_of(shapes) -> tuple[int, dict[str, int]]:
 def _rehearse_decoding(
   program, batch, lengths, chip, capacity
 ) -> dict[str, Any]:
-  predict = prediction(
+  predict = make_predict_step(
     program.model, program.partitioner, lengths.get("targets")
   )
   begin = time.monotonic()

@@ -14,6 +14,7 @@ from typing import Any
 import jax
 
 from fat5_jax import console
+from fat5_jax.distributed.sharding import Partitioner
 from fat5_jax.errors import UserError
 from fat5_jax.planning import chips
 from fat5_jax.planning.estimate import Estimator
@@ -24,8 +25,7 @@ from fat5_jax.planning.rehearse import (
   step_flops,
   with_config,
 )
-from fat5_jax.program import Program
-from fat5_jax.sharding import Partitioner
+from fat5_jax.training.program import Program
 
 # From what keeps most to what keeps least.
 _POLICIES = ("none", "gathered", "minimal", "full")

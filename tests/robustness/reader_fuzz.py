@@ -16,6 +16,9 @@ import model_folders
 import torch_files
 import whole_folders
 
+from fat5_jax import checkpoints
+from fat5_jax.checkpoints import reference
+
 TENSORS = ("bin", "safetensors", "t5x", "zarr", "run")
 JSON = ("safetensors", "zarr", "run", *whole_folders.OTHER_KINDS)
 KINDS = (*TENSORS, *(f"json of {kind}" for kind in JSON))
@@ -115,14 +118,13 @@ class _FuzzedJson:
     path.write_text(json.dumps(value))
 
   def read(self) -> None:
-    from fat5_jax import weights
     from fat5_jax.data import vocabularies
 
-    source = weights.find(str(self._folder))
-    weights.own_head_record(source)
-    weights.open_params(source)
+    source = reference.find(str(self._folder))
+    reference.own_head_record(source)
+    reference.open_params(source)
     try:
-      vocabularies.of_checkpoint(source.path)
+      checkpoints.vocabulary_of(source.path)
     except vocabularies.OtherTokenizerError:
       pass
 

@@ -595,7 +595,7 @@ class _Glue:
 
 
 def _run(command: str, flags: list[str]) -> int:
-  from fat5_jax import cli
+  from fat5_jax.gin_config import cli
 
   status = cli.main(command, flags)
   sys.stdout.flush()

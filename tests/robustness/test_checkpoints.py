@@ -13,7 +13,14 @@ import numpy as np
 import pytest
 from zygote import ROOT
 
-from fat5_jax import checkpoints, integrity, run_lock, run_record
+from fat5_jax import checkpoints
+from fat5_jax.checkpoints import (
+  checkpointer,
+  history,
+  integrity,
+  run_lock,
+  run_record,
+)
 from fat5_jax.errors import UserError
 
 STEPS = (3, 6)
@@ -21,7 +28,7 @@ STEPS = (3, 6)
 
 @pytest.fixture(autouse=True)
 def say_again():
-  checkpoints._warn_once.cache_clear()
+  history._warn_once.cache_clear()
 
 
 def state(step):
@@ -36,7 +43,7 @@ def saved(tmp_path_factory):
   folder = tmp_path_factory.mktemp("runs") / "of [mine]*?%41#|é"
   folder.mkdir()
   config = checkpoints.SaveCheckpointConfig(keep=2)
-  with checkpoints.Checkpointer(str(folder), config) as saver:
+  with checkpointer.Checkpointer(str(folder), config) as saver:
     for step in (0, *STEPS):
       saver.save(step, state(step), state(step + 1), {"batches": step})
   return str(folder)
@@ -56,8 +63,8 @@ def restored(run, step):
 
 
 def test_the_folder_may_have_any_name_and_keeps_the_latest(saved):
-  assert checkpoints.steps(saved) == [*STEPS]
-  assert checkpoints.latest_whole(saved) == (6, [])
+  assert history.steps(saved) == [*STEPS]
+  assert history.latest_whole(saved) == (6, [])
   found = restored(saved, 6)
   assert np.array_equal(found["a", "kernel"], state(6)["a"]["kernel"])
   assert {x for x in os.listdir(saved) if "tmp" in x or "writing" in x} == set()
@@ -66,14 +73,14 @@ def test_the_folder_may_have_any_name_and_keeps_the_latest(saved):
 @pytest.mark.parametrize("way", damage.WAYS)
 def test_a_damaged_newest_is_passed_over_and_said(run, way, seed, capfd):
   damage.WAYS[way](os.path.join(run, "checkpoint_6"), random.Random(seed))
-  with checkpoints.Checkpointer(run, checkpoints.SaveCheckpointConfig()) as it:
+  with checkpointer.Checkpointer(run, checkpoints.SaveCheckpointConfig()) as it:
     assert it.find_latest() == 3
     said = capfd.readouterr().err
     assert "warning: " in said and "checkpoint_6 is damaged (" in said
     assert len(said.splitlines()) == 1
     # The step can be saved anew, and nothing is thrown away.
     it.save(6, state(6), state(7), {"batches": 6})
-  assert checkpoints.latest_whole(run) == (6, [])
+  assert history.latest_whole(run) == (6, [])
   assert os.path.isdir(os.path.join(run, "checkpoint_6.damaged"))
 
 
@@ -119,10 +126,10 @@ def test_lost_sums_and_files_without_one_are_damage(run):
   os.unlink(path)
   integrity._problem.cache_clear()
   # The one before has them, so this one had.
-  assert checkpoints.latest_whole(run) == (3, [6])
+  assert history.latest_whole(run) == (3, [6])
   os.unlink(os.path.join(run, "checkpoint_3", integrity.NAME))
   integrity._problem.cache_clear()
-  assert checkpoints.latest_whole(run) == (6, [])
+  assert history.latest_whole(run) == (6, [])
 
 
 def test_where_all_are_damaged_nothing_begins_anew_in_silence(run):
@@ -130,10 +137,10 @@ def test_where_all_are_damaged_nothing_begins_anew_in_silence(run):
     damage.WAYS["params missing"](
       os.path.join(run, f"checkpoint_{step}"), random.Random(0)
     )
-  saver = checkpoints.Checkpointer(run, checkpoints.SaveCheckpointConfig())
+  saver = checkpointer.Checkpointer(run, checkpoints.SaveCheckpointConfig())
   with saver, pytest.raises(UserError, match="every checkpoint is damaged"):
     saver.find_latest()
-  assert checkpoints.steps(run) == [*STEPS]
+  assert history.steps(run) == [*STEPS]
 
 
 def test_a_folder_at_rest_can_be_checked(run):
@@ -172,7 +179,7 @@ def test_what_a_full_disk_refuses_is_one_line_with_the_last_good_step(
   def full(folder):
     raise OSError(28, "No space left on device", folder)
 
-  saver = checkpoints.Checkpointer(run, checkpoints.SaveCheckpointConfig())
+  saver = checkpointer.Checkpointer(run, checkpoints.SaveCheckpointConfig())
   saver.find_latest()
   monkeypatch.setattr(integrity, "write", full)
   with pytest.raises(UserError) as e:
@@ -182,11 +189,11 @@ def test_what_a_full_disk_refuses_is_one_line_with_the_last_good_step(
   assert "No space left on device" in line and "step 6 and untouched" in line
   monkeypatch.undo()
   saver.close()
-  assert checkpoints.latest_whole(run) == (6, [])
+  assert history.latest_whole(run) == (6, [])
   # What was left half-written goes when the folder is next opened.
-  with checkpoints.Checkpointer(run, checkpoints.SaveCheckpointConfig()) as it:
+  with checkpointer.Checkpointer(run, checkpoints.SaveCheckpointConfig()) as it:
     it.save(9, state(9), state(10), {})
-  assert checkpoints.steps(run) == [3, 6, 9]
+  assert history.steps(run) == [3, 6, 9]
   assert not [x for x in os.listdir(run) if "tmp" in x]
 
 

@@ -15,7 +15,7 @@ from test_train import (
   final_state,
 )
 
-from fat5_jax import checkpoints
+from fat5_jax.checkpoints import history
 
 pytestmark = pytest.mark.slow
 FLAGS = (
@@ -76,7 +76,7 @@ def survives(train, folder, steps, seed):
       assert status == 0, said
       break
     killed += 1
-    found = checkpoints.steps(folder / "killed")
+    found = history.steps(folder / "killed")
     life *= 1.2 if len(found) <= before else 0.8
     way = ways[killed % len(ways)]
     if len(found) > 1:

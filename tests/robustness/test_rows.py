@@ -284,8 +284,8 @@ def test_a_kill_leaves_the_output_whole_or_as_it_was(zygote, seed, user):
 
 
 def test_two_questions_of_one_id_are_not_made_one():
-  from fat5_jax import predictions
   from fat5_jax.errors import UserError
+  from fat5_jax.inference import predictions
 
   ids = lambda *given: [
     row["id"]

@@ -16,7 +16,8 @@ import pytest
 from test_train import TINY
 from zygote import ROOT
 
-from fat5_jax import checkpoints, interrupts
+from fat5_jax import interrupts
+from fat5_jax.checkpoints import history
 
 MOMENTS = int(os.environ.get("FAT5_JAX_MOMENTS", "4"))
 LINES = 3000
@@ -102,7 +103,7 @@ def test_a_signal_at_any_moment_is_a_line(folder, name, number, seed):
         remove(path)
   assert not bad, "\n".join(bad)
   if name == "train":
-    step, damaged = checkpoints.latest_whole(str(folder / "run"))
+    step, damaged = history.latest_whole(str(folder / "run"))
     assert not damaged
 
 

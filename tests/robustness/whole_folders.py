@@ -10,6 +10,9 @@ import numpy as np
 import safetensors.numpy
 import torch_files
 
+from fat5_jax import trees
+from fat5_jax.checkpoints import writer
+
 CONFIG = {
   "model_type": "t5",
   "vocab_size": 48,
@@ -83,15 +86,12 @@ def make(kind: str, folder: pathlib.Path) -> None:
     return
   if kind in OTHER_KINDS:
     return _make_other(kind, folder)
-  from fat5_jax.convert import table
 
   leaves = _leaves()
   if kind == "run":
-    from fat5_jax import weights
-
-    weights.write_params(str(folder), _config(), leaves)
+    writer.write_params(str(folder), _config(), leaves)
     return
-  tree = table.nest({path: leaf.read() for path, leaf in leaves.items()})
+  tree = trees.nest({path: leaf.read() for path, leaf in leaves.items()})
   if kind == "zarr":
     tree = _beside(tree, folder)
   write_msgpack(folder, tree)

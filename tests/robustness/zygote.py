@@ -27,11 +27,11 @@ ROOT = os.path.dirname(
 # What a command may need; imported before the first fork.
 MODULES = (
   "tensorflow",
-  "fat5_jax.cli",
+  "fat5_jax.gin_config.cli",
   "fat5_jax.train",
   "fat5_jax.eval",
   "fat5_jax.infer",
-  "fat5_jax.gin_files",
+  "fat5_jax.gin_config.gin_files",
   "tools.convert_checkpoint",
 )
 
@@ -157,7 +157,7 @@ def _child(case: dict) -> int:
 
     sys.argv = ["tools/convert_checkpoint.py", *arguments]
     return convert_checkpoint.main() or 0
-  from fat5_jax import cli
+  from fat5_jax.gin_config import cli
 
   sys.argv = [f"python -m fat5_jax.{call}", *arguments]
   return cli.main(call)
@@ -231,7 +231,7 @@ def _wait(pid: int, seconds: float) -> tuple[int | None, float]:
 
 def _warm() -> None:
   """Reads gin files once, which imports what they name."""
-  from fat5_jax import gin_files
+  from fat5_jax.gin_config import gin_files
   import gin
 
   flags = ["MODEL_DIR = 'x'"]

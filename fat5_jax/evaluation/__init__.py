@@ -1,0 +1,1 @@
+"""A model is scored: its loss on a split, its predictions of it."""

@@ -1,0 +1,1 @@
+"""Rows in, predictions out."""

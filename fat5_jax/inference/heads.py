@@ -1,0 +1,209 @@
+"""Heads: from rows, or a task, to a record for each row."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+import itertools
+from typing import Any
+
+import seqio
+import tensorflow_datasets as tfds
+
+from fat5_jax.data import features, head_tasks, seqio_source, sources
+from fat5_jax.data.seqio_source import ROWS
+from fat5_jax.errors import UserError
+from fat5_jax.inference.predictor import Predictor
+from fat5_jax.inference.rows import Told, check_tokens
+from fat5_jax.inference.writers import Record
+from fat5_jax.models.config import HeadConfig
+
+
+def describe(value: Any, head: HeadConfig) -> str:
+  """A target or a prediction of an evaluation, for a person."""
+  names = head.label_names
+  if isinstance(value, dict):
+    if "tags" in value:
+      return " ".join(value["tags"])
+    answers = [value["text"]] if "text" in value else value["answers"]
+    return str(answers[0] if answers else "(no answer)")
+  if isinstance(value, list) and names:
+    return ", ".join(n for n, on in zip(names, value) if on) or "(none)"
+  if isinstance(value, int) and names:
+    return names[value] if value >= 0 else "(no label)"
+  return str(value)
+
+
+def task_of_rows(
+  head: HeadConfig,
+  rows: Callable[[], Iterable[sources.LocatedRow]],
+  vocabulary: seqio.Vocabulary,
+  pairs: bool = False,
+) -> seqio.Task:
+  """A task (its split is `ROWS`) of rows without labels, for a head to predict.
+
+  Rows have `inputs`, where they are `pairs` also `second`; for spans `id`,
+  `question` and `context`; for tags words apart by spaces in `inputs`.
+  """
+  name = "predict_rows"
+
+  def source(make):
+    return seqio_source.Located(
+      lambda: ((where, make(row)) for where, row in rows())
+    )
+
+  if head.kind == "question_answering":
+    make = lambda row: row | {"answers": []}
+    return head_tasks.spans(source(make), vocabulary, name)
+  if head.kind == "token_classification":
+
+    def tagged(row):
+      words = sources.column(row, "inputs").split()
+      return {"words": words, "tags": [0] * len(words)}
+
+    names = head.label_names or tuple(map(str, range(head.num_labels)))
+    return head_tasks.tagging(
+      source(tagged), vocabulary, tag_names=names, name=name
+    )
+  unknown: Any = -1
+  if head.problem_type == "multi_label_classification":
+    unknown = []
+  elif head.problem_type == "regression":
+    unknown = [0] * head.num_labels if head.num_labels > 1 else 0
+
+  def classed(row):
+    return {**row, "label": unknown}
+
+  inputs = ["{inputs}", "{second}"] if pairs else "{inputs}"
+  return head_tasks.classification(
+    source(classed),
+    inputs,
+    "label",
+    vocabulary,
+    head.label_names or tuple(map(str, range(head.num_labels))),
+    head.problem_type,
+    name,
+    num_labels=head.num_labels,
+  )
+
+
+def with_own_ids(
+  rows: Iterable[sources.LocatedRow],
+) -> Iterator[sources.LocatedRow]:
+  """The rows, each with an `id`: its own, or its number.
+
+  Raises:
+    UserError: for one that an earlier row has: their answers would be one.
+  """
+  seen: set[str] = set()
+  for number, (where, row) in enumerate(rows):
+    name = number if row.get("id") is None else row["id"]
+    if str(name) in seen:
+      raise UserError(
+        f"{where}: an earlier row has id {sources.shown(name)} too; give each"
+        " its own, or leave the column out"
+      )
+    seen.add(str(name))
+    yield where, {**row, "id": name}
+
+
+def predict_task(
+  predictor: Predictor,
+  params: Any,
+  task: seqio.Task,
+  split: str,
+  max_input_length: int | None,
+  told: Told,
+) -> Iterator[Record]:
+  """A record for every row of a task, in order.
+
+  A sentence or context that came in several windows is one record again. `told`
+  counts what a person should know.
+  """
+  lengths = None
+  if max_input_length is not None:
+    lengths = features.complete_lengths({"inputs": max_input_length}, task)
+  config = predictor.model.config
+  unknown = task.output_features["inputs"].vocabulary.unk_id
+
+  def examples():
+    dataset = task.get_dataset(lengths, split, shuffle=False)
+    for example in tfds.as_numpy(dataset):
+      ids = example["inputs"].tolist()
+      check_tokens(ids, _question(example), config.vocab_size)
+      told.add_tokens(ids, unknown)
+      yield example
+
+  windows = predictor(params, examples())
+  with seqio_source.reraise():
+    if config.head.kind == "embedding":
+      for example, values in windows:
+        text = example["inputs_pretokenized"].decode("utf-8")
+        yield {"inputs": text, "embedding": values.tolist()}
+    else:
+      yield from _records(windows, task, config.head, split != ROWS)
+  cuts = features.cuts_of(task, lengths).values()
+  told.cut += sum(cut.by_feature["inputs"] for cut in cuts)
+
+
+def _records(
+  windows, task, head: HeadConfig, with_targets: bool
+) -> Iterator[Record]:
+  postprocess = task.postprocess_fn
+  key = {"question_answering": "id", "token_classification": "sentence"}
+  numbers = itertools.count()
+
+  def group(window):
+    # A row of classes is a group of its own.
+    name = key.get(head.kind)
+    return next(numbers) if name is None else window[0][name]
+
+  def read(window):
+    """(prediction, target) of a window."""
+    example, values = window
+    return (
+      postprocess(values, example=example, is_target=False),
+      postprocess(example["targets"], example=example, is_target=True),
+    )
+
+  for _, parts in itertools.groupby(windows, group):
+    example, values = first = next(parts)
+    # One window after the other: each holds the whole text.
+    found, wanted = read(first)
+    targets: Any = describe(wanted, head)
+    if head.kind == "question_answering":
+      for other, _ in map(read, parts):
+        found = max(found, other, key=lambda part: part["score"])
+      record = {**found, "question": _question(example)}
+      targets = wanted["answers"]
+    elif head.kind == "token_classification":
+      tags, targets = found["tags"], wanted["tags"]
+      for more, wanted in map(read, parts):
+        tags, targets = tags + more["tags"], targets + wanted["tags"]
+      words = [word.decode("utf-8") for word in example["words"]]
+      record = {"words": words, "tags": tags}
+    else:
+      text = example["inputs_pretokenized"].decode("utf-8")
+      record = {"inputs": text} | _labels(found, values, head)
+    yield record | ({"targets": targets} if with_targets else {})
+
+
+def _question(example) -> str:
+  """The first of a row's texts."""
+  text = example["inputs_pretokenized"].decode("utf-8")
+  return text.split(" </s> ", 1)[0]
+
+
+def _labels(found, values, head: HeadConfig) -> Record:
+  if head.problem_type == "regression":
+    return {"prediction": found}
+  names = head.label_names or tuple(map(str, range(head.num_labels)))
+  if head.problem_type == "multi_label_classification":
+    return {
+      "prediction": [name for name, on in zip(names, found) if on],
+      "probabilities": dict(zip(names, (round(float(v), 6) for v in values))),
+    }
+  return {
+    "prediction": names[found],
+    "label": found,
+    "probability": round(float(values[1]), 6),
+  }

@@ -1,0 +1,41 @@
+"""Sums of steps, and the metrics that they make."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+
+def scalars(sums: Mapping[str, float]) -> dict[str, float]:
+  """T5X's metrics from sums over one or more steps.
+
+  `loss` and its parts are as normalised, a step's mean; the per-token values
+  are natural logarithms. A head's labels stand for target tokens.
+  """
+  tokens = max(sums["target_tokens"], 1.0)
+  count = max(sums["steps"], 1.0)
+  result = {
+    "loss": sums["loss"] / count,
+    "cross_ent_loss": sums["cross_entropy"] / count,
+    "z_loss": sums["z_loss"] / count,
+    "loss_per_nonpadding_target_token": sums["token_loss"] / tokens,
+    "non_padding_fraction/encoder": sums["encoder_tokens"]
+    / max(sums["encoder_positions"], 1.0),
+    "non_padding_fraction/decoder": sums["target_tokens"]
+    / max(sums["target_positions"], 1.0),
+    "non_padding_fraction/overall": (
+      sums["encoder_tokens"] + sums["target_tokens"]
+    )
+    / max(sums["encoder_positions"] + sums["target_positions"], 1.0),
+  }
+  if "correct" in sums:  # Regression has no right answers.
+    result["accuracy"] = sums["correct"] / tokens
+  if "gradient_norm" in sums:
+    result["gradient_norm"] = sums["gradient_norm"] / count
+  return result
+
+
+def add(total: dict[str, float], step: Mapping[str, Any]) -> None:
+  """Adds a step's sums, in place."""
+  for key, value in step.items():
+    total[key] = total.get(key, 0.0) + float(value)

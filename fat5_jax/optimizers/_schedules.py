@@ -1,0 +1,92 @@
+"""T5X's learning-rate schedules."""
+
+from __future__ import annotations
+
+import math
+
+import jax.numpy as jnp
+
+from fat5_jax.errors import nearest
+from fat5_jax.optimizers._base import Schedule, check_ranges
+
+_FACTORS = (
+  "constant",
+  "linear_warmup",
+  "linear_decay",
+  "rsqrt_decay",
+  "rsqrt_normalized_decay",
+  "decay_every",
+  "cosine_decay",
+)
+
+
+def create_learning_rate_scheduler(
+  factors: str = "constant * linear_warmup * rsqrt_decay",
+  base_learning_rate: float = 0.5,
+  warmup_steps: int = 1000,
+  decay_factor: float = 0.5,
+  steps_per_decay: int = 20000,
+  steps_per_cycle: int = 100000,
+  step_offset: int = 0,
+  min_learning_rate: float = 1e-8,
+) -> Schedule:
+  """A schedule as a product of named factors, with T5X's names and meaning.
+
+  * constant: base_learning_rate.
+  * linear_warmup: rises from 0 to 1 over warmup_steps.
+  * linear_decay: warm-up to base_learning_rate, then a fall of decay_factor of
+    it a step; stands alone.
+  * rsqrt_decay: divides by sqrt(max(step, warmup_steps)).
+  * rsqrt_normalized_decay: the same, 1 until warmup_steps.
+  * decay_every: times decay_factor every steps_per_decay.
+  * cosine_decay: cosine from 1 to 0 in cycles of steps_per_cycle.
+
+  `step_offset` is subtracted from the step; the result never falls below
+  `min_learning_rate`.
+
+  Raises:
+    ValueError: for an unknown factor.
+  """
+  check_ranges(
+    base_learning_rate=(base_learning_rate, 0.0, math.inf),
+    warmup_steps=(warmup_steps, 0, 2**31 - 1),
+    decay_factor=(decay_factor, 0.0, math.inf),
+    steps_per_decay=(steps_per_decay, 1, 2**31 - 1),
+    steps_per_cycle=(steps_per_cycle, 1, 2**31 - 1),
+    min_learning_rate=(min_learning_rate, 0.0, math.inf),
+  )
+  names = [name.strip() for name in factors.split("*")]
+  for name in names:
+    if name not in _FACTORS:
+      raise ValueError(
+        f"learning-rate factor {name!r} is unknown.{nearest(name, _FACTORS)}"
+        f" Known: {', '.join(_FACTORS)}"
+      )
+
+  def schedule(step):
+    step = jnp.maximum(0, jnp.asarray(step) - step_offset).astype(jnp.float32)
+    past_warmup = jnp.maximum(step, warmup_steps)
+    rate = jnp.float32(1.0)
+    for name in names:
+      if name == "constant":
+        rate *= base_learning_rate
+      elif name == "linear_warmup":
+        rate *= jnp.minimum(1.0, step / warmup_steps)
+      elif name == "linear_decay":
+        rate *= base_learning_rate * jnp.minimum(
+          step / warmup_steps, 1.0 + decay_factor * (warmup_steps - step)
+        )
+      elif name == "rsqrt_decay":
+        rate /= jnp.sqrt(past_warmup)
+      elif name == "rsqrt_normalized_decay":
+        rate *= jnp.sqrt(warmup_steps / past_warmup)
+      elif name == "decay_every":
+        rate *= decay_factor ** jnp.floor(step / steps_per_decay)
+      else:
+        progress = jnp.maximum(0.0, (step - warmup_steps) / steps_per_cycle)
+        rate *= jnp.maximum(
+          0.0, 0.5 * (1.0 + jnp.cos(jnp.pi * (progress % 1.0)))
+        )
+    return jnp.maximum(rate, min_learning_rate)
+
+  return schedule

@@ -1,0 +1,1 @@
+"""A run: where it starts, its steps, what it writes."""

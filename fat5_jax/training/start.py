@@ -1,0 +1,141 @@
+"""Where a run starts from: its state, and its place in the data."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import jax.numpy as jnp
+
+from fat5_jax import console, trees
+from fat5_jax.checkpoints import load, optimizer_state, reference
+from fat5_jax.checkpoints.checkpointer import Checkpointer
+from fat5_jax.distributed import hosts
+from fat5_jax.training import same_run
+from fat5_jax.training.run import Run
+from fat5_jax.training.steps import TrainState
+
+
+@dataclasses.dataclass(frozen=True)
+class Start:
+  """A state to train on from.
+
+  Attributes:
+    state: parameters and optimizer; the first step of training takes them.
+    step: the one that they are of.
+    begin_step: where the run once began.
+    position: in the training data: `batches` seen of the `dataset` in
+      `data_shards` streams.
+    sums: of a row of metrics that was not complete yet.
+    own_step: the step of this run's own checkpoint, None for a new run.
+  """
+
+  state: TrainState
+  step: int
+  begin_step: int
+  position: dict[str, Any]
+  sums: dict[str, float] = dataclasses.field(default_factory=dict)
+  own_step: int | None = None
+
+  def position_at(self, step: int) -> dict[str, Any]:
+    """Where the data is at a later step of this process."""
+    seen = self.position["batches"] + step - self.step
+    return self.position | {"batches": seen, "begin_step": self.begin_step}
+
+
+def find_start(run: Run, checkpointer: Checkpointer, model_dir: str) -> Start:
+  """The state that a run starts from, first match wins:
+
+  1. the latest checkpoint of this run;
+  2. INITIAL_CHECKPOINT_PATH, a checkpoint of the same model with its optimizer
+     (ours, T5X's, Mesh TensorFlow's): weights, optimizer and step, as T5X does;
+  3. INITIAL_CHECKPOINT_PATH, any other: its weights, and fresh ones where the
+     model has what it has not (a head, LoRA), step 0;
+  4. scratch.
+
+  Raises:
+    UserError: for a checkpoint that is damaged or another model's.
+  """
+  own_step = checkpointer.find_latest()
+  if own_step is not None:
+    found = _own_checkpoint(run, checkpointer, model_dir, own_step)
+  elif run.checkpoint_cfg.restore.path:
+    found = _other_checkpoint(run)
+  else:
+    console.say(f"starting from scratch, seed {run.random_seed}")
+    found = Start(run.program.init_state(), 0, 0, _beginning(run))
+  hosts.everyone.agree("step and data position", [found.step, found.position])
+  return found
+
+
+def _beginning(run: Run) -> dict[str, Any]:
+  groups = run.partitioner.row_groups(run.batch_size)
+  return {
+    "batches": 0,
+    "dataset": run.train_dataset_cfg.fingerprint(),
+    "data_shards": run.data_shards or groups,
+  }
+
+
+def _own_checkpoint(run, checkpointer, model_dir, step) -> Start:
+  abstract, position = run.program.abstract_state, _beginning(run)
+  params, opt_state, found = checkpointer.restore(
+    step, abstract.params, abstract.opt_state, run.partitioner
+  )
+  shards_then = found.get("data_shards", 1)
+  if found["dataset"] == position["dataset"] and (
+    run.data_shards in (None, shards_then)
+  ):
+    position["batches"] = found["batches"]
+    position["data_shards"] = shards_then
+  else:
+    console.say(
+      "the training data's settings changed since the checkpoint; reading it"
+      " from its beginning"
+    )
+  console.say(f"going on from step {step} of {model_dir}")
+  if run.config_text is not None:
+    same_run.tell_changes(model_dir, run.config_text())
+  state = TrainState(jnp.int32(step), params, opt_state)
+  return Start(state, step, found["begin_step"], position, found["sums"], step)
+
+
+def _other_checkpoint(run: Run) -> Start:
+  program, restore = run.program, run.checkpoint_cfg.restore
+  abstract = program.abstract_state
+  params, source, fresh = load.load_params(
+    restore.path,
+    run.model.config,
+    abstract.params,
+    run.partitioner,
+    restore.reinitialize,
+    program.fresh_params,
+  )
+  begin_step, opt_state = 0, None
+  if source.has_optimizer and source.continues:
+    begin_step = reference.read_step(source)
+    opt_state = _its_optimizer(run, source)
+  if opt_state is None:
+    opt_state = program.init_optimizer(params)
+  console.say(f"starting from {source.path}, step {begin_step}")
+  if fresh:
+    console.say(f"not in it, so initialised: {', '.join(fresh)}")
+  state = TrainState(jnp.int32(begin_step), params, opt_state)
+  return Start(state, begin_step, begin_step, _beginning(run))
+
+
+def _its_optimizer(run: Run, source: reference.CheckpointRef) -> Any:
+  """The state of a checkpoint's optimizer, None where it is not the run's."""
+  abstract = run.program.abstract_state
+  if len(run.program.trains) < len(trees.flatten(abstract.params)):
+    console.say("a part of the parameters trains: a fresh optimizer")
+    return None
+  try:
+    return optimizer_state.load_optimizer(
+      source, abstract.opt_state, abstract.params, run.partitioner
+    )
+  except optimizer_state.OtherOptimizerError as e:
+    if source.kind == "fat5":
+      raise
+    console.say(f"a fresh optimizer: {e}")
+    return None
