@@ -1,7 +1,7 @@
 """Every macro of the gin files: what it may be, and what it is for.
 
-One table. gin_files.py checks a run's values by it before anything is built,
-the parameters that the shipped files bind to a macro too; `python -m
+One table. gin_config/checks.py checks a run's values by it before anything is
+built, the parameters that the shipped files bind to a macro too; `python -m
 fat5_jax.macros` prints it (docs/macros.md).
 """
 

@@ -8,7 +8,7 @@ import pytest
 from fat5_jax import macros
 from fat5_jax.convert import hf
 from fat5_jax.errors import UserError
-from fat5_jax.gin_config import gin_files
+from fat5_jax.gin_config import grammar, parse, private
 import gin
 
 GIN = os.path.join(ROOT, "gin")
@@ -51,7 +51,7 @@ def clean_gin():
 
 
 def model_config(file):
-  gin_files.parse([file], ["VOCAB_FILE = 'none'"], [], "none")
+  parse.parse([file], ["VOCAB_FILE = 'none'"], [], "none")
   return gin.get_configurable("config.T5Config")()
 
 
@@ -108,7 +108,7 @@ VOCABULARY = None
     files.insert(0, "runs/infer.gin")
   if file.startswith("heads/") or "tiny_cpu" in file:
     files[:0] = ["runs/finetune.gin", "models/from_checkpoint.gin"]
-  gin_files.parse(files, [], [], "train")
+  parse.parse(files, [], [], "Run")
 
 
 # ---- What a person may get wrong ---------------------------------------------
@@ -116,7 +116,7 @@ VOCABULARY = None
 
 def refused(files=("recipes/quickstart.gin",), bindings=()):
   with pytest.raises(UserError) as e:
-    gin_files.parse(list(files), list(bindings), [], "train")
+    parse.parse(list(files), list(bindings), [], "Run")
   (line,) = str(e.value).splitlines()
   return line
 
@@ -148,7 +148,7 @@ def test_every_name_in_a_file_counts(tmp_path):
   path.write_text(
     "include 'recipes/quickstart.gin'\nsize = 8\nBATCH_SIZE = %size\n"
   )
-  gin_files.parse([str(path)], ["MODEL_DIR = 'x'"], [], "train")
+  parse.parse([str(path)], ["MODEL_DIR = 'x'"], [], "Run")
 
 
 @pytest.mark.parametrize(
@@ -171,7 +171,7 @@ def test_what_is_no_gin_is_told_in_a_line_with_its_place(tmp_path, text, line):
 def test_schedule_and_rate_are_macros():
   for file in ("recipes/quickstart.gin", "recipes/xxl_v5e.gin"):
     gin.clear_config()
-    gin_files.parse(
+    parse.parse(
       [file],
       [
         "MODEL_DIR = 'x'",
@@ -180,7 +180,7 @@ def test_schedule_and_rate_are_macros():
         "SCHEDULE = 'constant * linear_warmup'",
       ],
       [],
-      "train",
+      "Run",
       ("INITIAL_CHECKPOINT_PATH", "VOCAB_FILE"),
     )
     schedule = gin.get_configurable(
@@ -201,11 +201,11 @@ def test_recipes_parse_where_folders_have_the_names_of_gins(
     files = [f"recipes/{recipe}.gin"]
     if recipe == "tiny_cpu":
       files.insert(0, "recipes/classify.gin")
-    gin_files.parse(
+    parse.parse(
       files,
       ["MODEL_DIR = 'x'"],
       [],
-      "train",
+      "Run",
       ("INITIAL_CHECKPOINT_PATH", "VOCAB_FILE"),
     )
 
@@ -228,7 +228,7 @@ def test_each_file_includes_what_lies_beside_it(tmp_path, monkeypatch):
     (["one/run.gin"], 7),
   ):
     gin.clear_config()
-    gin_files.parse(files, ["MODEL_DIR = 'run'"], [], "none")
+    parse.parse(files, ["MODEL_DIR = 'run'"], [], "none")
     assert gin.query_parameter("TRAIN_STEPS/gin.macro.value") == steps
 
 
@@ -270,7 +270,7 @@ optimizers.adafactor:
 decay/optimizers.HParamMap.rules = [('norm', None), ('.*', 0.1)]
 """
   )
-  gin_files.parse([str(tmp_path / "user.gin")], [], [], "train")
+  parse.parse([str(tmp_path / "user.gin")], [], [], "Run")
   optimizer = gin.get_configurable("optimizers.adafactor")()
   assert float(optimizer.learning_rate(7)) == 0.25
   assert optimizer.skip_nan_updates
@@ -280,7 +280,7 @@ def test_every_macro_of_the_shipped_files_is_in_the_table():
   used, table = set(), macros.MACROS
   for file in FILES:
     with open(os.path.join(GIN, file), encoding="utf-8") as text:
-      parsed = gin_files._read(text.read(), file)
+      parsed = grammar.read(text.read(), file)
     used |= parsed.uses | {name for name, _ in parsed.sets}
   assert used - {"gin.REQUIRED"} == {*table}
 
@@ -289,3 +289,17 @@ def test_the_documented_table_is_the_checked_one():
   """Written by `python -m fat5_jax.macros`."""
   with open(os.path.join(ROOT, "docs", "macros.md"), encoding="utf-8") as file:
     assert file.read().endswith("\n\n" + macros.table())
+
+
+def test_gin_still_has_what_private_py_takes_of_it():
+  with private.reading({"/nowhere/a.gin": "A_MACRO = 3\nANOTHER = %A_MACRO\n"}):
+    gin.parse_config_file("/nowhere/a.gin")
+    with pytest.raises(OSError):
+      gin.parse_config_file(os.path.join(GIN, "models", "t5.gin"))
+  found = private.bindings()
+  assert found["A_MACRO", "gin.macro"] == {"value": 3}
+  reference = found["ANOTHER", "gin.macro"]["value"]
+  assert isinstance(reference, private.Reference)
+  assert reference.config_key == ("A_MACRO", "gin.macro")
+  assert "gin.macro" in private.selectors()
+  assert callable(private.function_of("gin.macro"))

@@ -12,7 +12,7 @@ import seqio
 
 from fat5_jax.checkpoints import load, reference
 from fat5_jax.convert import hf, table
-from fat5_jax.gin_config import cli, gin_files
+from fat5_jax.gin_config import cli, parse
 import gin
 
 # Recipe -> the devices that it is for, and where its plan is.
@@ -159,7 +159,7 @@ def test_a_recipe_for_a_pod_divides_over_it_and_its_plan_fits(recipe):
   from fat5_jax.distributed.sharding import Partitioner
 
   count, plans = PODS[recipe]
-  gin_files.parse([f"recipes/{recipe}"], [], [], "train", cli.NOT_PLANNED)
+  parse.parse([f"recipes/{recipe}"], [], [], "Run", cli.NOT_PLANNED)
   partitioner = gin.get_configurable("sharding.Partitioner")(
     devices=[types.SimpleNamespace(process_index=0)] * count
   )

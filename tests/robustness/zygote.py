@@ -31,7 +31,7 @@ MODULES = (
   "fat5_jax.train",
   "fat5_jax.eval",
   "fat5_jax.infer",
-  "fat5_jax.gin_config.gin_files",
+  "fat5_jax.gin_config.parse",
   "tools.convert_checkpoint",
 )
 
@@ -231,13 +231,13 @@ def _wait(pid: int, seconds: float) -> tuple[int | None, float]:
 
 def _warm() -> None:
   """Reads gin files once, which imports what they name."""
-  from fat5_jax.gin_config import gin_files
+  from fat5_jax.gin_config import parse
   import gin
 
   flags = ["MODEL_DIR = 'x'"]
-  gin_files.parse(["recipes/quickstart.gin"], flags, [], "train")
+  parse.parse(["recipes/quickstart.gin"], flags, [], "Run")
   gin.clear_config()
-  gin_files.parse(["runs/infer.gin"], flags, [], "infer")
+  parse.parse(["runs/infer.gin"], flags, [], "Inference")
   gin.clear_config()
 
 
