@@ -298,7 +298,7 @@ def test_classify(user, monkeypatch, capfd):
 
 def test_a_checkpoint_without_the_head_is_no_classifier(user):
   from fat5_jax.errors import UserError
-  from fat5_jax.eval import load_model
+  from fat5_jax.inference.loading import load_model
   from fat5_jax.models import factory
   from fat5_jax.models.config import HeadConfig
 

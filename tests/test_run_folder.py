@@ -321,11 +321,11 @@ def test_code_is_known_by_what_it_does_not_by_where_it_lies(user):
 
 
 def test_a_change_in_a_long_value_is_told(tmp_path, capfd):
-  from fat5_jax.training import run_folder
+  from fat5_jax.training import same_run
 
   wrapped = "a.b = \\\n    {'x': 1.0,\n     'y': %s}\nTRAIN_STEPS = 2\n"
   (tmp_path / "config.gin").write_text(wrapped % "2.0")
-  run_folder.tell_changes(str(tmp_path), wrapped % "3.0")
+  same_run.tell_changes(str(tmp_path), wrapped % "3.0")
   assert "changed since: a.b" in capfd.readouterr().err
 
 
@@ -430,8 +430,8 @@ def test_a_file_is_read_as_the_training_read_its_own(user, capfd):
 def test_nested_columns_are_asked_about_beside_a_column_inputs(user):
   import seqio
 
-  from fat5_jax import infer
   from fat5_jax.data import sources, tasks
+  from fat5_jax.inference import rows
 
   task = tasks.text_to_text(
     sources.Function({"train": lambda: []}),
@@ -439,19 +439,19 @@ def test_nested_columns_are_asked_about_beside_a_column_inputs(user):
     "{b}",
     seqio.ByteVocabulary(),
   )
-  assert infer._asks(task, {"doc": {"text": "x"}, "inputs": "extra"})
-  assert not infer._asks(task, {"inputs": "extra"})
+  assert rows._asks(task, {"doc": {"text": "x"}, "inputs": "extra"})
+  assert not rows._asks(task, {"inputs": "extra"})
 
 
 def test_a_long_row_is_predicted_alone(user, capfd):
-  from fat5_jax.inference import row_batches
+  from fat5_jax.inference import batches
 
   lengths = [10, 600, 20, 9000, 30, 30]
-  groups = list(row_batches.group(lengths, lambda n: n, 4))
+  groups = list(batches.group(lengths, lambda n: n, 4))
   assert [n for group in groups for n in group] == lengths
   assert [9000] in groups
   for group in groups:
-    rows, length = row_batches.shape(group, 4)
+    rows, length = batches.shape(group, 4)
     assert rows >= len(group) and length >= max(group)
     assert rows * length <= 2 * 4 * 512 or rows == 1
   (user / "lines.txt").write_text(f"short\n{'long ' * 1000}\nshort\n")
@@ -576,9 +576,9 @@ def test_two_tasks_of_one_name_are_each_scored_as_themselves(user):
   import jax
   import seqio
 
-  from fat5_jax import eval as eval_script
   from fat5_jax.data import pipeline, sources, tasks
   from fat5_jax.distributed.sharding import Partitioner
+  from fat5_jax.evaluation.generation import InferenceEvaluator
   from fat5_jax.models import factory
   from fat5_jax.models.config import T5Config
 
@@ -595,7 +595,7 @@ def test_two_tasks_of_one_name_are_each_scored_as_themselves(user):
   config = T5Config(vocab_size=384, emb_dim=8, num_heads=1, head_dim=8)
   config = config.replace(num_encoder_layers=1, num_decoder_layers=1, mlp_dim=8)
   model = factory.create(config)
-  evaluator = eval_script.InferenceEvaluator(
+  evaluator = InferenceEvaluator(
     model,
     pipeline.DatasetConfig(first, None, "validation", 2),
     str(user / "scored"),
@@ -608,7 +608,7 @@ def test_two_tasks_of_one_name_are_each_scored_as_themselves(user):
   assert targets == ["first", "first"]
   # A mixture that nobody registered is scored too.
   mixture = seqio.Mixture("unregistered", [(first, 1.0)])
-  evaluator = eval_script.InferenceEvaluator(
+  evaluator = InferenceEvaluator(
     model,
     pipeline.DatasetConfig(mixture, None, "validation", 2),
     str(user / "scored"),
