@@ -12,8 +12,10 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import errno
+import functools
 import glob
 import os
+import sys
 import tempfile
 from typing import Any
 
@@ -102,6 +104,22 @@ def _reason(error: BaseException) -> str:
   return text.split(" [source locations")[0][:300]
 
 
+@functools.cache
+def _silence_late_writes() -> None:
+  """From now on, for good: they may come after all is closed.
+
+  Once a save has failed, tensorstore reports each array that it still writes to
+  an event loop that orbax has closed, and prints the traceback of that.
+  """
+  before = sys.unraisablehook
+
+  def hook(unraisable):
+    if str(unraisable.exc_value) != "Event loop is closed":
+      before(unraisable)
+
+  sys.unraisablehook = hook
+
+
 class Checkpointer:
   """Saves and restores a run, asynchronously, keeping the latest few.
 
@@ -110,6 +128,7 @@ class Checkpointer:
   """
 
   def __init__(self, model_dir: str, config: SaveCheckpointConfig):
+    _silence_late_writes()
     self._folder, self._keep = model_dir, config.keep
     self._saving: int | None = None
     self._last = max(history.steps(model_dir), default=None)
