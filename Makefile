@@ -53,18 +53,21 @@ $(GPU_ENV): $(STAMP)
 
 gpu-env: $(GPU_ENV)
 
+# A test that hangs fails, and says where it was.
+PYTEST = $(BIN)/python -m pytest -n 2
+
 test: $(STAMP) $(ORACLE)
-	$(BIN)/python -m pytest -n 2 --dist loadgroup tests -m 'not chips and not slow'
+	$(PYTEST) --timeout=600 --dist loadgroup tests -m 'not chips and not slow'
 
 test-slow: $(STAMP)
-	$(BIN)/python -m pytest -n 2 tests -m slow
+	$(PYTEST) --timeout=1800 tests -m slow
 
 test-chips: $(STAMP) $(LIBTPU) $(GPU_ENV)
-	$(BIN)/python -m pytest -n 2 tests -m chips -rs
+	$(PYTEST) --timeout=1800 tests -m chips -rs
 
 # One chip of each backend.
 test-chips-ci: $(STAMP) $(LIBTPU) $(GPU_ENV)
-	$(BIN)/python -m pytest -n 2 tests -m 'chips and not every_chip' -rs
+	$(PYTEST) --timeout=1800 tests -m 'chips and not every_chip' -rs
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

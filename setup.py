@@ -72,6 +72,7 @@ setup(
       "pre-commit",
       # pytest-xdist 3.8 does not group tests, without a word, from 9.2 on.
       "pytest>=8,<9.2",
+      "pytest-timeout",
       "pytest-xdist",
       "ruff==0.14.5",
       # Reads exported embeddings in tests.
