@@ -1,8 +1,8 @@
 """Every macro of the gin files: what it may be, and what it is for.
 
 One table. gin_config/checks.py checks a run's values by it before anything is
-built, the parameters that the shipped files bind to a macro too; `python -m
-fat5_jax.macros` prints it (docs/macros.md).
+built, the parameters that the shipped files bind to a macro too; it is a part
+of docs/reference.md.
 """
 
 from __future__ import annotations
@@ -359,17 +359,3 @@ def _looks_numeric(text: str) -> bool:
     return math.isfinite(float(text))
   except ValueError:
     return False
-
-
-def table() -> str:
-  """All of it as a Markdown table."""
-  rows = ["| macro | must be | what it is |", "|---|---|---|"]
-  rows += [
-    f"| `{name}` | {macro.kind.words} | {macro.about} |"
-    for name, macro in MACROS.items()
-  ]
-  return "\n".join(rows) + "\n"
-
-
-if __name__ == "__main__":
-  print(table(), end="")

@@ -285,12 +285,6 @@ def test_every_macro_of_the_shipped_files_is_in_the_table():
   assert used - {"gin.REQUIRED"} == {*table}
 
 
-def test_the_documented_table_is_the_checked_one():
-  """Written by `python -m fat5_jax.macros`."""
-  with open(os.path.join(ROOT, "docs", "macros.md"), encoding="utf-8") as file:
-    assert file.read().endswith("\n\n" + macros.table())
-
-
 def test_gin_still_has_what_private_py_takes_of_it():
   with private.reading({"/nowhere/a.gin": "A_MACRO = 3\nANOTHER = %A_MACRO\n"}):
     gin.parse_config_file("/nowhere/a.gin")

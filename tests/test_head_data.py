@@ -147,7 +147,7 @@ def test_all_of_glue_from_official_files(name, tmp_path):
   (folder / f"test{suffix}.tsv").write_text(
     "\t".join(test_columns) + "\n" + "\t".join(map(str, test_columns)) + "\n"
   )
-  built = head_tasks.READY[f"glue_{name}_classes"](
+  built = head_tasks.BUILTIN_TASKS[f"glue_{name}_classes"](
     vocabulary=BYTES, data_dir=str(tmp_path)
   )
   label_feature = features.label_feature(built)

@@ -1,6 +1,6 @@
 """Tasks of heads: classes, numbers, tags and spans instead of target text.
 
-Like tasks.py: bind a factory from gin, or use a name of READY. Text is
+Like tasks.py: bind a factory from gin, or use a name of BUILTIN_TASKS. Text is
 tokenised here, in Python, because labels must be aligned with its pieces.
 """
 
@@ -484,7 +484,7 @@ def squad(
   return spans(source or squad_lib.source(data_dir), vocabulary, name, stride)
 
 
-READY: dict[str, Callable[..., seqio.Task]] = {
+BUILTIN_TASKS: dict[str, Callable[..., seqio.Task]] = {
   **{f"glue_{n}_classes": functools.partial(glue, n) for n in glue_lib.GLUE},
   "squad_spans": squad,
 }

@@ -35,8 +35,7 @@ class DatasetConfig:
   """One split of a task, cut to lengths and batched. Names are T5X's.
 
   Attributes:
-    mixture_or_task_name: a registered name, one of T5's (tasks.READY), or a
-      task.
+    mixture_or_task_name: a registered name, one of tasks.BUILTIN_TASKS, or a task.
     task_feature_lengths: {"inputs": ..., "targets": ...} in tokens, the end of
       sequence included; None (evaluation only) takes the longest of the split.
     split: of the task; None leaves an evaluation out.
@@ -343,7 +342,7 @@ def _text_recipe(name: str) -> str:
   """What to do with a text task where labels are wanted."""
   labelled = name.replace("_v002", "_classes")
   found = "train it with --gin_file=recipes/glue.gin"
-  if labelled != name and labelled in tasks.READY:
+  if labelled != name and labelled in tasks.BUILTIN_TASKS:
     found += f", or take --gin.MIXTURE_OR_TASK_NAME={labelled}"
   return f"{found}, or bind a task with labels (@head_tasks.classification())"
 

@@ -325,7 +325,7 @@ def quickstart(
 
 
 # T5's names, built when a run asks for one.
-READY: dict[str, Callable[..., seqio.Task]] = {
+BUILTIN_TASKS: dict[str, Callable[..., seqio.Task]] = {
   **{
     f"glue_{name}_v002": functools.partial(glue, name) for name in glue_lib.GLUE
   },
@@ -348,7 +348,7 @@ READY: dict[str, Callable[..., seqio.Task]] = {
     summarization, "article", "highlights", name="cnn_dailymail_v002"
   ),
   "spoken_values": lambda vocabulary, data_dir=None: quickstart(vocabulary),
-  **head_tasks.READY,
+  **head_tasks.BUILTIN_TASKS,
 }
 
 
@@ -378,13 +378,14 @@ def resolve(
   """
   if not isinstance(task, str):
     return task
-  if task in READY:
-    return READY[task](vocabulary=vocabulary, data_dir=data_dir)
+  if task in BUILTIN_TASKS:
+    return BUILTIN_TASKS[task](vocabulary=vocabulary, data_dir=data_dir)
   registered = [*seqio.TaskRegistry.names(), *seqio.MixtureRegistry.names()]
   if task in registered:
     return seqio.get_mixture_or_task(task)
+  known = sorted([*BUILTIN_TASKS, *registered])
   raise UserError(
-    f"unknown task {task!r}.{nearest(task, [*READY, *registered])} Known:"
-    f" {', '.join(sorted([*READY, *registered]))}. Others: bind"
+    f"unknown task {task!r}.{nearest(task, known)} Known:"
+    f" {', '.join(known)}. Others: bind"
     " MIXTURE_OR_TASK_NAME = @tasks.text_to_text()"
   )
