@@ -10,7 +10,8 @@ if __name__ == "__main__":
 
   raise SystemExit(cli.main("train"))
 
-from fat5_jax.distributed.hosts import StopSignal, everyone
+from fat5_jax.distributed.hosts import everyone
+from fat5_jax.distributed.stop import StopSignal
 from fat5_jax.loggers.metrics import MetricsLog
 from fat5_jax.training import batches, folder, words
 from fat5_jax.training.describe import dry_run

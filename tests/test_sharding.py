@@ -7,7 +7,7 @@ from conftest import ROOT, with_devices
 import jax
 import pytest
 
-from fat5_jax.distributed import sharding
+from fat5_jax.distributed import rules
 from fat5_jax.errors import UserError
 from fat5_jax.models import factory
 from fat5_jax.models.config import HeadConfig, LoRAConfig, T5Config
@@ -47,20 +47,20 @@ def test_every_parameter_matches_one_row_with_its_shape(family):
   params = abstract_params(factory.create(FAMILIES[family]))
   for path, leaf in jax.tree_util.tree_leaves_with_path(params):
     keys = [key.key for key in path]
-    axes = sharding.logical_axes("/".join(keys))
+    axes = rules.logical_axes("/".join(keys))
     if axes is not None:
       assert len(axes) + ("layers" in keys) == leaf.ndim, keys
 
 
 def test_a_parameter_of_no_row_is_an_error():
   with pytest.raises(UserError, match="'encoder/gate' matches 0 rows"):
-    sharding.logical_axes("encoder/gate")
+    rules.logical_axes("encoder/gate")
 
 
 def test_every_axis_of_the_table_has_a_rule():
-  rules = dict(sharding.standard_logical_axis_rules())
-  for _, axes in sharding.PARAMETER_AXES:
-    assert set(axes or ()) <= set(rules)
+  standard = dict(rules.standard_logical_axis_rules())
+  for _, axes in rules.PARAMETER_AXES:
+    assert set(axes or ()) <= set(standard)
 
 
 def run_on_eight_devices(*options):

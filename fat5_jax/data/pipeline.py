@@ -35,7 +35,8 @@ class DatasetConfig:
   """One split of a task, cut to lengths and batched. Names are T5X's.
 
   Attributes:
-    mixture_or_task_name: a registered name, one of tasks.BUILTIN_TASKS, or a task.
+    mixture_or_task_name: a registered name, one of tasks.BUILTIN_TASKS, or a
+      task.
     task_feature_lengths: {"inputs": ..., "targets": ...} in tokens, the end of
       sequence included; None (evaluation only) takes the longest of the split.
     split: of the task; None leaves an evaluation out.

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import optax
 
 from fat5_jax import trees
-from fat5_jax.distributed import sharding
+from fat5_jax.distributed.rules import logical_axes
 from fat5_jax.errors import UserError
 from fat5_jax.optimizers._base import (
   BELOW_1,
@@ -185,7 +185,7 @@ def _factored_axes(h, rules, path, shape) -> tuple[int, int] | None:
   factored = shape[axes[-2]] >= h.min_dim_size_to_factor
   if rules is not None and any(key.startswith("layers") for key in path):
     # A module of one's own has no axes that have names.
-    names = sharding.logical_axes(trees.name_of(path)) or ()
+    names = logical_axes(trees.name_of(path)) or ()
     for name in names:
       if name not in rules:
         raise UserError(

@@ -41,7 +41,7 @@ class HParamMap:
 
 
 def standard_logical_factor_rules() -> dict[str, str]:
-  """T5X's: what a logical axis (sharding.PARAMETER_AXES) is to Adafactor."""
+  """T5X's: what a logical axis (rules.PARAMETER_AXES) is to Adafactor."""
   return {
     "vocab": "column",
     "embed": "row",

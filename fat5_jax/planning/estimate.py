@@ -12,7 +12,8 @@ import math
 import jax
 import jax.numpy as jnp
 
-from fat5_jax.distributed.sharding import Partitioner, logical_axes
+from fat5_jax.distributed.rules import logical_axes
+from fat5_jax.distributed.sharding import Partitioner
 from fat5_jax.models.initial import abstract_params
 from fat5_jax.planning import chips
 from fat5_jax.training import trainable
