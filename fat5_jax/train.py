@@ -39,8 +39,7 @@ def train(run: Run) -> TrainState | None:
     begin = find_start(run, home.checkpoints, home.path)
     last_step = run.last_step(begin.begin_step, begin.step)
     evaluations = Evaluations(run, home.path)
-    # The first batch shows bad data before anything is written.
-    data = batches.of_run(run, begin.position)
+    data = batches.of_run(run, begin.position)  # Bad data shows now.
     home.write_records(begin)
     log = MetricsLog(home.path, begin.step)
     evaluations.log_to(log, begin)
