@@ -16,6 +16,7 @@ import traceback
 
 from fat5_jax import interrupts
 from fat5_jax.errors import UserError
+from fat5_jax.gin_config import t5x
 
 _COMMANDS = {
   # Command: module, function, the run file that fills what the user's files
@@ -189,6 +190,7 @@ def _quiet_stderr():
 
 def _run(command: str, arguments: list[str]) -> None:
   rest, bindings = _split_gin_flags(arguments)
+  rest, t5x_flags = t5x.take_flags(command, rest)
   flags = _parser(command).parse_args(rest)
   module_name, function_name, run_file = _COMMANDS[command]
   files = [*([run_file] if run_file else []), *flags.gin_file]
@@ -228,9 +230,13 @@ def _run(command: str, arguments: list[str]) -> None:
 
   module = importlib.import_module(module_name)
   search_paths = [p for p in flags.gin_search_paths.split(",") if p]
+  bindings = [*flags.gin_bindings, *bindings]
+  files, bindings = t5x.in_our_words(
+    command, flags.gin_file, bindings, search_paths, t5x_flags
+  ) or (files, bindings)
   gin_files.parse(
     files,
-    [*flags.gin_bindings, *bindings],
+    bindings,
     search_paths,
     function_name,
     may_be_unset=NOT_PLANNED if command == "plan" else (),

@@ -1,0 +1,501 @@
+"""Every binding of T5X's gin files, and what it is here. One table.
+
+`python -m fat5_jax.gin_config.t5x.table` prints it (docs/t5x.md). A name that
+is not here is refused by name, file and line: nothing is dropped.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from fat5_jax.gin_config.t5x.model_rows import MODEL_ROWS
+from fat5_jax.gin_config.t5x.rows import (
+  Macro,
+  Reference,
+  Row,
+  built,
+  neutral,
+  only,
+  refused,
+  same,
+)
+
+_DATASET = "t5x.utils.DatasetConfig"
+_PARTITIONER = "t5x.partitioning.PjitPartitioner"
+_MODEL = "t5x.models.EncoderDecoderModel"
+_RESTORE = "t5x.utils.RestoreCheckpointConfig"
+_EVALUATOR = "seqio.Evaluator"
+# What ours are called, by module.
+_DATA = "fat5_jax.data.pipeline.DatasetConfig"
+_TRAIN, _EVAL = "fat5_jax.train.train", "fat5_jax.eval.evaluate"
+_INFER, _SHARDING = "fat5_jax.infer.infer", "fat5_jax.sharding"
+_SAVED = "fat5_jax.checkpoints"
+# A step that no run reaches.
+NEVER = 2**31 - 1
+SEED = 42
+
+
+def _action_names(value: Any) -> set[str]:
+  """The names of all that `actions` holds."""
+  if isinstance(value, Reference):
+    return {value.name.rpartition(".")[2]}
+  if isinstance(value, dict):
+    return set().union(*map(_action_names, value.values()))
+  if isinstance(value, (list, tuple)):
+    return set().union(*map(_action_names, value))
+  return set()
+
+
+def _path(value: Any) -> Any:
+  """T5X's path: a text, a list of one, or nothing."""
+  if isinstance(value, (list, tuple)) and len(value) < 2:
+    return value[0] if value else None
+  return value
+
+
+def _is_path(value: Any) -> bool:
+  return _path(value) is None or isinstance(_path(value), str)
+
+
+_default_is = lambda *names: {
+  "holds": lambda v: v is None or (isinstance(v, Reference) and v.name in names)
+}
+_NOTHING = (None, (), {})
+_LOGGERS = tuple(
+  f"seqio.{name}"
+  for name in ("PyLoggingLogger", "TensorBoardLogger", "JSONLogger")
+)
+
+
+def _are_loggers(value: Any) -> bool:
+  return isinstance(value, (list, tuple)) and all(
+    isinstance(v, Reference) and v.name in _LOGGERS for v in value
+  )
+
+
+_COMMAND_ROWS: dict[str, dict[str, Row]] = {
+  "__main__.train": {
+    "model": built(_MODEL, to=f"{_TRAIN}.model"),
+    "model_dir": same(f"{_TRAIN}.model_dir"),
+    "train_dataset_cfg": built(_DATASET, to=f"{_TRAIN}.train_dataset_cfg"),
+    "train_eval_dataset_cfg": built(
+      _DATASET,
+      to=f"{_TRAIN}.train_eval_dataset_cfg",
+      about="the same, but a mixture has one loss, not one a task",
+    ),
+    "infer_eval_dataset_cfg": built(
+      _DATASET, to=f"{_TRAIN}.infer_eval_dataset_cfg"
+    ),
+    "checkpoint_cfg": built(
+      "t5x.utils.CheckpointConfig", to=f"{_TRAIN}.checkpoint_cfg"
+    ),
+    "partitioner": built(
+      _PARTITIONER,
+      to=f"{_TRAIN}.partitioner",
+      default=Reference("", _PARTITIONER, True),
+    ),
+    "trainer_cls": built(
+      "t5x.trainer.Trainer",
+      about="its learning_rate_fn and num_microbatches",
+    ),
+    "total_steps": same(
+      f"{_TRAIN}.total_steps", "the same; relative_steps goes first"
+    ),
+    "relative_steps": same(f"{_TRAIN}.relative_steps"),
+    "eval_steps": same(f"{_TRAIN}.eval_steps"),
+    "eval_period": same(
+      f"{_TRAIN}.eval_period", "the same, counted from step 0"
+    ),
+    "stats_period": same(f"{_TRAIN}.stats_period"),
+    "random_seed": same(
+      f"{_TRAIN}.random_seed",
+      f"the same; None, T5X's new seed a run, is {SEED}",
+      ours=lambda v: SEED if v is None else v,
+      tells=lambda v: (
+        f"random_seed = None: {SEED} here, so a run can be made again"
+        if v is None
+        else None
+      ),
+    ),
+    "use_hardware_rng": neutral("jax's default generator is used"),
+    "summarize_config_fn": neutral("config.gin is always written"),
+    "inference_evaluator_cls": built(_EVALUATOR, about="the one evaluator"),
+    "get_dataset_fn": Row(
+      "T5X's default",
+      **_default_is("t5x.utils.get_dataset"),
+      instead="the task's own module makes other data",
+    ),
+    "train_eval_get_dataset_fn": Row(
+      "T5X's default",
+      **_default_is("t5x.utils.get_training_eval_datasets"),
+      instead="the task's own module makes other data",
+    ),
+    "concurrent_metrics": neutral("metrics never wait for a step"),
+    "actions": Row(
+      "a loss that is not finite always stops a run; early stopping is to come",
+      holds=lambda v: _action_names(v) <= {"TerminateOnNanAction"},
+      instead="early stopping is not here yet: set"
+      " --gin.train_script.train.actions=None and TRAIN_STEPS",
+    ),
+    "run_eval_before_training": only(
+      *(False, None),
+      about="not yet",
+      instead="run fat5_jax.eval on the checkpoint, and set it to False",
+    ),
+    "train_state_initializer_cls": Row(
+      "T5X's default",
+      **_default_is("t5x.utils.TrainStateInitializer"),
+      instead="leave it out; REINITIALIZE names parameters that start anew",
+    ),
+    "use_orbax": neutral("checkpoints are Orbax's"),
+    "verify_matching_vocabs_fn": neutral("vocabularies are always compared"),
+    "gc_period": neutral("of Python's memory"),
+  },
+  "__main__.evaluate": {
+    "model": built(_MODEL, to=f"{_EVAL}.model"),
+    "dataset_cfg": built(_DATASET, to=f"{_EVAL}.dataset_cfg"),
+    "restore_checkpoint_cfg": built(_RESTORE, about="its path"),
+    "partitioner": built(
+      _PARTITIONER,
+      to=f"{_EVAL}.partitioner",
+      default=Reference("", _PARTITIONER, True),
+    ),
+    "output_dir": same(f"{_EVAL}.output_dir"),
+    "inference_evaluator_cls": built(_EVALUATOR, about="the one evaluator"),
+    "training_evaluator_cls": only(
+      None, about="not here", instead="training reports the loss of a split"
+    ),
+    "summarize_config_fn": neutral("config.gin is always written"),
+    "train_state_initializer_cls": Row(
+      "T5X's default",
+      **_default_is("t5x.utils.TrainStateInitializer"),
+      instead="leave it out",
+    ),
+    "train_eval_get_dataset_fn": Row(
+      "T5X's default",
+      **_default_is("t5x.utils.get_training_eval_datasets"),
+      instead="leave it out",
+    ),
+    "fallback_init_rng": only(
+      None, about="not here", instead="a checkpoint has all parameters"
+    ),
+    "use_orbax": neutral("checkpoints of all kinds are read"),
+  },
+  "__main__.infer": {
+    "mode": only(
+      "predict",
+      about="'predict'; scoring is to come",
+      instead="scoring is not here yet; mode = 'predict' writes predictions",
+    ),
+    "model": built(_MODEL, to=f"{_INFER}.model"),
+    "dataset_cfg": built(_DATASET, to=f"{_INFER}.dataset_cfg"),
+    "restore_checkpoint_cfg": built(_RESTORE, about="its path"),
+    "partitioner": built(
+      _PARTITIONER,
+      to=f"{_INFER}.partitioner",
+      default=Reference("", _PARTITIONER, True),
+    ),
+    "output_dir": Row(
+      "the folder of <task>-predict.jsonl-00000-of-00001", f"{_INFER}.output"
+    ),
+    "checkpoint_period": neutral("the file is written once it is whole"),
+    "shard_id": only(
+      *(0, None),
+      about="0: all rows are predicted by one command, on many hosts",
+      instead="leave it 0: one command, run on every host, predicts all rows",
+    ),
+    "num_shards": only(
+      *(1, None),
+      about="1: see shard_id",
+      instead="leave it 1: one command, run on every host, predicts all rows",
+    ),
+    "merge_chunked_results": neutral("there are no chunks"),
+    "checkpoint_ds_iter": neutral("the file is written once it is whole"),
+    "summarize_config_fn": neutral("predictions need no config.gin"),
+    "output_vocab_feature_name": only(
+      "targets", about="'targets'", instead="leave it 'targets'"
+    ),
+    "file_extension": only(
+      "jsonl", about="'jsonl'", instead="leave it 'jsonl'"
+    ),
+    "keep_aux_as_numpy": neutral("there is no aux"),
+    "use_orbax": neutral("checkpoints of all kinds are read"),
+  },
+  "__main__.precompile": {
+    name: refused(
+      "python -m fat5_jax.plan compiles for a chip that is not here"
+    )
+    for name in (
+      *("model", "train_dataset_cfg", "model_dir", "partitioner"),
+      *("random_seed", "output_dir"),
+    )
+  },
+}
+
+_DATA_ROWS: dict[str, dict[str, Row]] = {
+  _DATASET: {
+    "mixture_or_task_name": same(f"{_DATA}.mixture_or_task_name"),
+    "task_feature_lengths": same(f"{_DATA}.task_feature_lengths"),
+    "split": same(f"{_DATA}.split"),
+    "batch_size": same(f"{_DATA}.batch_size"),
+    "shuffle": same(f"{_DATA}.shuffle"),
+    "seed": same(f"{_DATA}.seed", "the same; None is the run's"),
+    "use_cached": same(
+      f"{_DATA}.use_cached",
+      "the same; a task that is built from local files has no cache",
+    ),
+    "pack": same(f"{_DATA}.pack"),
+    "use_custom_packing_ops": neutral("packing gives the same rows"),
+    "module": same(f"{_DATA}.module"),
+    "use_memory_cache": neutral("rows are read once"),
+    "trim_output_features": only(
+      True, about="True", instead="leave it True: rows are cut to lengths"
+    ),
+    "runtime_preprocessors": only(
+      *_NOTHING, about="None", instead="put them into the task"
+    ),
+    "num_prefetch_threads": neutral("tf.data chooses"),
+    "num_workers": neutral("tf.data chooses"),
+  },
+  "t5x.utils.CheckpointConfig": {
+    "save": built(
+      "t5x.utils.SaveCheckpointConfig",
+      to=f"{_SAVED}.CheckpointConfig.save",
+      about="the same; None saves the first and the last step alone",
+    ),
+    "restore": built(
+      _RESTORE,
+      to=f"{_SAVED}.CheckpointConfig.restore",
+      about="the same; None is from scratch",
+    ),
+  },
+  "t5x.utils.SaveCheckpointConfig": {
+    "period": same(
+      f"{_SAVED}.SaveCheckpointConfig.period",
+      ours=lambda v: NEVER if v is None else v,
+      default=None,
+    ),
+    "keep": same(f"{_SAVED}.SaveCheckpointConfig.keep", default=None),
+    "dtype": only(
+      "float32",
+      about="'float32': what a run goes on from, bit for bit",
+      instead="checkpoints are float32: leave it 'float32';"
+      " tools/convert_checkpoint.py writes smaller ones",
+    ),
+    "save_dataset": neutral("the data's position is in every checkpoint"),
+    "keep_dataset_checkpoints": neutral(
+      "the data's position is a part of its checkpoint"
+    ),
+    "checkpoint_steps": only(
+      *_NOTHING, about="not here", instead="set period, and keep = None"
+    ),
+    "checkpointer_cls": Row(
+      "T5X's default; keeping the best is to come",
+      **_default_is("t5x.checkpoints.Checkpointer"),
+      instead="keeping the best is not here yet: leave it out, and keep = None"
+      " keeps all",
+    ),
+    "checkpoint_manager_cls": Row(
+      "T5X's default",
+      **_default_is("t5x.checkpoints.OrbaxCheckpointManagerInterface"),
+      instead="leave it out; keep = None keeps all",
+    ),
+    "state_transformation_fns": only(
+      *_NOTHING, about="none", instead="tools/convert_checkpoint.py converts"
+    ),
+  },
+  _RESTORE: {
+    "path": same(
+      {
+        "train": f"{_SAVED}.RestoreCheckpointConfig.path",
+        "eval": f"{_EVAL}.checkpoint_path",
+        "infer": f"{_INFER}.checkpoint_path",
+      },
+      "the same; [] and None are from scratch",
+      ours=_path,
+      holds=_is_path,
+      instead="one checkpoint at a time: give one path",
+      default=None,
+    ),
+    "mode": only(
+      *("specific", "latest"),
+      about="what lies at path: a checkpoint, or a folder's latest",
+      instead="one checkpoint at a time: mode = 'specific', and a command for"
+      " each path",
+    ),
+    "dtype": Row(
+      "parameters are float32; products are in T5Config.dtype",
+      holds=lambda v: v in (None, "float32", "bfloat16"),
+      instead="leave it 'float32'",
+      tells=lambda v: (
+        "RestoreCheckpointConfig.dtype = 'bfloat16': parameters stay float32,"
+        " which rounds less; products are in T5Config.dtype"
+        if v == "bfloat16"
+        else None
+      ),
+    ),
+    "strict": only(
+      True,
+      about="True",
+      instead="REINITIALIZE is a pattern of the parameters that start anew",
+    ),
+    "fallback_to_scratch": only(
+      False,
+      about="False",
+      instead="REINITIALIZE is a pattern of the parameters that start anew",
+    ),
+    "assignment_map": only(
+      *_NOTHING,
+      about="none",
+      instead="REINITIALIZE is a pattern of the parameters that start anew;"
+      " tools/convert_checkpoint.py renames",
+    ),
+    "restore_dataset": neutral("a run goes on where its own data was"),
+    "checkpointer_cls": neutral("checkpoints of all kinds are read"),
+    "checkpoint_manager_cls": neutral("checkpoints of all kinds are read"),
+    "state_transformation_fns": only(
+      *_NOTHING, about="none", instead="tools/convert_checkpoint.py converts"
+    ),
+  },
+  _PARTITIONER: {
+    "num_partitions": same(
+      f"{_SHARDING}.Partitioner.num_partitions",
+      "the same; model_parallel_submesh goes first",
+      ours=lambda v: None if v == 1 else v,
+    ),
+    "model_parallel_submesh": same(
+      f"{_SHARDING}.Partitioner.model_parallel_submesh"
+    ),
+    "logical_axis_rules": same(f"{_SHARDING}.Partitioner.logical_axis_rules"),
+    "params_on_devices": neutral("parameters lie on the devices"),
+    "backend": only(
+      *(None, "cpu", "gpu", "tpu"),
+      about="the chips that jax finds",
+      instead="leave it out; JAX_PLATFORMS chooses",
+    ),
+    **{
+      name: only(
+        *_NOTHING,
+        about="MESH and DCN_MESH",
+        instead="set MESH and DCN_MESH, tables of sizes by axis"
+        " (--gin.MESH=\"{'fsdp': 4, 'model': 2}\")",
+      )
+      for name in ("ici_mesh_shape", "dcn_mesh_shape")
+    },
+    "use_cpu_pjit": neutral("one way of compiling for all devices"),
+  },
+  "t5x.partitioning.standard_logical_axis_rules": {
+    "activation_partitioning_dims": neutral(
+      "where activations lie; they are the same"
+    ),
+    "parameter_partitioning_dims": Row(
+      "2 is a mesh whose data axis is `fsdp`",
+      holds=lambda v: v in (1, 2),
+      instead="1 or 2",
+    ),
+    "additional_rules": same(
+      f"{_SHARDING}.standard_logical_axis_rules.additional_rules",
+      ours=lambda v: () if v is None else v,
+    ),
+  },
+  _EVALUATOR: {
+    "num_examples": only(
+      None,
+      about="all of the split",
+      instead="a part of a split is not here yet: None scores all of it, or"
+      " make a split of that many rows",
+    ),
+    "use_memory_cache": neutral("rows are read once"),
+    "logger_cls": Row(
+      "JSON and TensorBoard are always written, a line is always printed",
+      holds=_are_loggers,
+      instead="leave it out: JSON, TensorBoard and lines are always written",
+    ),
+    "log_dir": only(
+      None, about="where the run is", instead="leave it out: MODEL_DIR has it"
+    ),
+    "async_compute_metrics": neutral("metrics are the same"),
+  },
+  "seqio.JSONLogger": {
+    "write_n_results": Row(
+      "every prediction is written",
+      tells=lambda v: (
+        f"JSONLogger.write_n_results = {v}: all predictions are written"
+        if v is not None
+        else None
+      ),
+    ),
+  },
+  "seqio.TensorBoardLogger": {},
+  "seqio.PyLoggingLogger": {},
+}
+
+TABLE: dict[str, dict[str, Row]] = {
+  **_COMMAND_ROWS,
+  **_DATA_ROWS,
+  **MODEL_ROWS,
+}
+
+# What may only be named, with nothing to bind that is known here.
+NAMES = (
+  *("t5x.utils.get_dataset", "t5x.utils.get_training_eval_datasets"),
+  *("t5x.utils.TrainStateInitializer", "t5x.checkpoints.Checkpointer"),
+  "t5x.checkpoints.OrbaxCheckpointManagerInterface",
+  *("t5x.gin_utils.summarize_gin_config", "t5x.gin_utils.get_gin_config_str"),
+  "t5x.trainer.TerminateOnNanAction",
+  "t5x.trainer.EarlyStoppingAction",
+  "t5x.trainer.WeightMetricsComputer",
+  "t5x.checkpoints.SaveBestCheckpointer",
+)
+
+# Modules that a gin file may import, and what there is instead of the others.
+REFUSED_MODULES = {
+  "t5x.export_lib": "tools/convert_checkpoint.py writes Hugging Face folders",
+  "t5x.examples.decoder_only": "there are encoder-decoders here, and"
+  " encoders: models/t5_1_1/base.gin",
+  "t5x.models.DecoderOnlyModel": "there are encoder-decoders here, and"
+  " encoders: models/t5_1_1/base.gin",
+  "t5x.contrib": "of T5X's models there are those of t5x.examples",
+  "t5x.losses": "bind LOSS_NORMALIZING_FACTOR",
+  "mesh_tensorflow": "that is a configuration of Mesh TensorFlow: its"
+  " checkpoints are read (INITIAL_CHECKPOINT_PATH), and a run file of T5X"
+  " (t5x/configs/runs/finetune.gin) trains",
+  "t5.models": "that is a configuration of Mesh TensorFlow: its checkpoints"
+  " are read (INITIAL_CHECKPOINT_PATH), and a run file of T5X"
+  " (t5x/configs/runs/finetune.gin) trains",
+  "flaxformer": "of T5X's models there are those of t5x.examples",
+}
+
+# Macros that T5X has not: our parameters that they set.
+OWN_MACROS = {
+  "DATA_DIR": f"{_DATA}.data_dir",
+  "MESH": f"{_SHARDING}.Partitioner.mesh",
+  "DCN_MESH": f"{_SHARDING}.Partitioner.dcn_mesh",
+  "ATTENTION": "fat5_jax.models.config.T5Config.attention_implementation",
+  "TRAINABLE": f"{_TRAIN}.trainable",
+  "FROZEN": f"{_TRAIN}.frozen",
+  "DATA_SHARDS": f"{_TRAIN}.data_shards",
+  "REINITIALIZE": f"{_SAVED}.RestoreCheckpointConfig.reinitialize",
+}
+
+
+def markdown() -> str:
+  """All of it as a Markdown table."""
+  rows = [
+    "| T5X's binding | here | what it is |",
+    "|---|---|---|",
+  ]
+  for configurable, parameters in TABLE.items():
+    for name, row in parameters.items():
+      about = row.about + (f"; else: {row.instead}" if row.instead else "")
+      where = f"`{configurable}.{name}`"
+      rows.append(f"| {where} | {row.kind} | {about} |".replace("\n", " "))
+  for module, instead in REFUSED_MODULES.items():
+    rows.append(f"| `{module}` | refused | {instead} |")
+  return "\n".join(rows) + "\n"
+
+
+__all__ = ["Macro", "OWN_MACROS", "REFUSED_MODULES", "TABLE", "markdown"]
+
+if __name__ == "__main__":
+  print(markdown(), end="")
