@@ -40,7 +40,7 @@ def in_our_words(
 
   flags_lib.to_seqio(flags)
   for note in flags.notes:
-    console.say(f"T5X's {note}")
+    console.say(f"T5X: {note}")
   found = reading.Files(search_paths)
   try:
     for name in files:
@@ -54,12 +54,12 @@ def in_our_words(
       return None
     raise
   translation = translate.Translation(command, found)
-  text = translation.run()
+  text = translation.text()
   for note in translation.notes:
-    console.say(f"T5X's {note}")
+    console.say(f"T5X: {note}")
   if translation.neutral:
     console.say(
-      f"T5X's, with nothing to do here: {', '.join(translation.neutral)}"
+      f"T5X: nothing to do here for {', '.join(translation.neutral)}"
       " (why: python -m fat5_jax.gin_config.t5x.table)"
     )
   return [], [text]

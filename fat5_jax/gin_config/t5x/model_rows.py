@@ -15,17 +15,17 @@ from fat5_jax.gin_config.t5x.rows import (
   same,
 )
 
-NETWORKS = ("t5x.examples.t5.network", "t5x.examples.scalable_t5.network")
+NETWORKS = (
+  "t5x.examples.t5.network",
+  "t5x.examples.scalable_t5.network",
+  "t5x.contrib.gpu.t5.network",
+)
 _CONFIG = "fat5_jax.models.config.T5Config"
 _OPTIMIZERS = "fat5_jax.optimizers"
 _TRAIN = "fat5_jax.train.train"
 _DATA = "fat5_jax.data.pipeline.DatasetConfig"
 _SCHEDULE = "t5x.utils.create_learning_rate_scheduler"
 _ADAFACTOR = "t5x.adafactor.Adafactor"
-_VOCABULARIES = (
-  "seqio.SentencePieceVocabulary",
-  "seqio.ByteVocabulary",
-)
 _VOCABULARY_TO = {
   "train": f"{_DATA}.vocabulary",
   "eval": f"{_DATA}.vocabulary",
@@ -36,6 +36,13 @@ GREEDY = (
   "predictions are greedy; T5X's default, a beam of 1 with a length penalty of"
   " 0.6, may prefer a longer text"
 )
+
+
+def _is_own(value: Any) -> bool:
+  """Whether it is built by what is not T5X's."""
+  return isinstance(value, Reference) and value.name.split(".")[0] not in (
+    *("t5x", "t5"),
+  )
 
 
 def _is_optimizer(value: Any) -> bool:
@@ -70,6 +77,12 @@ def _network_rows(module: str) -> dict[str, dict[str, Row]]:
   }
   rows["float32_attention_logits"] = neutral(
     "attention's softmax is always float32"
+  )
+  rows["scale_attn_logits"] = only(
+    *(False, None),
+    about="False: no checkpoint of Google's was trained so",
+    instead="leave it False: the query's initialiser has the scale, and"
+    " Google's checkpoints are trained so",
   )
   if "scalable" in module:
     rows["scan_layers"] = same(
@@ -108,9 +121,16 @@ MODEL_ROWS: dict[str, dict[str, Row]] = {
       *(f"{module}.Transformer" for module in NETWORKS),
       about="a T5; its config is ours",
     ),
-    "input_vocabulary": built(*_VOCABULARIES, to=_VOCABULARY_TO),
-    "output_vocabulary": built(
-      *_VOCABULARIES, about="the same as input_vocabulary; else refused"
+    "input_vocabulary": Row(
+      "SeqIO's, or one of your own",
+      _VOCABULARY_TO,
+      holds=_is_own,
+      instead="VOCABULARY = @seqio.SentencePieceVocabulary()",
+    ),
+    "output_vocabulary": Row(
+      "the same as input_vocabulary; else refused",
+      holds=_is_own,
+      instead="VOCABULARY = @seqio.SentencePieceVocabulary()",
     ),
     "optimizer_def": Row(
       "adafactor.Adafactor, optimizers.chain and optax's",
@@ -155,7 +175,9 @@ MODEL_ROWS: dict[str, dict[str, Row]] = {
       0.6, about="beam search is to come", instead="leave it 0.6, T5X's default"
     ),
     "num_decodes": only(1, about="1", instead=_OTHER_BEAM),
-    "max_decode_len": refused("MAX_OUTPUT_LENGTH and lengths of targets"),
+    "max_decode_len": refused(
+      "leave it out: predictions end at the length of the targets"
+    ),
   },
   # topk = 1 is T5X's default.
   "t5x.decoding.temperature_sample": {
@@ -174,6 +196,7 @@ MODEL_ROWS: dict[str, dict[str, Row]] = {
   },
   **_network_rows(NETWORKS[0]),
   **_network_rows(NETWORKS[1]),
+  **_network_rows(NETWORKS[2]),
   "t5x.trainer.Trainer": {
     "num_microbatches": same(
       f"{_TRAIN}.num_microbatches",
