@@ -51,9 +51,12 @@ COMMAND_ROWS: dict[str, dict[str, Row]] = {
       _DATASET,
       to=f"{_TRAIN}.train_eval_dataset_cfg",
       about="the same, but a mixture has one loss, not one a task",
+      or_none=True,
     ),
     "infer_eval_dataset_cfg": built(
-      _DATASET, to=f"{_TRAIN}.infer_eval_dataset_cfg"
+      _DATASET,
+      to=f"{_TRAIN}.infer_eval_dataset_cfg",
+      or_none=True,
     ),
     "checkpoint_cfg": built(
       "t5x.utils.CheckpointConfig", to=f"{_TRAIN}.checkpoint_cfg"

@@ -99,8 +99,17 @@ def refused(instead: str, about: str = "not here") -> Row:
 
 
 def built(
-  *makes: str, to: str | dict[str, str] = "", about: str = "the same", **more
+  *makes: str,
+  to: str | dict[str, str] = "",
+  about: str = "the same",
+  or_none: bool = False,
+  **more,
 ) -> Row:
-  """A reference to one of these configurables, or None."""
-  holds = lambda v: v is None or (isinstance(v, Reference) and v.name in makes)
+  """A reference to one of these configurables, or None where it may be."""
+  holds = lambda v: (
+    or_none if v is None else isinstance(v, Reference) and v.name in makes
+  )
+  more.setdefault(
+    "instead", f"it may be @{' or @'.join(makes)}" + " or None" * or_none
+  )
   return Row(about, to, holds, makes=makes, **more)

@@ -90,11 +90,13 @@ _DATA_ROWS: dict[str, dict[str, Row]] = {
       "t5x.utils.SaveCheckpointConfig",
       to=f"{_SAVED}.CheckpointConfig.save",
       about="the same; None saves the first and the last step alone",
+      or_none=True,
     ),
     "restore": built(
       _RESTORE,
       to=f"{_SAVED}.CheckpointConfig.restore",
       about="the same; None is from scratch",
+      or_none=True,
     ),
   },
   "t5x.utils.SaveCheckpointConfig": {

@@ -66,6 +66,8 @@ class Translation:
     self._bound: dict[tuple[str, str], dict[str, Binding]] = {}
     self._passed: list[Binding] = []
     self._visited: set[tuple[str, str]] = set()
+    # Bindings that count, by identity.
+    self._counted: set[int] = set()
     self._sort()
 
   def _sort(self) -> None:
@@ -159,7 +161,9 @@ class Translation:
     self._visited.add((name, scope))
     for parameter, row in TABLE[name].items():
       binding = self.raw(name, parameter, scope)
-      if binding is None and row.default == REQUIRED:
+      if binding is not None:
+        self._counted.add(id(binding))
+      elif row.default == REQUIRED:
         continue
       self._take(
         row,
@@ -191,7 +195,7 @@ class Translation:
       self.note(told)
     elif row.is_neutral and is_bound and binding.parameter not in self.neutral:
       self.neutral.append(binding.parameter)
-    to = row.to if isinstance(row.to, str) else row.to.get(self.command, "")
+    to = self._target(row)
     if to:
       ours = value if value == REQUIRED else row.ours(value)
       # A macro keeps its name where its value is ours, too.
@@ -208,21 +212,34 @@ class Translation:
     if not row.holds(value):
       shown = writing.show(value)
       what = f"{binding.name.rpartition('.')[2]}.{binding.parameter}"
-      instead = row.instead
-      if row.makes and not instead:
-        instead = f"it may be None or @{' or @'.join(row.makes)}"
       raise UserError(
-        f"{binding.where}: {what} = {shown:.200} cannot be honoured: {instead}"
+        f"{self._place(binding)}: {what} = {shown:.200} cannot be honoured:"
+        f" {row.instead}"
       )
+    plain = replace(value, lambda _: macros.REFERENCE)
     name = binding.value.name if isinstance(binding.value, Macro) else ""
     if name in macros.MACROS and value is not None and value != []:
-      plain = macros.REFERENCE if isinstance(value, Reference) else value
       where = self._macros[name].where
-      macros.check(
-        name,
-        plain,
-        where if where.startswith("--gin.") else f"{where}: {name}",
-      )
+      label = where if where.startswith("--gin.") else f"{where}: {name}"
+      macros.check(name, plain, label)
+    to = self._target(row)
+    if to.startswith("fat5_jax.") and not (row.makes and value is None):
+      words = writing.type_problem(to, row.ours(plain))
+      if words:
+        raise UserError(
+          f"{self._place(binding)}: {binding.parameter} ="
+          f" {writing.show(value):.200} must be of type {words}"
+        )
+
+  def _place(self, binding: Binding) -> str:
+    """Where a value is from: the last of the macros that it goes through."""
+    while isinstance(binding.value, Macro) and binding.value != REQUIRED:
+      binding = self._macros[binding.value.name]
+    return binding.where
+
+  def _target(self, row: Row) -> str:
+    """Our parameter, or nothing."""
+    return row.to if isinstance(row.to, str) else row.to.get(self.command, "")
 
   def _keep_macro(self, value: Any) -> Any:
     """A macro's value in its place where ours may not have it (None)."""
@@ -289,6 +306,30 @@ class Translation:
     if unused:
       self.note(f"set, and used by no file: {', '.join(unused)}")
 
+  def _tell_unused(self) -> None:
+    """Says what is bound and changes nothing, as in T5X: another binding with
+    a scope goes first, or the run does not build it."""
+    reached = {name for name, _ in self._visited}
+    left = [
+      binding
+      for by_scope in self._bound.values()
+      for binding in by_scope.values()
+      if id(binding) not in self._counted
+    ]
+    flags = [b.where for b in left if b.where.startswith("--gin.")]
+    unused = {
+      f"{'.'.join(b.name.split('.')[-2:])}.{b.parameter}"
+      for b in left
+      if b.name not in reached and not b.where.startswith("--gin.")
+    }
+    if flags:
+      self.note(
+        f"{', '.join(flags)}: changes nothing in this run, as in T5X (a binding"
+        " with a scope goes first, or nothing builds it)"
+      )
+    if unused:
+      self.note(f"bound, and not used by this run: {', '.join(sorted(unused))}")
+
   def text(self) -> str:
     """What gin shall read."""
     self._check_root()
@@ -299,6 +340,7 @@ class Translation:
       for part in walk(self.value(binding.value, binding.where)):
         if isinstance(part, Reference):
           self._visit(part.name, part.scope or binding.scope)
+    self._tell_unused()
     for name, scope in sorted(self._visited):
       if name in differences.OF_SCOPES:
         differences.OF_SCOPES[name](self, scope)

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping
 import importlib
 from typing import Any
 
+from fat5_jax import annotations
 from fat5_jax.errors import UserError
 from fat5_jax.gin_config.t5x.model_rows import OURS
 from fat5_jax.gin_config.t5x.reading import OUR_ALIASES, is_t5x_name, replace
@@ -27,6 +28,14 @@ def show(value: Any) -> str:
   if isinstance(value, tuple):
     return f"({', '.join(map(show, value))}{',' * (len(value) == 1)})"
   return repr(value)
+
+
+def type_problem(target: str, value: Any) -> str | None:
+  """The type that a parameter of ours wants and the value has not, or None."""
+  function, _, parameter = target.rpartition(".")
+  module, _, name = function.rpartition(".")
+  made = getattr(importlib.import_module(module), name)
+  return annotations.problem(made, parameter, value)
 
 
 def text(
