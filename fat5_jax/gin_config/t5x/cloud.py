@@ -22,7 +22,11 @@ _PIECES = {
 }
 # The same weights, and the same vocabulary, on the Hugging Face hub.
 _ON_THE_HUB = (
-  (r"(flan_)?t5_(?:1_1_|v1_1_)?(small|base|large|xl|xxl)(_lm100k)?.*", None),
+  (
+    r"(flan_)?t5_(?:1_1_|v1_1_)?(lm100k_)?(small|base|large|xl|xxl|3b|11b)"
+    r"(_lm100k)?.*",
+    None,
+  ),
   (r"mt5_(small|base|large|xl|xxl).*", "google/mt5-{}"),
   (r"byt5_(small|base|large|xl|xxl).*", "google/byt5-{}"),
   (r"umt5_(small|base|xl|xxl).*", "google/umt5-{}"),
@@ -40,10 +44,10 @@ def _hub_name(name: str) -> str | None:
     if match and hub:
       return hub.format(match[1])
     if match:
-      flan, size, adapted = match.groups()
+      flan, before, size, after = match.groups()
       if flan:
         return f"google/flan-t5-{size}"
-      if adapted:
+      if before or after:
         return f"google/t5-{size}-lm-adapt"
       kind = "google/t5-v1_1-" if "1_1" in name else "google-t5/t5-"
       return kind + size

@@ -1,0 +1,828 @@
+"""T5X's gin files run unmodified: what they say is done, told or refused."""
+
+import csv
+import glob
+import json
+import os
+import re
+import shutil
+import sys
+
+from conftest import ROOT
+import numpy as np
+import pytest
+
+from fat5_jax import gin_files
+from fat5_jax.convert import orbax_files
+from fat5_jax.errors import UserError
+from fat5_jax.gin_config import t5x
+from fat5_jax.gin_config.t5x import cloud, flags, reading, shipped, table
+from fat5_jax.gin_config.t5x import translate as translate_lib
+import gin
+
+sys.path.append(os.path.join(ROOT, "tests", "robustness"))
+
+# As a user of T5X writes his own, with T5X's names, and T5X not there.
+FINETUNE = """from __gin__ import dynamic_registration
+
+import __main__ as train_script
+import seqio
+from t5.data import mixtures
+from t5x import models
+from t5x import partitioning
+from t5x import utils
+from t5x.examples.t5 import network
+
+include "t5x/examples/t5/byt5/small.gin"
+include "t5x/configs/runs/finetune.gin"
+
+MIXTURE_OR_TASK_NAME = "wmt_t2t_ende_v003"
+TASK_FEATURE_LENGTHS = {"inputs": 64, "targets": 48}
+TRAIN_STEPS = 3
+DROPOUT_RATE = 0.0
+INITIAL_CHECKPOINT_PATH = []  # From scratch.
+LOSS_NORMALIZING_FACTOR = 233472
+USE_CACHED_TASKS = False
+BATCH_SIZE = 4
+EVAL_STEPS = 2
+
+# A size for a test, by T5X's names.
+network.T5Config:
+  emb_dim = 16
+  num_heads = 2
+  num_encoder_layers = 1
+  num_decoder_layers = 1
+  head_dim = 8
+  mlp_dim = 32
+"""
+# The same in our words.
+OURS = """from __gin__ import dynamic_registration
+import fat5_jax.models.config as config
+import seqio
+
+include 'models/byt5/small.gin'
+include 'runs/finetune.gin'
+
+MIXTURE_OR_TASK_NAME = 'wmt_t2t_ende_v003'
+TASK_FEATURE_LENGTHS = {'inputs': 64, 'targets': 48}
+TRAIN_STEPS = 3
+DROPOUT_RATE = 0.0
+INITIAL_CHECKPOINT_PATH = None
+LOSS_NORMALIZING_FACTOR = 233472
+BATCH_SIZE = 4
+EVAL_STEPS = 2
+CHECKPOINT_PERIOD = 5000
+KEEP = None
+# T5X's byT5 has no sentinels.
+seqio.ByteVocabulary.extra_ids = 0
+config.T5Config:
+  emb_dim = 16
+  num_heads = 2
+  num_encoder_layers = 1
+  num_decoder_layers = 1
+  head_dim = 8
+  mlp_dim = 32
+"""
+TINY = [
+  f"--gin.network.T5Config.{name}={size}"
+  for name, size in {
+    "emb_dim": 16,
+    "num_heads": 2,
+    "num_encoder_layers": 1,
+    "num_decoder_layers": 1,
+    "head_dim": 8,
+    "mlp_dim": 32,
+  }.items()
+]
+FUNCTIONS = {"train": "train", "eval": "evaluate", "infer": "infer"}
+
+
+@pytest.fixture(autouse=True)
+def clean_gin():
+  gin.clear_config()
+  yield
+  gin.clear_config()
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+  """A user's folder: his file, and rows of a translation."""
+  monkeypatch.chdir(tmp_path)
+  (tmp_path / "mine.gin").write_text(FINETUNE)
+  (tmp_path / "data").mkdir()
+  words = "a boat goes over the lake and a bird goes over it".split()
+  for split, count in (("train", 40), ("val", 6), ("test", 5)):
+    lines = [" ".join(words[i % 5 :][: 3 + i % 4]) for i in range(count)]
+    text = "\n".join(lines) + "\n"
+    (tmp_path / "data" / f"{split}.en").write_text(text)
+    (tmp_path / "data" / f"{split}.de").write_text(text.upper())
+  return tmp_path
+
+
+def translated(files, bindings=(), command="train", paths=()):
+  """(what gin reads, notes) of T5X's files; gin has parsed it."""
+  found = reading.Files(list(paths))
+  for name in files:
+    found.add(name)
+  found.add_flags(list(bindings))
+  run = translate_lib.Translation(command, found)
+  text = run.text()
+  gin_files.parse([], [text], [], FUNCTIONS[command])
+  return text, run.notes
+
+
+def refused(files, bindings=(), command="train", paths=()):
+  with pytest.raises(UserError) as e:
+    translated(files, bindings, command, paths)
+  (line,) = str(e.value).splitlines()
+  return line
+
+
+def parameters(model_dir):
+  (path,) = glob.glob(f"{model_dir}/checkpoint_3/params")
+  leaves = orbax_files.read_item(path)
+  return {"/".join(k): np.asarray(leaf.read()) for k, leaf in leaves.items()}
+
+
+# ---- A file of a user's own --------------------------------------------------
+
+
+def test_a_t5x_file_and_ours_train_to_the_same_bits(folder, zygote):
+  (folder / "ours.gin").write_text(OURS)
+  for name, model_dir in (("mine", "t5x"), ("ours", "ours")):
+    done = zygote.run(
+      "train",
+      [
+        f"--gin_file={name}.gin",
+        "--gin.DATA_DIR=data",
+        f"--gin.MODEL_DIR={model_dir}",
+      ],
+      str(folder),
+      seconds=300,
+    )
+    assert done.status == 0, done.stderr
+  found, wanted = parameters("t5x"), parameters("ours")
+  assert found.keys() == wanted.keys() and len(found) > 20
+  for name in wanted:
+    np.testing.assert_array_equal(found[name], wanted[name], name)
+  rows = {}
+  for model_dir in ("t5x", "ours"):
+    with open(f"{model_dir}/metrics.csv") as file:
+      rows[model_dir] = [
+        row for row in csv.DictReader(file) if "timing" not in row["metric"]
+      ]
+  assert rows["t5x"] == rows["ours"]
+
+
+def test_the_run_is_evaluated_and_predicted_by_t5x_files(folder, zygote):
+  def run(command, *arguments):
+    done = zygote.run(command, list(arguments), str(folder), seconds=300)
+    assert done.status == 0, done.stderr
+    return done.stdout + done.stderr
+
+  run(
+    "train", "--gin_file=mine.gin", "--gin.DATA_DIR=data", "--gin.MODEL_DIR=r"
+  )
+  model = [
+    "--gin_file=t5x/examples/t5/byt5/small.gin",
+    "--gin.MIXTURE_OR_TASK_NAME=wmt_t2t_ende_v003",
+    "--gin.CHECKPOINT_PATH=r/checkpoint_3",
+    "--gin.DATA_DIR=data",
+    "--gin.DROPOUT_RATE=0.0",
+    *TINY,
+  ]
+  run(
+    "eval",
+    *model,
+    "--gin_file=t5x/configs/runs/eval.gin",
+    "--gin.EVAL_OUTPUT_DIR=scores",
+    "--gin.utils.DatasetConfig.split='validation'",
+  )
+  task = "wmt_t2t_ende_v003"
+  with open(f"scores/inference_eval/{task}-metrics.jsonl") as file:
+    scores = json.loads(file.readlines()[-1])
+  # The same split, the same step: what training has measured itself.
+  with open(f"r/inference_eval/{task}-metrics.jsonl") as file:
+    assert json.loads(file.readlines()[-1]) == scores
+  told = run(
+    "infer",
+    *model,
+    "--gin_file=t5x/configs/runs/infer.gin",
+    "--gin.INFER_OUTPUT_DIR=out",
+    '--gin.TASK_FEATURE_LENGTHS={"inputs": 64, "targets": 48}',
+  )
+  with open(f"out/{task}-predict.jsonl-00000-of-00001") as file:
+    rows = [json.loads(line) for line in file]
+  assert len(rows) == 5 and all("prediction" in row for row in rows)
+  assert "parameters stay float32" in told
+
+
+# ---- What the operative configuration says -----------------------------------
+
+
+def test_the_configuration_says_what_t5x_files_say(folder):
+  flags_of_a_user = ["DATA_DIR = 'data'", "MODEL_DIR = 'r'"]
+  translated(["mine.gin"], flags_of_a_user)
+  said = lambda name: gin.query_parameter(name)
+  # runs/finetune.gin of T5X, where ours has other values.
+  assert said("checkpoints.SaveCheckpointConfig.period") == 5000
+  assert said("checkpoints.SaveCheckpointConfig.keep") is None
+  assert said("infer_eval/pipeline.DatasetConfig.task_feature_lengths") is None
+  assert said("infer_eval/pipeline.DatasetConfig.pack") is False
+  assert said("train_eval/pipeline.DatasetConfig.pack") is True
+  assert said("train_eval/pipeline.DatasetConfig.seed") == 42
+  # None is the run's own seed.
+  assert said("train/pipeline.DatasetConfig.seed") is None
+  assert said("config.T5Config.dtype") == "bfloat16"
+  assert said("optimizers.create_learning_rate_scheduler.factors") == "constant"
+  # Macros keep their names, so a run folder tells them.
+  text = gin.config_str()
+  for line in (
+    "LOSS_NORMALIZING_FACTOR = 233472",
+    "train_script.train.loss_normalizing_factor = %LOSS_NORMALIZING_FACTOR",
+    "train_script.train.total_steps = %TRAIN_STEPS",
+    "train/pipeline.DatasetConfig.batch_size = %BATCH_SIZE",
+  ):
+    assert line in text
+
+
+def test_what_t5x_leaves_open_is_t5xs_default(folder):
+  (folder / "model.gin").write_text(
+    """from __gin__ import dynamic_registration
+import seqio
+from t5x import models
+from t5x import adafactor
+from t5x.examples.t5 import network
+MODEL = @models.EncoderDecoderModel()
+models.EncoderDecoderModel:
+  module = @network.Transformer()
+  input_vocabulary = @seqio.ByteVocabulary()
+  output_vocabulary = @seqio.ByteVocabulary()
+  optimizer_def = @adafactor.Adafactor()
+network.Transformer.config = @network.T5Config()
+network.T5Config.vocab_size = 384
+"""
+  )
+  translated(
+    ["model.gin", "t5x/configs/runs/pretrain.gin"],
+    [
+      "MODEL_DIR = 'r'",
+      "MIXTURE_OR_TASK_NAME = 'spoken_values'",
+      "TASK_FEATURE_LENGTHS = {'inputs': 8, 'targets': 8}",
+      "TRAIN_STEPS = 1",
+    ],
+  )
+  said = lambda name: gin.query_parameter(name)
+  assert said("train.z_loss") == 0.0  # Ours: 0.0001.
+  assert said("train.loss_normalizing_factor") is None
+  assert said("T5Config.dtype") == "float32"  # Ours: bfloat16.
+  assert said("T5Config.dropout_rate") == 0.1  # Ours: 0.
+  assert said("T5Config.mlp_activations") == ("relu",)
+  assert said("train.infer_eval_dataset_cfg") is None
+  assert said("create_learning_rate_scheduler.warmup_steps") == 10000
+
+
+@pytest.mark.parametrize(
+  "flag, parameter, value",
+  [
+    ("BATCH_SIZE = 8", "train/pipeline.DatasetConfig.batch_size", 8),
+    ("train/utils.DatasetConfig.batch_size = 8", None, 8),
+    ("train/DatasetConfig.batch_size = 8", None, 8),
+    ("train/t5x.utils.DatasetConfig.batch_size = 8", None, 8),
+    ("train_script.train.eval_period = 7", "train.eval_period", 7),
+    ("train.eval_period = 7", "train.eval_period", 7),
+    ("trainer.Trainer.num_microbatches = 2", "train.num_microbatches", 2),
+    ("trainer.Trainer.num_microbatches = 0", "train.num_microbatches", None),
+    ("TRAIN_STEPS_RELATIVE = 5", "train.total_steps", None),
+    ("RANDOM_SEED = 7", "train.random_seed", 7),
+    ("RANDOM_SEED = None", "train.random_seed", 42),
+    ("LABEL_SMOOTHING = 0.1", "train.label_smoothing", 0.1),
+    ("adafactor.Adafactor.beta1 = 0.9", "optimizers.adafactor.beta1", 0.9),
+    (
+      "models.EncoderDecoderModel.z_loss = 0.5",
+      "train_script.train.z_loss",
+      0.5,
+    ),
+    ("EVAL_SPLIT = 'test'", "infer_eval/DatasetConfig.split", "test"),
+    ("network.T5Config.emb_dim = 24", "T5Config.emb_dim", 24),
+    (
+      "partitioning.PjitPartitioner.num_partitions = 2",
+      "Partitioner.num_partitions",
+      2,
+    ),
+    (
+      "partitioning.PjitPartitioner.model_parallel_submesh = (2, 1, 1, 2)",
+      "Partitioner.num_partitions",
+      None,
+    ),
+    (
+      "partitioning.standard_logical_axis_rules.parameter_partitioning_dims"
+      " = 2",
+      "Partitioner.mesh",
+      {"fsdp": -1},
+    ),
+    ("MESH = {'fsdp': 2}", "Partitioner.mesh", {"fsdp": 2}),
+    ("utils.RestoreCheckpointConfig.path = ['r']", None, "r"),
+    ("utils.CheckpointConfig.restore = None", None, None),
+    ("utils.CheckpointConfig.save = None", None, 1),
+    ("utils.SaveCheckpointConfig.keep = 2", None, 2),
+  ],
+)
+def test_a_flag_in_any_form_counts_as_in_t5x(folder, flag, parameter, value):
+  translated(
+    ["mine.gin"], ["DATA_DIR = 'data'", "MODEL_DIR = 'r'", flag], paths=[]
+  )
+  parameter = (
+    parameter
+    or {
+      "batch_size": "train/pipeline.DatasetConfig.batch_size",
+      "path": "RestoreCheckpointConfig.path",
+      "restore": "RestoreCheckpointConfig.path",
+      "save": "SaveCheckpointConfig.keep",
+      "keep": "SaveCheckpointConfig.keep",
+    }[flag.split(" =")[0].rpartition(".")[2]]
+  )
+  found = gin.query_parameter(parameter)
+  if isinstance(found, gin.config.ConfigurableReference):
+    found = gin.query_parameter(f"{found.config_key[0]}/macro.value")
+  assert found == value, gin.config_str()
+
+
+def test_a_binding_that_changes_nothing_in_t5x_is_told(folder):
+  _, notes = translated(
+    ["mine.gin"],
+    ["MODEL_DIR = 'r'", "DATA_DIR = 'd'", "utils.DatasetConfig.batch_size = 8"],
+  )
+  assert any(
+    "--gin.utils.DatasetConfig.batch_size: changes nothing" in n for n in notes
+  )
+
+
+# ---- What is refused ---------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+  "flag, told",
+  [
+    ("train/utils.DatasetConfig.batch_siz = 8", "'batch_size'"),
+    ("utils.DatasetCnfig.batch_size = 8", "'t5x.utils.DatasetConfig'"),
+    ("network.T5Config.emb_dm = 8", "'emb_dim'"),
+    ("foo.bar = 1", "foo is unknown: no import brings it"),
+    ("foo/BATCH_SIZE = 1", "A macro has no scope"),
+    ("DROPOUT = 0.1", "Did you mean 'DROPOUT_RATE'?"),
+    ("batch_size = 1", "Did you mean 'BATCH_SIZE'?"),
+    ("BATCH_SIZE = 'x'", "--gin.BATCH_SIZE = 'x'"),
+    ("BATCH_SIZE = %NOPE", "nothing sets NOPE"),
+    ("train.eval_period = 'a'", "must be of type int"),
+    ("MODEL = @network.Transformer()", "EncoderDecoderModel"),
+    ("utils.SaveCheckpointConfig.dtype = 'bfloat16'", "'float32'"),
+    ("utils.SaveCheckpointConfig.checkpoint_steps = [5]", "set period"),
+    ("utils.RestoreCheckpointConfig.path = ['a', 'b']", "give one path"),
+    ("utils.RestoreCheckpointConfig.mode = 'all'", "one checkpoint"),
+    ("utils.RestoreCheckpointConfig.strict = False", "REINITIALIZE"),
+    ("utils.RestoreCheckpointConfig.fallback_to_scratch = True", "REINIT"),
+    (
+      "utils.RestoreCheckpointConfig.assignment_map = [('a', 'b')]",
+      "convert_checkpoint",
+    ),
+    ("EVALUATOR_NUM_EXAMPLES = 5", "--gin.EVALUATOR_NUM_EXAMPLES: "),
+    ("seqio.Evaluator.num_examples = 5", "make a split of that many rows"),
+    ("train_script.train.run_eval_before_training = True", "fat5_jax.eval"),
+    (
+      "train_script.train.actions"
+      " = {'TRAIN': [@trainer.EarlyStoppingAction()]}",
+      "early stopping is not here yet",
+    ),
+    (
+      "models.EncoderDecoderModel.predict_batch_with_aux.num_decodes = 4",
+      "beam search is not here yet",
+    ),
+    ("decoding.beam_search.alpha = 1.0", "0.6"),
+    (
+      "partitioning.PjitPartitioner.ici_mesh_shape = (1, 2, 4)",
+      "set MESH and DCN_MESH",
+    ),
+    (
+      "seqio.Evaluator.logger_cls = [@models.EncoderDecoderModel]",
+      "always written",
+    ),
+  ],
+)
+def test_what_cannot_be_honoured_is_refused(folder, flag, told):
+  assert told in refused(
+    ["mine.gin"], ["DATA_DIR = 'data'", "MODEL_DIR = 'r'", flag]
+  )
+
+
+def test_sampling_is_refused_and_greedy_is_not(folder):
+  given = [
+    "DATA_DIR = 'data'",
+    "MODEL_DIR = 'r'",
+    "models.EncoderDecoderModel.decode_fn = @decoding.temperature_sample",
+  ]
+  # T5X's own topk is 1.
+  _, notes = translated(["mine.gin"], given)
+  assert not any("greedy" in note for note in notes)
+  for other in (
+    ["decoding.temperature_sample.topk = 40"],
+    ["decoding.temperature_sample.topk = 0"],
+    ["decoding.temperature_sample.topp = 0.9"],
+  ):
+    gin.clear_config()
+    assert "sampling is not here yet" in refused(["mine.gin"], given + other)
+  gin.clear_config()
+  greedy = ["decoding.temperature_sample.topk = 0"]
+  greedy += ["decoding.temperature_sample.temperature = 0.0"]
+  translated(["mine.gin"], given + greedy)
+
+
+def test_a_refusal_names_file_and_line(folder):
+  lines = FINETUNE.splitlines()
+  lines.insert(14, "network.T5Config.emb_dims = 4")
+  (folder / "mine.gin").write_text("\n".join(lines))
+  told = refused(["mine.gin"], ["MODEL_DIR = 'r'"])
+  assert told.startswith(f"{folder}/mine.gin, line 15: ") and "emb_dim" in told
+
+
+@pytest.mark.parametrize(
+  "text, told",
+  [
+    ("from t5x.examples.decoder_only import network", "encoder-decoders here"),
+    ("from t5x import export_lib", "convert_checkpoint.py"),
+    ("import mesh_tensorflow.transformer.dataset", "Mesh TensorFlow"),
+    (
+      "from t5x import models\nMODEL = @models.DecoderOnlyModel()",
+      "encoder-decoders here",
+    ),
+    (
+      "from t5x import trainer\nX = @trainer.MyTrainer",
+      "t5x.trainer.MyTrainer is unknown here",
+    ),
+    ("import my_own_tasks_of_t5x", "import my_own_tasks_of_t5x: No module"),
+    (
+      "include 't5x/configs/runs/finetun.gin'",
+      "'t5x/configs/runs/finetune.gin",
+    ),
+    ("include 'gs://mine/a.gin'", "copy it here"),
+    ("import __main__ as train_script\nBATCH_SIZE == 3", "is no gin"),
+  ],
+)
+def test_a_file_that_asks_for_what_is_not_here(folder, text, told):
+  (folder / "other.gin").write_text(text + "\n")
+  found = refused(["mine.gin", "other.gin"], ["MODEL_DIR = 'r'"])
+  assert told in found and "other.gin" in found
+
+
+def test_the_command_must_be_the_files(folder):
+  assert "python -m fat5_jax.train" in refused(["mine.gin"], command="eval")
+  assert "add a run file" in refused(["t5x/examples/t5/t5_1_1/base.gin"])
+  model = "t5x/examples/t5/t5_1_1/base.gin"
+  assert "take run file and model file of one" in refused(
+    [model, "runs/finetune.gin"]
+  )
+  run = "t5x/configs/runs/finetune.gin"
+  assert "nothing sets MODEL" in refused([run])
+  assert "@t5x.models.EncoderDecoderModel" in refused(
+    ["models/t5_1_1/small.gin", run], ["VOCAB_FILE = 'x'"]
+  )
+
+
+# ---- Files of both -----------------------------------------------------------
+
+
+def test_t5x_files_take_a_task_and_an_optimizer_of_ours(folder):
+  (folder / "task.gin").write_text(
+    """from __gin__ import dynamic_registration
+import fat5_jax.data.sources as sources
+import fat5_jax.data.tasks as tasks
+import optax
+from t5x import optimizers
+MIXTURE_OR_TASK_NAME = @tasks.text_to_text()
+tasks.text_to_text:
+  source = @sources.ParallelFiles()
+  inputs = '{en}'
+  targets = '{de}'
+  vocabulary = %VOCABULARY
+sources.ParallelFiles.splits = {
+    'train': {'en': 'data/train.en', 'de': 'data/train.de'},
+    'validation': {'en': 'data/val.en', 'de': 'data/val.de'}}
+OPTIMIZER = @optimizers.chain()
+optimizers.chain.transformations = [@optax.clip(), @optax.adamw()]
+optax.clip.max_delta = 1.0
+optax.adamw.learning_rate = @optax.warmup_cosine_decay_schedule()
+optax.warmup_cosine_decay_schedule:
+  init_value = 0.0
+  peak_value = 0.01
+  warmup_steps = 1
+  decay_steps = %TRAIN_STEPS
+"""
+  )
+  _, notes = translated(["mine.gin", "task.gin"], ["MODEL_DIR = 'r'"])
+  assert any("has a learning rate of its own" in note for note in notes)
+  train = gin.get_configurable("train_script.train")
+  assert train() is not None
+  before = parameters("r")
+  gin.clear_config()
+  translated(
+    ["mine.gin", "task.gin"],
+    ["MODEL_DIR = 'r2'", "optax.adamw.weight_decay = 0.5"],
+  )
+  gin.get_configurable("train_script.train")()
+  after = parameters("r2")
+  assert any((before[name] != after[name]).any() for name in before)
+
+
+def test_a_module_of_ones_own_registers_tasks(folder, monkeypatch):
+  (folder / "my_t5x_tasks.py").write_text(
+    """import seqio
+import tensorflow as tf
+def rows(split, shuffle_files=False, seed=None):
+  return tf.data.Dataset.from_tensor_slices(
+    {"inputs": ["a b", "c d"] * 8, "targets": ["b", "d"] * 8})
+_VOCABULARY = seqio.ByteVocabulary()
+seqio.TaskRegistry.add(
+  "my_t5x_task",
+  source=seqio.FunctionDataSource(rows, splits=["train", "validation"]),
+  preprocessors=[seqio.preprocessors.tokenize, seqio.preprocessors.append_eos],
+  output_features={k: seqio.Feature(_VOCABULARY, add_eos=True)
+                   for k in ("inputs", "targets")},
+  metric_fns=[])
+"""
+  )
+  monkeypatch.syspath_prepend(str(folder))
+  given = ["MODEL_DIR = 'r'", "MIXTURE_OR_TASK_NAME = 'my_t5x_task'"]
+  given += ["train/DatasetConfig.pack = False"]
+  # As T5X has it now, and as it had it.
+  text = FINETUNE.replace(
+    "import seqio\n", "import seqio\nimport my_t5x_tasks\n"
+  )
+  (folder / "imports.gin").write_text(text)
+  for file, more in (
+    ("imports.gin", []),
+    ("mine.gin", ["MIXTURE_OR_TASK_MODULE = 'my_t5x_tasks'"]),
+  ):
+    gin.clear_config()
+    translated([file], given + more)
+    config = gin.get_configurable("pipeline.DatasetConfig")
+    with gin.config_scope("train"):
+      assert config().task().name == "my_t5x_task"
+  # A module that needs T5X itself is told from one that is not there.
+  (folder / "needs_t5x.py").write_text("import t5x.utils\n")
+  (folder / "needs.gin").write_text("import needs_t5x\n" + FINETUNE)
+  told = refused(["needs.gin"], given)
+  assert "needs.gin, line 1" in told and "T5X and t5 are not here" in told
+
+
+def test_other_files_are_left_to_others(folder):
+  (folder / "ours.gin").write_text(OURS)
+  _, nothing = t5x.take_flags("train", [])
+  for files in (["ours.gin"], ["nowhere.gin"], []):
+    assert t5x.in_our_words("train", files, [], [], nothing) is None
+
+
+# ---- What lies on Google Cloud -----------------------------------------------
+
+
+def _vocabulary(path, extra):
+  import sentencepiece
+
+  text = iter(["the boat goes over the lake, the bird goes over it"] * 20)
+  sentencepiece.SentencePieceTrainer.train(
+    sentence_iterator=text,
+    model_prefix=str(path).removesuffix(".model"),
+    vocab_size=200,
+    hard_vocab_limit=False,
+    user_defined_symbols=[f"<extra_id_{i}>" for i in reversed(range(extra))],
+    minloglevel=2,
+  )
+
+
+def test_a_vocabulary_has_the_sentinels_of_its_name_once(folder):
+  name = "gs://t5-data/vocabs/cc_all.32000.100extra/sentencepiece.model"
+  bare = "gs://t5-data/vocabs/cc_all.32000/sentencepiece.model"
+  _vocabulary(folder / "with.model", 100)
+  _vocabulary(folder / "without.model", 0)
+  found = lambda path, extra, file: cloud.vocabulary(
+    path, extra, str(folder / file), [], "x"
+  )[1]
+  # As T5X's own files are, and as Hugging Face's.
+  assert found(name, 0, "with.model") == 0
+  assert found(name, 0, "without.model") == 100
+  assert found(bare, 100, "without.model") == 100
+  assert found(bare, 100, "with.model") == 0
+  assert found(bare, 0, "without.model") == 0
+  # By its name, in a folder.
+  inside = folder / "vocabs" / "cc_all.32000.100extra"
+  inside.mkdir(parents=True)
+  shutil.copy(folder / "with.model", inside / "sentencepiece.model")
+  path, _ = cloud.vocabulary(name, 0, None, ["data", str(folder)], "x")
+  assert path == str(inside / "sentencepiece.model")
+  # Another vocabulary beside is none of that name.
+  shutil.copy(folder / "with.model", folder / "data" / "spiece.model")
+  with pytest.raises(UserError, match="--gin.VOCAB_FILE=it"):
+    cloud.vocabulary(name, 0, None, ["data"], "x")
+
+
+@pytest.mark.parametrize(
+  "path, hub",
+  [
+    ("t5x/t5_1_1_small/checkpoint_1000000", "google/t5-v1_1-small"),
+    ("t5x/mt5_xl/checkpoint_1000000", "google/mt5-xl"),
+    ("t5x/byt5_base/checkpoint_1000000", "google/byt5-base"),
+    ("t5x/umt5_xxl/checkpoint_1000000", "google/umt5-xxl"),
+    ("t5x/t5_1_1_lm100k_large/checkpoint_1100000", "google/t5-large-lm-adapt"),
+    ("t5x/flan_t5_xl/checkpoint_1138000", "google/flan-t5-xl"),
+    ("t5x/t5_base/checkpoint_999900", "google-t5/t5-base"),
+  ],
+)
+def test_a_checkpoint_on_google_cloud_is_answered_with_how_to_get_it(
+  folder, path, hub
+):
+  path = f"gs://t5-data/pretrained_models/{path}"
+  told = refused(
+    ["mine.gin"],
+    ["MODEL_DIR = 'r'", f"INITIAL_CHECKPOINT_PATH = {path!r}"],
+  )
+  assert f"gcloud storage cp -r {path} ." in told
+  assert f"hf download {hub} " in told and "TRAIN_STEPS_RELATIVE" in told
+
+
+# ---- Flags -------------------------------------------------------------------
+
+
+def test_flags_of_t5x_are_taken_and_said():
+  rest, found = t5x.take_flags(
+    "train",
+    [
+      "--gin_file=a.gin",
+      "--alsologtostderr",
+      "--tfds_data_dir=/tfds",
+      "--run_mode=train",
+      "--seqio_additional_cache_dirs",
+      "/a,/b",
+      "--multiprocess_gpu",
+      "--nologtostderr",
+      "--dry_run",
+    ],
+  )
+  assert rest == ["--gin_file=a.gin", "--dry_run"]
+  assert found.tfds_data_dir == "/tfds" and found.cache_dirs == ["/a", "/b"]
+  assert len(found.notes) == 6
+
+
+@pytest.mark.parametrize(
+  "flag, told",
+  [
+    ("--run_mode=eval", "python -m fat5_jax.eval"),
+    ("--run_mode=export", "convert_checkpoint"),
+    ("--run_mode=precompile", "fat5_jax.plan"),
+    ("--fdl_config=x", "Fiddle"),
+    ("--shard_id=3", "leave it out"),
+    ("--tfds_data_dir", "write --tfds_data_dir=VALUE"),
+  ],
+)
+def test_flags_that_ask_for_something_else_are_refused(flag, told):
+  with pytest.raises(UserError, match=re.escape(told)):
+    t5x.take_flags("train", [flag])
+
+
+def test_seqio_is_told_where_data_lies(monkeypatch):
+  import seqio
+
+  told = {}
+  monkeypatch.setattr(
+    seqio, "set_tfds_data_dir_override", lambda path: told.update(tfds=path)
+  )
+  monkeypatch.setattr(
+    seqio, "add_global_cache_dirs", lambda paths: told.update(cache=paths)
+  )
+  flags.to_seqio(flags.Flags([], "/tfds", ["/a"]))
+  assert told == {"tfds": "/tfds", "cache": ["/a"]}
+
+
+# ---- The table ---------------------------------------------------------------
+
+# reference/t5x_gin.md: what T5X's own files bind.
+BOUND = {
+  "__main__.train": "model model_dir train_dataset_cfg train_eval_dataset_cfg"
+  " infer_eval_dataset_cfg checkpoint_cfg partitioner total_steps"
+  " relative_steps eval_steps eval_period stats_period random_seed trainer_cls"
+  " inference_evaluator_cls run_eval_before_training actions"
+  " summarize_config_fn use_hardware_rng train_eval_get_dataset_fn",
+  "__main__.evaluate": "model dataset_cfg restore_checkpoint_cfg output_dir"
+  " partitioner inference_evaluator_cls",
+  "__main__.infer": "mode model dataset_cfg restore_checkpoint_cfg output_dir"
+  " checkpoint_period shard_id num_shards partitioner",
+  "__main__.precompile": "model model_dir train_dataset_cfg partitioner"
+  " random_seed",
+  "seqio.Evaluator": "num_examples use_memory_cache logger_cls",
+  "seqio.JSONLogger": "write_n_results",
+  "t5x.utils.DatasetConfig": "mixture_or_task_name task_feature_lengths split"
+  " batch_size shuffle seed use_cached pack module use_custom_packing_ops",
+  "t5x.utils.CheckpointConfig": "save restore",
+  "t5x.utils.SaveCheckpointConfig": "period keep dtype save_dataset"
+  " keep_dataset_checkpoints checkpoint_steps",
+  "t5x.utils.RestoreCheckpointConfig": "path mode dtype assignment_map strict"
+  " fallback_to_scratch",
+  "t5x.utils.create_learning_rate_scheduler": "factors base_learning_rate"
+  " warmup_steps",
+  "t5x.partitioning.PjitPartitioner": "num_partitions model_parallel_submesh"
+  " logical_axis_rules params_on_devices backend",
+  "t5x.partitioning.standard_logical_axis_rules": (
+    "activation_partitioning_dims parameter_partitioning_dims"
+  ),
+  "t5x.models.EncoderDecoderModel": "module input_vocabulary"
+  " output_vocabulary optimizer_def decode_fn z_loss label_smoothing"
+  " loss_normalizing_factor",
+  "t5x.models.EncoderDecoderModel.predict_batch_with_aux": "num_decodes"
+  " return_all_decodes",
+  "t5x.decoding.temperature_sample": "temperature topk topp",
+  "t5x.decoding.beam_search": "alpha",
+  "t5x.adafactor.Adafactor": "decay_rate step_offset beta1 factored"
+  " weight_decay_rate global_norm_clip_threshold logical_factor_rules",
+  "t5x.optimizers.chain": "transformations",
+  "t5x.trainer.Trainer": "learning_rate_fn num_microbatches",
+  "t5x.examples.t5.network.T5Config": "vocab_size dtype emb_dim num_heads"
+  " num_encoder_layers num_decoder_layers head_dim mlp_dim mlp_activations"
+  " dropout_rate logits_via_embedding",
+  "t5x.examples.scalable_t5.network.T5Config": "scan_layers remat_policy"
+  " vocab_size",
+  "t5x.examples.t5.network.Transformer": "config",
+  "seqio.SentencePieceVocabulary": "sentencepiece_model_file extra_ids",
+}
+
+
+def test_every_binding_of_t5x_files_is_in_the_table():
+  for configurable, names in BOUND.items():
+    for name in names.split():
+      row = table.TABLE[configurable][name]
+      assert row.about and row.kind in (
+        "honoured",
+        "honoured where it can be, else refused",
+        "neutral, said",
+        "refused",
+      )
+      assert "refused" not in row.kind or row.instead, (configurable, name)
+  for refused_name in ("t5x.export_lib", "t5x.models.DecoderOnlyModel"):
+    assert reading.refused_module(refused_name)
+
+
+def test_every_target_of_the_table_is_a_parameter_of_ours():
+  import importlib
+  import inspect
+
+  targets = [*table.OWN_MACROS.values()]
+  for parameters_of in table.TABLE.values():
+    for row in parameters_of.values():
+      targets += [row.to] if isinstance(row.to, str) else row.to.values()
+  for target in filter(None, targets):
+    function, _, parameter = target.rpartition(".")
+    module, _, name = function.rpartition(".")
+    made = getattr(importlib.import_module(module), name)
+    assert parameter in inspect.signature(made).parameters, target
+
+
+def test_the_documentation_has_the_table():
+  with open(os.path.join(ROOT, "docs", "t5x.md"), encoding="utf-8") as file:
+    assert table.markdown() in file.read(), (
+      "write it again: python -m fat5_jax.gin_config.t5x.table"
+    )
+
+
+# ---- The real files ----------------------------------------------------------
+
+
+def bindings_of(name, paths):
+  found = reading.Files(paths)
+  found.add(name)
+  # The last one wins, in whatever order a block has them.
+  return {b[:3]: b.value for b in found.bindings}
+
+
+def test_what_is_shipped_for_t5x_files_says_what_they_say(
+  shared_data, monkeypatch, tmp_path
+):
+  monkeypatch.chdir(tmp_path)
+  real = [os.path.join(shared_data, "t5x_gin")]
+  compared = 0
+  for name in shipped.names():
+    if os.path.exists(os.path.join(real[0], name)):
+      assert bindings_of(name, real) == bindings_of(name, []), name
+      compared += 1
+  assert compared == 7
+
+
+def test_sizes_that_are_shipped_are_the_published_ones(folder):
+  for name, emb_dim, layers in (
+    ("t5_1_0/11B", 1024, 24),
+    ("t5_1_1/xxl", 4096, 24),
+    ("mt5/small", 512, 8),
+    ("byt5/base", 1536, 18),
+    ("mt5/tiny", 8, 2),
+  ):
+    found = reading.Files([])
+    found.add(f"t5x/examples/t5/{name}.gin")
+    values = {b.parameter: b.value for b in found.bindings if b.parameter}
+    assert values["emb_dim"] == emb_dim, name
+    assert values["num_encoder_layers"] == layers, name
+    assert (values["vocab_size"] == 250112) == (name == "mt5/small")
