@@ -615,7 +615,7 @@ def test_a_vocabulary_has_the_sentinels_of_its_name_once(folder):
   inside = folder / "vocabs" / "cc_all.32000.100extra"
   inside.mkdir(parents=True)
   shutil.copy(folder / "with.model", inside / "sentencepiece.model")
-  path, _ = cloud.vocabulary(name, 0, None, ["data", str(folder)], "x")
+  path, _, _ = cloud.vocabulary(name, 0, None, ["data", str(folder)], "x")
   assert path == str(inside / "sentencepiece.model")
   # Another vocabulary beside is none of that name.
   shutil.copy(folder / "with.model", folder / "data" / "spiece.model")

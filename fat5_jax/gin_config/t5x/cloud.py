@@ -95,8 +95,8 @@ def vocabulary(
   vocab_file: str | None,
   folders: Iterable[str],
   where: str,
-) -> tuple[str, int]:
-  """(file, extra_ids) of what T5X's file names.
+) -> tuple[str, int, str]:
+  """(file, extra_ids, a line for people or "") of what T5X's file names.
 
   A file of T5X's own that is called 100extra holds its sentinels as pieces;
   Hugging Face's spiece.model of the same vocabulary does not. Either way the
@@ -119,9 +119,9 @@ def vocabulary(
         f"{where}: {path} lies on Google Cloud, and nothing is downloaded here:"
         " --gin.VOCAB_FILE=its copy"
       )
-    return path, extra_ids
+    return path, extra_ids, ""
   if match is None:
-    return vocab_file, extra_ids
+    return vocab_file, extra_ids, f"{path} is VOCAB_FILE {vocab_file}"
   name = match[1]
   stem = re.sub(r"\.\d+extra$", "", name)
   tail = re.search(r"\.(\d+)extra$", name)
@@ -138,7 +138,14 @@ def vocabulary(
   if not os.path.isfile(found):
     raise UserError(f"VOCAB_FILE {found}: no such file")
   pieces, extra = _extra_pieces(found)
-  return found, max(wanted - extra, 0) if extra or tail else extra_ids
+  added = max(wanted - extra, 0)
+  told = f"{path} is {found}, with extra_ids = {added}"
+  if _PIECES.get(stem, pieces) != pieces:
+    told += (
+      f"; another vocabulary: it has {pieces:,} pieces, that of the name"
+      f" {_PIECES[stem]:,}"
+    )
+  return found, added, told
 
 
 def _beside(name: str, stem: str, folders: Iterable[str]) -> str | None:

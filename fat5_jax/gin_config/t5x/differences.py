@@ -76,7 +76,7 @@ def vocabulary(run: Translation, scope: str) -> None:
     return
   folders = [run.macro("DATA_DIR"), *run.files.folders, os.curdir]
   try:
-    file, extra = cloud.vocabulary(
+    file, extra, told = cloud.vocabulary(
       path,
       0 if extra in _UNSET else extra,
       run.macro("VOCAB_FILE"),
@@ -87,11 +87,11 @@ def vocabulary(run: Translation, scope: str) -> None:
     if not run.is_plan:
       raise
     # What is compiled needs none.
-    file, extra = "(VOCAB_FILE is not set)", 100
+    file, extra, told = "(VOCAB_FILE is not set)", 100, ""
   run.ours[scope, f"{_VOCABULARY}.sentencepiece_model_file"] = file
   run.ours[scope, f"{_VOCABULARY}.extra_ids"] = extra
-  if file != path:
-    run.note(f"{path} is {file}, with extra_ids = {extra}")
+  if told:
+    run.note(told)
 
 
 def model(run: Translation, scope: str) -> None:

@@ -158,8 +158,7 @@ class Files:
     self._open.pop()
 
   def _read(self, text: str, path: str) -> None:
-    # In words for people, where it is no gin.
-    gin_files._read(text, path)
+    _check_gin(text, path)
     own: dict[str, str] = {}
     parser = config_parser.ConfigParser(io.StringIO(text), _Delegate())
     for statement in parser:
@@ -191,7 +190,7 @@ class Files:
   def add_flags(self, texts: Sequence[str]) -> None:
     """Reads bindings of the command line, after all files."""
     for text in texts:
-      gin_files._read(text, "")
+      _check_gin(text, "")
       parser = config_parser.ConfigParser(io.StringIO(text), _Delegate())
       for statement in parser:
         if not isinstance(statement, config_parser.BindingStatement):
@@ -269,11 +268,29 @@ def _checked(full: str, where: str) -> str:
   )
 
 
+def _check_gin(text: str, path: str) -> None:
+  """Raises UserError, in words for people, for what is no gin."""
+  try:
+    gin_files._read(text, path)
+  except IndexError:
+    # Its line of the error lies past the end.
+    raise UserError(
+      f"{path} is no gin: it ends before its last block does"
+    ) from None
+
+
 def _text(path: str, asked_by: str) -> str:
   try:
     with open(path, encoding="utf-8") as file:
-      return file.read()
+      text = file.read()
   except OSError as e:
     raise UserError(f"{asked_by}{path}: {e.strerror}") from None
   except UnicodeDecodeError:
     raise UserError(f"{asked_by}{path} is no text in UTF-8") from None
+  if "\0" in text:
+    raise UserError(f"{asked_by}{path} is no text: it holds zero bytes")
+  if text.startswith("\ufeff"):
+    raise UserError(
+      f"{path} begins with a byte-order mark: save it as UTF-8 without one"
+    )
+  return text
