@@ -6,8 +6,10 @@ the scope in which a configurable of T5X's was reached.
 
 from __future__ import annotations
 
+import contextlib
+import importlib
 import os
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from fat5_jax.errors import UserError
 from fat5_jax.gin_config.t5x import cloud
@@ -158,18 +160,80 @@ def dataset(run: Translation, scope: str) -> None:
   if run.get(_DATASET, "use_cached", scope) is True:
     run.ours[scope, f"{OURS[_DATASET]}.use_cached"] = False
     run.note(f"use_cached = True: {task} is read from its files, not a cache")
+  if task == "spoken_values":
+    return
   folder = run.macro("DATA_DIR")
-  if isinstance(folder, str):
-    inside = os.path.join(folder, task)
-    if os.path.isdir(inside):
-      run.ours[scope, f"{OURS[_DATASET]}.data_dir"] = inside
-  elif task != "spoken_values":
+  files = (
+    f"FOLDER, or FOLDER/{task}, has files named after the splits:"
+    f" {_files(tasks.READY[task])}"
+  )
+  if not isinstance(folder, str):
     run.note(
       f"{task}: no DATA_DIR is given, so its rows are asked of the Hugging Face"
-      " hub; --gin.DATA_DIR=FOLDER reads files named after its splits,"
-      f" FOLDER/train.tsv or .jsonl (or in FOLDER/{task}), with the task's"
-      " columns; of translations also train.en and train.de"
+      f" hub. With --gin.DATA_DIR=FOLDER they are read here; {files}"
     )
+    return
+  inside = os.path.join(folder, task)
+  if os.path.isdir(inside):
+    run.ours[scope, f"{OURS[_DATASET]}.data_dir"] = folder = inside
+  if not _columns(tasks.READY[task]) or run.is_plan:
+    return
+  names = os.listdir(folder) if os.path.isdir(folder) else []
+  if not any(
+    name.startswith(("train", "val", "dev", "test")) for name in names
+  ):
+    raise UserError(f"DATA_DIR {folder} has no rows of {task}: {files}")
+
+
+def check_cache(run: Translation, scope: str) -> None:
+  """Raises for a registered task whose cache T5X's files ask for in vain.
+
+  Once the modules that register tasks are imported.
+  """
+  import seqio
+
+  task = run.get(_DATASET, "mixture_or_task_name", scope)
+  binding = run.raw(_DATASET, "use_cached", scope)
+  if run.ours.get((scope, f"{OURS[_DATASET]}.use_cached"), False) is False:
+    return
+  if binding is None or run.value(binding.value, "") is not True:
+    return
+  module = run.get(_DATASET, "module", scope)
+  with contextlib.suppress(ImportError):
+    if isinstance(module, str):
+      importlib.import_module(module)
+  registered = [*seqio.TaskRegistry.names(), *seqio.MixtureRegistry.names()]
+  if task not in registered:
+    return
+  for part in seqio.get_subtasks(seqio.get_mixture_or_task(task)):
+    if part.cache_dir is None:
+      raise UserError(
+        f"{run.place(binding)}: use_cached = True, and {part.name} has no"
+        " cache: --gin.USE_CACHED_TASKS=False reads it without one,"
+        " --seqio_additional_cache_dirs=FOLDER names where caches lie"
+      )
+
+
+def _columns(factory: Any) -> tuple[str, ...]:
+  """The columns of a translation or a summary; none of others, whose files
+  have layouts of their own."""
+  from fat5_jax.data import tasks
+
+  made = getattr(factory, "func", None)
+  return (
+    factory.args if made in (tasks.translation, tasks.summarization) else ()
+  )
+
+
+def _files(factory: Any) -> str:
+  """Names of the files that a task is read from."""
+  columns = _columns(factory)
+  if not columns:
+    return "as the data set is published, or train.tsv and train.jsonl"
+  text = f"train.tsv or train.jsonl with columns {' and '.join(columns)}"
+  if all(len(column) == 2 for column in columns):
+    text += f", or {' and '.join(f'train.{code}' for code in columns)}"
+  return f"{text}; validation and test likewise"
 
 
 def steps(run: Translation) -> None:
@@ -245,6 +309,8 @@ def own_macros(run: Translation) -> None:
         run.ours[config.scope, f"{OURS[_DATASET]}.split"] = Macro("EVAL_SPLIT")
 
 
+# By the configurable that was reached, and once all is imported.
+AT_LAST = {_DATASET: check_cache}
 # By the configurable that was reached.
 OF_SCOPES = {
   **{

@@ -213,7 +213,7 @@ class Translation:
       shown = writing.show(value)
       what = f"{binding.name.rpartition('.')[2]}.{binding.parameter}"
       raise UserError(
-        f"{self._place(binding)}: {what} = {shown:.200} cannot be honoured:"
+        f"{self.place(binding)}: {what} = {shown:.200} cannot be honoured:"
         f" {row.instead}"
       )
     plain = replace(value, lambda _: macros.REFERENCE)
@@ -227,11 +227,11 @@ class Translation:
       words = writing.type_problem(to, row.ours(plain))
       if words:
         raise UserError(
-          f"{self._place(binding)}: {binding.parameter} ="
+          f"{self.place(binding)}: {binding.parameter} ="
           f" {writing.show(value):.200} must be of type {words}"
         )
 
-  def _place(self, binding: Binding) -> str:
+  def place(self, binding: Binding) -> str:
     """Where a value is from: the last of the macros that it goes through."""
     while isinstance(binding.value, Macro) and binding.value != REQUIRED:
       binding = self._macros[binding.value.name]
@@ -355,4 +355,8 @@ class Translation:
       for b in self._passed
     ]
     values = {name: binding.value for name, binding in self._macros.items()}
-    return writing.text(bindings, values, self.files.modules)
+    text = writing.text(bindings, values, self.files.modules)
+    for name, scope in sorted(self._visited):
+      if name in differences.AT_LAST:
+        differences.AT_LAST[name](self, scope)
+    return text
