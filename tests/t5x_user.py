@@ -8,7 +8,7 @@ import pytest
 
 from fat5_jax import gin_files
 from fat5_jax.errors import UserError
-from fat5_jax.gin_config.t5x import reading
+from fat5_jax.gin_config.t5x import ours, reading
 from fat5_jax.gin_config.t5x import translate as translate_lib
 import gin
 
@@ -86,7 +86,6 @@ TINY = [
     "mlp_dim": 32,
   }.items()
 ]
-FUNCTIONS = {"train": "train", "eval": "evaluate", "infer": "infer"}
 
 
 @pytest.fixture(autouse=True)
@@ -119,7 +118,7 @@ def translated(files, bindings=(), command="train", paths=()):
   found.add_flags(list(bindings))
   run = translate_lib.Translation(command, found)
   text = run.text()
-  gin_files.parse([], [text], [], FUNCTIONS[command])
+  gin_files.parse([], [text], [], ours.FUNCTIONS[command])
   return text, run.notes
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from fat5_jax.gin_config.t5x import ours
 from fat5_jax.gin_config.t5x.rows import (
   Reference,
   Row,
@@ -19,8 +20,6 @@ _PARTITIONER = "t5x.partitioning.PjitPartitioner"
 _MODEL = "t5x.models.EncoderDecoderModel"
 _RESTORE = "t5x.utils.RestoreCheckpointConfig"
 _EVALUATOR = "seqio.Evaluator"
-_TRAIN, _EVAL = "fat5_jax.train.train", "fat5_jax.eval.evaluate"
-_INFER = "fat5_jax.infer.infer"
 # T5X's None is another seed every time.
 SEED = 42
 
@@ -44,26 +43,26 @@ def _default(name: str, instead: str) -> Row:
 
 COMMAND_ROWS: dict[str, dict[str, Row]] = {
   "__main__.train": {
-    "model": built(_MODEL, to=f"{_TRAIN}.model"),
-    "model_dir": same(f"{_TRAIN}.model_dir"),
-    "train_dataset_cfg": built(_DATASET, to=f"{_TRAIN}.train_dataset_cfg"),
+    "model": built(_MODEL, to=f"{ours.TRAIN}.model"),
+    "model_dir": same(f"{ours.TRAIN}.model_dir"),
+    "train_dataset_cfg": built(_DATASET, to=f"{ours.TRAIN}.train_dataset_cfg"),
     "train_eval_dataset_cfg": built(
       _DATASET,
-      to=f"{_TRAIN}.train_eval_dataset_cfg",
+      to=f"{ours.TRAIN}.train_eval_dataset_cfg",
       about="the same, but a mixture has one loss, not one a task",
       or_none=True,
     ),
     "infer_eval_dataset_cfg": built(
       _DATASET,
-      to=f"{_TRAIN}.infer_eval_dataset_cfg",
+      to=f"{ours.TRAIN}.infer_eval_dataset_cfg",
       or_none=True,
     ),
     "checkpoint_cfg": built(
-      "t5x.utils.CheckpointConfig", to=f"{_TRAIN}.checkpoint_cfg"
+      "t5x.utils.CheckpointConfig", to=f"{ours.TRAIN}.checkpoint_cfg"
     ),
     "partitioner": built(
       _PARTITIONER,
-      to=f"{_TRAIN}.partitioner",
+      to=f"{ours.TRAIN}.partitioner",
       default=Reference("", _PARTITIONER, True),
     ),
     "trainer_cls": built(
@@ -71,16 +70,16 @@ COMMAND_ROWS: dict[str, dict[str, Row]] = {
       about="its learning_rate_fn and num_microbatches",
     ),
     "total_steps": same(
-      f"{_TRAIN}.total_steps", "the same; relative_steps goes first"
+      f"{ours.TRAIN}.total_steps", "the same; relative_steps goes first"
     ),
-    "relative_steps": same(f"{_TRAIN}.relative_steps"),
-    "eval_steps": same(f"{_TRAIN}.eval_steps"),
+    "relative_steps": same(f"{ours.TRAIN}.relative_steps"),
+    "eval_steps": same(f"{ours.TRAIN}.eval_steps"),
     "eval_period": same(
-      f"{_TRAIN}.eval_period", "the same, counted from step 0"
+      f"{ours.TRAIN}.eval_period", "the same, counted from step 0"
     ),
-    "stats_period": same(f"{_TRAIN}.stats_period"),
+    "stats_period": same(f"{ours.TRAIN}.stats_period"),
     "random_seed": same(
-      f"{_TRAIN}.random_seed",
+      f"{ours.TRAIN}.random_seed",
       f"the same; None, T5X's new seed a run, is {SEED}",
       ours=lambda v: SEED if v is None else v,
       tells=lambda v: (
@@ -123,15 +122,15 @@ COMMAND_ROWS: dict[str, dict[str, Row]] = {
     "gc_period": neutral("of Python's memory"),
   },
   "__main__.evaluate": {
-    "model": built(_MODEL, to=f"{_EVAL}.model"),
-    "dataset_cfg": built(_DATASET, to=f"{_EVAL}.dataset_cfg"),
+    "model": built(_MODEL, to=f"{ours.EVAL}.model"),
+    "dataset_cfg": built(_DATASET, to=f"{ours.EVAL}.dataset_cfg"),
     "restore_checkpoint_cfg": built(_RESTORE, about="its path"),
     "partitioner": built(
       _PARTITIONER,
-      to=f"{_EVAL}.partitioner",
+      to=f"{ours.EVAL}.partitioner",
       default=Reference("", _PARTITIONER, True),
     ),
-    "output_dir": same(f"{_EVAL}.output_dir"),
+    "output_dir": same(f"{ours.EVAL}.output_dir"),
     "inference_evaluator_cls": built(_EVALUATOR, about="the one evaluator"),
     "training_evaluator_cls": only(
       None, about="not here", instead="training reports the loss of a split"
@@ -156,16 +155,17 @@ COMMAND_ROWS: dict[str, dict[str, Row]] = {
       about="'predict'; scoring is to come",
       instead="scoring is not here yet; mode = 'predict' writes predictions",
     ),
-    "model": built(_MODEL, to=f"{_INFER}.model"),
-    "dataset_cfg": built(_DATASET, to=f"{_INFER}.dataset_cfg"),
+    "model": built(_MODEL, to=f"{ours.INFER}.model"),
+    "dataset_cfg": built(_DATASET, to=f"{ours.INFER}.dataset_cfg"),
     "restore_checkpoint_cfg": built(_RESTORE, about="its path"),
     "partitioner": built(
       _PARTITIONER,
-      to=f"{_INFER}.partitioner",
+      to=f"{ours.INFER}.partitioner",
       default=Reference("", _PARTITIONER, True),
     ),
     "output_dir": Row(
-      "the folder of <task>-predict.jsonl-00000-of-00001", f"{_INFER}.output"
+      "the folder of <task>-predict.jsonl-00000-of-00001",
+      f"{ours.INFER}.output",
     ),
     "checkpoint_period": neutral("the file is written once it is whole"),
     "shard_id": only(

@@ -12,7 +12,7 @@ import os
 from typing import TYPE_CHECKING, Any
 
 from fat5_jax.errors import UserError
-from fat5_jax.gin_config.t5x import cloud
+from fat5_jax.gin_config.t5x import cloud, ours
 from fat5_jax.gin_config.t5x.model_rows import NETWORKS, OURS
 from fat5_jax.gin_config.t5x.rows import REQUIRED, Macro, Reference
 from fat5_jax.gin_config.t5x.table import NEVER, OWN_MACROS, TABLE
@@ -28,10 +28,6 @@ _ADAFACTOR = "t5x.adafactor.Adafactor"
 _SAMPLE = "t5x.decoding.temperature_sample"
 _PARTITIONER = "t5x.partitioning.PjitPartitioner"
 _RESTORE = "t5x.utils.RestoreCheckpointConfig"
-_INFER = "fat5_jax.infer.infer"
-_TRAIN = "fat5_jax.train.train"
-_CONFIG = "fat5_jax.models.config.T5Config"
-_SAVED = "fat5_jax.checkpoints"
 _UNSET = (None, REQUIRED)
 
 
@@ -57,11 +53,11 @@ def network(run: Translation, scope: str, module: str) -> None:
   name = f"{module}.T5Config"
   is_scalable = module == NETWORKS[1]
   if is_scalable:
-    run.ours[scope, f"{_CONFIG}.relative_attention_per_layer"] = True
-    run.ours[scope, f"{_CONFIG}.model_type"] = "umt5"
+    run.ours[scope, f"{ours.CONFIG}.relative_attention_per_layer"] = True
+    run.ours[scope, f"{ours.CONFIG}.model_type"] = "umt5"
   elif run.get(name, "vocab_size", scope) == 250112:
     # The family that an export declares.
-    run.ours[scope, f"{_CONFIG}.model_type"] = "mt5"
+    run.ours[scope, f"{ours.CONFIG}.model_type"] = "mt5"
   if not (is_scalable and run.get(name, "scan_layers", scope)):
     # Matrices go by their size in T5X, too, whatever the rules.
     rules = f"{OURS[_ADAFACTOR]}.logical_factor_rules"
@@ -239,15 +235,15 @@ def _files(factory: Any) -> str:
 def steps(run: Translation) -> None:
   """relative_steps goes first in T5X; here it is one of the two."""
   if run.get(run.root, "relative_steps") not in _UNSET:
-    run.ours["", f"{_TRAIN}.total_steps"] = None
-  elif ("", f"{_TRAIN}.total_steps") in run.ours:
-    run.ours["", f"{_TRAIN}.relative_steps"] = None
+    run.ours["", f"{ours.TRAIN}.total_steps"] = None
+  elif ("", f"{ours.TRAIN}.total_steps") in run.ours:
+    run.ours["", f"{ours.TRAIN}.relative_steps"] = None
 
 
 def saving(run: Translation) -> None:
   """None of T5X's saving and restoring are settings of ours."""
   for (scope, target), value in list(run.ours.items()):
-    if not target.startswith(f"{_SAVED}.CheckpointConfig."):
+    if not target.startswith(f"{ours.CHECKPOINTS}.CheckpointConfig."):
       continue
     if run.value(value, "") is not None:
       continue
@@ -259,9 +255,9 @@ def saving(run: Translation) -> None:
       )
     else:
       made, settings = "RestoreCheckpointConfig", {"path": None}
-    run.ours[scope, target] = Reference("", f"{_SAVED}.{made}", True)
+    run.ours[scope, target] = Reference("", f"{ours.CHECKPOINTS}.{made}", True)
     for name, setting in settings.items():
-      run.ours["", f"{_SAVED}.{made}.{name}"] = setting
+      run.ours["", f"{ours.CHECKPOINTS}.{made}.{name}"] = setting
 
 
 def inferring(run: Translation) -> None:
@@ -270,12 +266,12 @@ def inferring(run: Translation) -> None:
   scope = config.scope if isinstance(config, Reference) else ""
   batch_size = run.raw(_DATASET, "batch_size", scope)
   if batch_size is not None:
-    run.ours["", f"{_INFER}.batch_size"] = batch_size.value
+    run.ours["", f"{ours.INFER}.batch_size"] = batch_size.value
   lengths = run.get(_DATASET, "task_feature_lengths", scope)
   if isinstance(lengths, dict):
-    for side, ours in (("inputs", "input"), ("targets", "output")):
+    for side, end in (("inputs", "input"), ("targets", "output")):
       if side in lengths:
-        run.ours["", f"{_INFER}.max_{ours}_length"] = lengths[side]
+        run.ours["", f"{ours.INFER}.max_{end}_length"] = lengths[side]
   folder = run.get(run.root, "output_dir")
   if isinstance(folder, str):
     if cloud.is_there(folder):
@@ -283,16 +279,16 @@ def inferring(run: Translation) -> None:
     task = run.get(_DATASET, "mixture_or_task_name", scope)
     name = task if isinstance(task, str) else "task"
     os.makedirs(folder, exist_ok=True)
-    run.ours["", f"{_INFER}.output"] = os.path.join(
+    run.ours["", f"{ours.INFER}.output"] = os.path.join(
       folder, f"{name}-predict.jsonl-00000-of-00001"
     )
-    run.ours["", f"{_INFER}.output_format"] = "jsonl"
+    run.ours["", f"{ours.INFER}.output_format"] = "jsonl"
 
 
 def own_macros(run: Translation) -> None:
   """Macros that T5X has not set what is ours alone."""
   for name, target in OWN_MACROS.items():
-    is_training = target.startswith((f"{_TRAIN}.", f"{_SAVED}."))
+    is_training = target.startswith((f"{ours.TRAIN}.", f"{ours.CHECKPOINTS}."))
     if not run.is_set(name) or (is_training and run.command != "train"):
       continue
     run.ours.setdefault(("", target), Macro(name))

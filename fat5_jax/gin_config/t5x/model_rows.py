@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from fat5_jax.gin_config.t5x import ours
 from fat5_jax.gin_config.t5x.rows import (
   REQUIRED,
   Reference,
@@ -20,16 +21,12 @@ NETWORKS = (
   "t5x.examples.scalable_t5.network",
   "t5x.contrib.gpu.t5.network",
 )
-_CONFIG = "fat5_jax.models.config.T5Config"
-_OPTIMIZERS = "fat5_jax.optimizers"
-_TRAIN = "fat5_jax.train.train"
-_DATA = "fat5_jax.data.pipeline.DatasetConfig"
 _SCHEDULE = "t5x.utils.create_learning_rate_scheduler"
 _ADAFACTOR = "t5x.adafactor.Adafactor"
 _VOCABULARY_TO = {
-  "train": f"{_DATA}.vocabulary",
-  "eval": f"{_DATA}.vocabulary",
-  "infer": "fat5_jax.infer.infer.vocabulary",
+  "train": f"{ours.DATA}.vocabulary",
+  "eval": f"{ours.DATA}.vocabulary",
+  "infer": f"{ours.INFER}.vocabulary",
 }
 # T5X's default, decoding.beam_search with a beam of 1, is not quite greedy.
 GREEDY = (
@@ -72,7 +69,7 @@ def _network_rows(module: str) -> dict[str, dict[str, Row]]:
     "logits_via_embedding": False,
   }
   rows = {
-    name: same(f"{_CONFIG}.{name}", default=value)
+    name: same(f"{ours.CONFIG}.{name}", default=value)
     for name, value in defaults.items()
   }
   rows["float32_attention_logits"] = neutral(
@@ -86,12 +83,12 @@ def _network_rows(module: str) -> dict[str, dict[str, Row]]:
   )
   if "scalable" in module:
     rows["scan_layers"] = same(
-      {"train": f"{_CONFIG}.scan_layers"},
+      {"train": f"{ours.CONFIG}.scan_layers"},
       "the same; predicting needs none",
       default=True,
     )
     rows["remat_policy"] = same(
-      {"train": f"{_CONFIG}.remat_policy"},
+      {"train": f"{ours.CONFIG}.remat_policy"},
       "the same; predicting needs none",
       default="none",
     )
@@ -99,9 +96,7 @@ def _network_rows(module: str) -> dict[str, dict[str, Row]]:
   return {
     f"{module}.T5Config": rows,
     f"{module}.Transformer": {
-      "config": built(
-        f"{module}.T5Config", to="fat5_jax.models.factory.create.config"
-      ),
+      "config": built(f"{module}.T5Config", to=f"{ours.MODEL}.config"),
     },
   }
 
@@ -134,7 +129,7 @@ MODEL_ROWS: dict[str, dict[str, Row]] = {
     ),
     "optimizer_def": Row(
       "adafactor.Adafactor, optimizers.chain and optax's",
-      {"train": f"{_TRAIN}.optimizer"},
+      {"train": f"{ours.TRAIN}.optimizer"},
       holds=_is_optimizer,
       instead="take adafactor.Adafactor, optimizers.chain or one of optax's;"
       " TRAINABLE and FROZEN name parameters that train",
@@ -146,12 +141,12 @@ MODEL_ROWS: dict[str, dict[str, Row]] = {
       default=Reference("", "t5x.decoding.beam_search", False),
       tells=lambda v: GREEDY if v.name.endswith("beam_search") else None,
     ),
-    "z_loss": same({"train": f"{_TRAIN}.z_loss"}, default=0.0),
+    "z_loss": same({"train": f"{ours.TRAIN}.z_loss"}, default=0.0),
     "label_smoothing": same(
-      {"train": f"{_TRAIN}.label_smoothing"}, default=0.0
+      {"train": f"{ours.TRAIN}.label_smoothing"}, default=0.0
     ),
     "loss_normalizing_factor": same(
-      {"train": f"{_TRAIN}.loss_normalizing_factor"}, default=None
+      {"train": f"{ours.TRAIN}.loss_normalizing_factor"}, default=None
     ),
     "feature_converter_cls": only(
       None, about="the task's", instead="leave it out"
@@ -199,13 +194,13 @@ MODEL_ROWS: dict[str, dict[str, Row]] = {
   **_network_rows(NETWORKS[2]),
   "t5x.trainer.Trainer": {
     "num_microbatches": same(
-      f"{_TRAIN}.num_microbatches",
+      f"{ours.TRAIN}.num_microbatches",
       "the same; 0 is None",
       ours=lambda v: None if v == 0 else v,
     ),
     "learning_rate_fn": Row(
       "Adafactor's; optax's have their own, as in T5X",
-      {"train": f"{_OPTIMIZERS}.adafactor.learning_rate"},
+      {"train": f"{ours.OPTIMIZERS}.adafactor.learning_rate"},
       holds=_is_schedule,
       instead="@utils.create_learning_rate_scheduler() or one of optax's",
     ),
@@ -219,7 +214,7 @@ MODEL_ROWS: dict[str, dict[str, Row]] = {
     ),
   },
   _SCHEDULE: {
-    name: same(f"{_OPTIMIZERS}.create_learning_rate_scheduler.{name}")
+    name: same(f"{ours.OPTIMIZERS}.create_learning_rate_scheduler.{name}")
     for name in (
       *("factors", "base_learning_rate", "warmup_steps", "decay_factor"),
       *("steps_per_decay", "steps_per_cycle", "step_offset"),
@@ -228,7 +223,7 @@ MODEL_ROWS: dict[str, dict[str, Row]] = {
   },
   _ADAFACTOR: {
     **{
-      name: same(f"{_OPTIMIZERS}.adafactor.{name}")
+      name: same(f"{ours.OPTIMIZERS}.adafactor.{name}")
       for name in (
         *("factored", "multiply_by_parameter_scale", "beta1", "decay_rate"),
         *("step_offset", "clipping_threshold", "weight_decay_rate"),
@@ -238,7 +233,7 @@ MODEL_ROWS: dict[str, dict[str, Row]] = {
       )
     },
     "logical_factor_rules": same(
-      f"{_OPTIMIZERS}.adafactor.logical_factor_rules",
+      f"{ours.OPTIMIZERS}.adafactor.logical_factor_rules",
       "the same: of scanned layers; T5X too goes by size in all others",
     ),
     "learning_rate": neutral("that of Trainer.learning_rate_fn counts"),
@@ -254,12 +249,10 @@ MODEL_ROWS: dict[str, dict[str, Row]] = {
     ),
   },
   "t5x.adafactor.HParamMap": {
-    "rules": same(f"{_OPTIMIZERS}.HParamMap.rules"),
+    "rules": same(f"{ours.OPTIMIZERS}.HParamMap.rules"),
   },
   "t5x.optimizers.chain": {
-    "transformations": same(
-      "fat5_jax.gin_config.t5x.optimizers.chain.transformations"
-    ),
+    "transformations": same(f"{ours.CHAIN}.transformations"),
   },
   "seqio.SentencePieceVocabulary": {
     "sentencepiece_model_file": same(
@@ -281,23 +274,23 @@ MODEL_ROWS: dict[str, dict[str, Row]] = {
 
 # What T5X's configurables are here, where a reference names them.
 OURS = {
-  "t5x.models.EncoderDecoderModel": "fat5_jax.models.factory.create",
-  "t5x.utils.DatasetConfig": _DATA,
-  "t5x.utils.CheckpointConfig": "fat5_jax.checkpoints.CheckpointConfig",
-  "t5x.utils.SaveCheckpointConfig": "fat5_jax.checkpoints.SaveCheckpointConfig",
+  "t5x.models.EncoderDecoderModel": ours.MODEL,
+  "t5x.utils.DatasetConfig": ours.DATA,
+  "t5x.utils.CheckpointConfig": f"{ours.CHECKPOINTS}.CheckpointConfig",
+  "t5x.utils.SaveCheckpointConfig": f"{ours.CHECKPOINTS}.SaveCheckpointConfig",
   "t5x.utils.RestoreCheckpointConfig": (
-    "fat5_jax.checkpoints.RestoreCheckpointConfig"
+    f"{ours.CHECKPOINTS}.RestoreCheckpointConfig"
   ),
-  "t5x.partitioning.PjitPartitioner": "fat5_jax.sharding.Partitioner",
+  "t5x.partitioning.PjitPartitioner": f"{ours.SHARDING}.Partitioner",
   "t5x.partitioning.standard_logical_axis_rules": (
-    "fat5_jax.sharding.standard_logical_axis_rules"
+    f"{ours.SHARDING}.standard_logical_axis_rules"
   ),
-  _SCHEDULE: f"{_OPTIMIZERS}.create_learning_rate_scheduler",
-  _ADAFACTOR: f"{_OPTIMIZERS}.adafactor",
+  _SCHEDULE: f"{ours.OPTIMIZERS}.create_learning_rate_scheduler",
+  _ADAFACTOR: f"{ours.OPTIMIZERS}.adafactor",
   "t5x.adafactor.standard_logical_factor_rules": (
-    f"{_OPTIMIZERS}.standard_logical_factor_rules"
+    f"{ours.OPTIMIZERS}.standard_logical_factor_rules"
   ),
-  "t5x.adafactor.HParamMap": f"{_OPTIMIZERS}.HParamMap",
-  "t5x.optimizers.chain": "fat5_jax.gin_config.t5x.optimizers.chain",
-  **{f"{module}.T5Config": _CONFIG for module in NETWORKS},
+  "t5x.adafactor.HParamMap": f"{ours.OPTIMIZERS}.HParamMap",
+  "t5x.optimizers.chain": ours.CHAIN,
+  **{f"{module}.T5Config": ours.CONFIG for module in NETWORKS},
 }

@@ -12,9 +12,8 @@ import os
 import re
 from typing import Any, NamedTuple
 
-from fat5_jax import gin_files
 from fat5_jax.errors import UserError, nearest
-from fat5_jax.gin_config.t5x import shipped
+from fat5_jax.gin_config.t5x import ours, shipped
 from fat5_jax.gin_config.t5x.rows import Macro, Reference
 from fat5_jax.gin_config.t5x.table import NAMES, REFUSED_MODULES, TABLE
 from gin import config_parser
@@ -22,18 +21,6 @@ from gin import config_parser
 # The first parts of the names that are T5X's; all others are someone's own.
 T5X_ROOTS = ("t5x", "t5", "__main__", "mesh_tensorflow", "flaxformer")
 CONFIGURABLES = (*TABLE, *NAMES)
-# As our own files name our modules.
-OUR_ALIASES = {
-  "fat5_jax.train": "train_script",
-  "fat5_jax.eval": "eval_script",
-  "fat5_jax.infer": "infer_script",
-  "fat5_jax.checkpoints": "checkpoints",
-  "fat5_jax.data.pipeline": "pipeline",
-  "fat5_jax.sharding": "sharding",
-  "fat5_jax.optimizers": "optimizers",
-  "fat5_jax.models.config": "config",
-  "fat5_jax.models.factory": "factory",
-}
 _T5X_SIGN = re.compile(
   r"^\s*(?:(?:import|from)\s+(?:t5x|t5|__main__|mesh_tensorflow)\b"
   r"|include\s+['\"]t5x/)",
@@ -123,7 +110,7 @@ class Files:
     """(path, text): the user's file, else ours of the same meaning."""
     beside = os.path.dirname(self._open[-1]) if self._open else ""
     # Theirs first: a name of ours, runs/finetune.gin, may be theirs too.
-    for folder in [beside, "", *self._search_paths, *gin_files.GIN_ROOTS]:
+    for folder in [beside, "", *self._search_paths, *ours.GIN_ROOTS]:
       path = os.path.abspath(os.path.join(folder, name))
       if os.path.isfile(path) and path not in self._open[-1:]:
         return path, _text(path, asked_by)
@@ -233,7 +220,7 @@ class Files:
     named = [full for full in known if full.rpartition(".")[0] in imported]
     if len(named or known) == 1:
       return (named or known)[0]
-    for module, alias in OUR_ALIASES.items():
+    for module, alias in ours.ALIASES.items():
       if head == alias and rest:
         return f"{module}.{rest}"
     if known:
@@ -271,7 +258,7 @@ def _checked(full: str, where: str) -> str:
 def _check_gin(text: str, path: str) -> None:
   """Raises UserError, in words for people, for what is no gin."""
   try:
-    gin_files._read(text, path)
+    ours.check_gin(text, path)
   except IndexError:
     # Its line of the error lies past the end.
     raise UserError(

@@ -11,7 +11,7 @@ import io
 import os
 import re
 
-from fat5_jax import gin_files
+from fat5_jax.gin_config.t5x import ours
 from gin import config_parser
 
 _FOLDER = os.path.join(os.path.dirname(os.path.abspath(__file__)), "files")
@@ -44,7 +44,7 @@ def names() -> list[str]:
 def _sizes(family: str) -> dict[str, str]:
   """Size, as T5X names it, to our file."""
   found = {}
-  for root in gin_files.GIN_ROOTS[:1]:
+  for root in ours.GIN_ROOTS[:1]:
     folder = os.path.join(root, "models", family)
     for name in os.listdir(folder):
       size = name.removesuffix(".gin")

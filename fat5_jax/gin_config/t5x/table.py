@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from fat5_jax.gin_config.t5x import ours
 from fat5_jax.gin_config.t5x.command_rows import COMMAND_ROWS
 from fat5_jax.gin_config.t5x.model_rows import MODEL_ROWS
 from fat5_jax.gin_config.t5x.rows import (
@@ -24,11 +25,6 @@ _DATASET = "t5x.utils.DatasetConfig"
 _PARTITIONER = "t5x.partitioning.PjitPartitioner"
 _RESTORE = "t5x.utils.RestoreCheckpointConfig"
 _EVALUATOR = "seqio.Evaluator"
-# What ours are called, by module.
-_DATA = "fat5_jax.data.pipeline.DatasetConfig"
-_TRAIN, _EVAL = "fat5_jax.train.train", "fat5_jax.eval.evaluate"
-_INFER, _SHARDING = "fat5_jax.infer.infer", "fat5_jax.sharding"
-_SAVED = "fat5_jax.checkpoints"
 # A step that no run reaches.
 NEVER = 2**31 - 1
 
@@ -62,19 +58,19 @@ def _are_loggers(value: Any) -> bool:
 
 _DATA_ROWS: dict[str, dict[str, Row]] = {
   _DATASET: {
-    "mixture_or_task_name": same(f"{_DATA}.mixture_or_task_name"),
-    "task_feature_lengths": same(f"{_DATA}.task_feature_lengths"),
-    "split": same(f"{_DATA}.split"),
-    "batch_size": same(f"{_DATA}.batch_size"),
-    "shuffle": same(f"{_DATA}.shuffle"),
-    "seed": same(f"{_DATA}.seed", "the same; None is the run's"),
+    "mixture_or_task_name": same(f"{ours.DATA}.mixture_or_task_name"),
+    "task_feature_lengths": same(f"{ours.DATA}.task_feature_lengths"),
+    "split": same(f"{ours.DATA}.split"),
+    "batch_size": same(f"{ours.DATA}.batch_size"),
+    "shuffle": same(f"{ours.DATA}.shuffle"),
+    "seed": same(f"{ours.DATA}.seed", "the same; None is the run's"),
     "use_cached": same(
-      f"{_DATA}.use_cached",
+      f"{ours.DATA}.use_cached",
       "the same; a task that is built from local files has no cache",
     ),
-    "pack": same(f"{_DATA}.pack"),
+    "pack": same(f"{ours.DATA}.pack"),
     "use_custom_packing_ops": neutral("packing gives the same rows"),
-    "module": same(f"{_DATA}.module"),
+    "module": same(f"{ours.DATA}.module"),
     "use_memory_cache": neutral("rows are read once"),
     "trim_output_features": only(
       True, about="True", instead="leave it True: rows are cut to lengths"
@@ -88,24 +84,24 @@ _DATA_ROWS: dict[str, dict[str, Row]] = {
   "t5x.utils.CheckpointConfig": {
     "save": built(
       "t5x.utils.SaveCheckpointConfig",
-      to=f"{_SAVED}.CheckpointConfig.save",
+      to=f"{ours.CHECKPOINTS}.CheckpointConfig.save",
       about="the same; None saves the first and the last step alone",
       or_none=True,
     ),
     "restore": built(
       _RESTORE,
-      to=f"{_SAVED}.CheckpointConfig.restore",
+      to=f"{ours.CHECKPOINTS}.CheckpointConfig.restore",
       about="the same; None is from scratch",
       or_none=True,
     ),
   },
   "t5x.utils.SaveCheckpointConfig": {
     "period": same(
-      f"{_SAVED}.SaveCheckpointConfig.period",
+      f"{ours.CHECKPOINTS}.SaveCheckpointConfig.period",
       ours=lambda v: NEVER if v is None else v,
       default=None,
     ),
-    "keep": same(f"{_SAVED}.SaveCheckpointConfig.keep", default=None),
+    "keep": same(f"{ours.CHECKPOINTS}.SaveCheckpointConfig.keep", default=None),
     "dtype": only(
       "float32",
       about="'float32': what a run goes on from, bit for bit",
@@ -137,9 +133,9 @@ _DATA_ROWS: dict[str, dict[str, Row]] = {
   _RESTORE: {
     "path": same(
       {
-        "train": f"{_SAVED}.RestoreCheckpointConfig.path",
-        "eval": f"{_EVAL}.checkpoint_path",
-        "infer": f"{_INFER}.checkpoint_path",
+        "train": f"{ours.CHECKPOINTS}.RestoreCheckpointConfig.path",
+        "eval": f"{ours.EVAL}.checkpoint_path",
+        "infer": f"{ours.INFER}.checkpoint_path",
       },
       "the same; [] and None are from scratch",
       ours=_path,
@@ -189,14 +185,16 @@ _DATA_ROWS: dict[str, dict[str, Row]] = {
   },
   _PARTITIONER: {
     "num_partitions": same(
-      f"{_SHARDING}.Partitioner.num_partitions",
+      f"{ours.SHARDING}.Partitioner.num_partitions",
       "the same; model_parallel_submesh goes first",
       ours=lambda v: None if v == 1 else v,
     ),
     "model_parallel_submesh": same(
-      f"{_SHARDING}.Partitioner.model_parallel_submesh"
+      f"{ours.SHARDING}.Partitioner.model_parallel_submesh"
     ),
-    "logical_axis_rules": same(f"{_SHARDING}.Partitioner.logical_axis_rules"),
+    "logical_axis_rules": same(
+      f"{ours.SHARDING}.Partitioner.logical_axis_rules"
+    ),
     "params_on_devices": neutral("parameters lie on the devices"),
     "backend": only(
       *(None, "cpu", "gpu", "tpu"),
@@ -224,7 +222,7 @@ _DATA_ROWS: dict[str, dict[str, Row]] = {
       instead="1 or 2",
     ),
     "additional_rules": same(
-      f"{_SHARDING}.standard_logical_axis_rules.additional_rules",
+      f"{ours.SHARDING}.standard_logical_axis_rules.additional_rules",
       ours=lambda v: () if v is None else v,
     ),
   },
@@ -299,14 +297,14 @@ REFUSED_MODULES = {
 
 # Macros that T5X has not: our parameters that they set.
 OWN_MACROS = {
-  "DATA_DIR": f"{_DATA}.data_dir",
-  "MESH": f"{_SHARDING}.Partitioner.mesh",
-  "DCN_MESH": f"{_SHARDING}.Partitioner.dcn_mesh",
-  "ATTENTION": "fat5_jax.models.config.T5Config.attention_implementation",
-  "TRAINABLE": f"{_TRAIN}.trainable",
-  "FROZEN": f"{_TRAIN}.frozen",
-  "DATA_SHARDS": f"{_TRAIN}.data_shards",
-  "REINITIALIZE": f"{_SAVED}.RestoreCheckpointConfig.reinitialize",
+  "DATA_DIR": f"{ours.DATA}.data_dir",
+  "MESH": f"{ours.SHARDING}.Partitioner.mesh",
+  "DCN_MESH": f"{ours.SHARDING}.Partitioner.dcn_mesh",
+  "ATTENTION": f"{ours.CONFIG}.attention_implementation",
+  "TRAINABLE": f"{ours.TRAIN}.trainable",
+  "FROZEN": f"{ours.TRAIN}.frozen",
+  "DATA_SHARDS": f"{ours.TRAIN}.data_shards",
+  "REINITIALIZE": f"{ours.CHECKPOINTS}.RestoreCheckpointConfig.reinitialize",
 }
 
 

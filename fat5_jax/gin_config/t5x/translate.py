@@ -12,6 +12,7 @@ from typing import Any
 from fat5_jax import macros
 from fat5_jax.errors import UserError, nearest
 from fat5_jax.gin_config.t5x import differences, writing
+from fat5_jax.gin_config.t5x import ours as our_names
 from fat5_jax.gin_config.t5x.model_rows import OURS
 from fat5_jax.gin_config.t5x.reading import (
   Binding,
@@ -29,10 +30,7 @@ _RUN_FILES = {
   "eval": "t5x/configs/runs/eval.gin",
   "infer": "t5x/configs/runs/infer.gin",
 }
-_OUR_FUNCTIONS = (
-  *("fat5_jax.train.train", "fat5_jax.eval.evaluate"),
-  "fat5_jax.infer.infer",
-)
+_OUR_FUNCTIONS = (our_names.TRAIN, our_names.EVAL, our_names.INFER)
 # A run file of ours binds one of these.
 _OUR_RUN = (
   *("model", "dataset_cfg", "train_dataset_cfg", "checkpoint_path"),

@@ -6,10 +6,10 @@ from collections.abc import Iterable, Mapping
 import importlib
 from typing import Any
 
-from fat5_jax import annotations
 from fat5_jax.errors import UserError
+from fat5_jax.gin_config.t5x import ours as our_names
 from fat5_jax.gin_config.t5x.model_rows import OURS
-from fat5_jax.gin_config.t5x.reading import OUR_ALIASES, is_t5x_name, replace
+from fat5_jax.gin_config.t5x.reading import is_t5x_name, replace
 from fat5_jax.gin_config.t5x.rows import REQUIRED, Macro, Reference
 
 
@@ -35,7 +35,7 @@ def type_problem(target: str, value: Any) -> str | None:
   function, _, parameter = target.rpartition(".")
   module, _, name = function.rpartition(".")
   made = getattr(importlib.import_module(module), name)
-  return annotations.problem(made, parameter, value)
+  return our_names.type_problem(made, parameter, value)
 
 
 def text(
@@ -55,7 +55,7 @@ def text(
 
   def name_of(full: str) -> str:
     module = _module_of(full, modules)
-    alias = OUR_ALIASES.get(module, "")
+    alias = our_names.ALIASES.get(module, "")
     imports[module] = alias
     return full.replace(module, alias, 1) if alias else full
 
@@ -84,7 +84,7 @@ def text(
     lines.append(f"{key}{name_of(target)} = {show(translated(value, where))}")
   for module, where in modules.items():
     _import(module, where)
-    imports.setdefault(module, OUR_ALIASES.get(module, ""))
+    imports.setdefault(module, our_names.ALIASES.get(module, ""))
   head = ["from __gin__ import dynamic_registration"]
   head += [
     f"import {module}" + f" as {alias}" * bool(alias)
@@ -99,7 +99,7 @@ def _module_of(full: str, imported: Mapping[str, str]) -> str:
   parts = full.split(".")
   names = [".".join(parts[:n]) for n in range(len(parts) - 1, 0, -1)]
   for name in names:
-    if name in OUR_ALIASES or name in imported:
+    if name in our_names.ALIASES or name in imported:
       return name
   for name in names:
     if _is_module(name):
