@@ -75,17 +75,15 @@ config.T5Config:
   head_dim = 8
   mlp_dim = 32
 """
-TINY = [
-  f"--gin.network.T5Config.{name}={size}"
-  for name, size in {
-    "emb_dim": 16,
-    "num_heads": 2,
-    "num_encoder_layers": 1,
-    "num_decoder_layers": 1,
-    "head_dim": 8,
-    "mlp_dim": 32,
-  }.items()
-]
+SIZES = {
+  "emb_dim": 16,
+  "num_heads": 2,
+  "num_encoder_layers": 1,
+  "num_decoder_layers": 1,
+  "head_dim": 8,
+  "mlp_dim": 32,
+}
+TINY = [f"--gin.network.T5Config.{name}={n}" for name, n in SIZES.items()]
 
 
 @pytest.fixture(autouse=True)

@@ -4,12 +4,14 @@
 import csv
 import glob
 import json
+import os
 
 import numpy as np
 import pytest
 from t5x_user import (  # noqa: F401
   FINETUNE,
   OURS,
+  SIZES,
   TINY,
   clean_gin,
   folder,
@@ -99,6 +101,53 @@ def test_the_run_is_evaluated_and_predicted_by_t5x_files(folder, zygote):
     rows = [json.loads(line) for line in file]
   assert len(rows) == 5 and all("prediction" in row for row in rows)
   assert "parameters stay float32" in told
+
+
+def test_a_checkpoint_of_t5x_brings_its_step_and_its_model(folder, zygote):
+  from test_formats import T5X
+
+  from fat5_jax.models.config import T5Config
+
+  config = T5Config(vocab_size=384, mlp_activations=("gelu", "linear"), **SIZES)
+  theirs = T5X(config, scan=False, step=1_000_000)
+  theirs.train()
+  theirs.write(folder / "checkpoint_1000001")
+  flags_of_both = ["--gin.DATA_DIR=data", "--tfds_data_dir=gs://x"]
+  done = zygote.run(
+    "train",
+    [
+      "--gin_file=mine.gin",
+      "--gin.MODEL_DIR=r",
+      "--gin.INITIAL_CHECKPOINT_PATH=checkpoint_1000001",
+      "--gin.TRAIN_STEPS=1_000_003",
+      *flags_of_both,
+    ],
+    str(folder),
+    seconds=300,
+  )
+  assert done.status == 0, done.stderr
+  told = done.stdout + done.stderr
+  assert "checkpoint_1000001, step 1000001" in told
+  assert "fresh optimizer" not in told
+  assert os.path.isdir("r/checkpoint_1000003")
+  # T5X's checkpoint brings no vocabulary: T5X's file has it.
+  done = zygote.run(
+    "infer",
+    [
+      "--gin_file=t5x/examples/t5/byt5/small.gin",
+      "--gin_file=t5x/configs/runs/infer.gin",
+      "--gin.MIXTURE_OR_TASK_NAME=wmt_t2t_ende_v003",
+      "--gin.CHECKPOINT_PATH=checkpoint_1000001",
+      "--gin.INFER_OUTPUT_DIR=out",
+      "--gin.DROPOUT_RATE=0.0",
+      '--gin.TASK_FEATURE_LENGTHS={"inputs": 64, "targets": 8}',
+      *TINY,
+      *flags_of_both,
+    ],
+    str(folder),
+    seconds=300,
+  )
+  assert done.status == 0, done.stderr
 
 
 # ---- What the operative configuration says -----------------------------------

@@ -73,7 +73,9 @@ COMMAND_ROWS: dict[str, dict[str, Row]] = {
       f"{ours.TRAIN}.total_steps", "the same; relative_steps goes first"
     ),
     "relative_steps": same(f"{ours.TRAIN}.relative_steps"),
-    "eval_steps": same(f"{ours.TRAIN}.eval_steps"),
+    "eval_steps": same(
+      f"{ours.TRAIN}.eval_steps", "the same; a shorter split is read once"
+    ),
     "eval_period": same(
       f"{ours.TRAIN}.eval_period", "the same, counted from step 0"
     ),

@@ -209,17 +209,21 @@ class Files:
     """A configurable's full name: by the file's imports, those of all, or as
     the end of the name of one that T5X has."""
     head, _, rest = name.partition(".")
-    for aliases in (own, self._aliases):
-      if head in aliases and rest:
-        return _checked(f"{aliases[head]}.{rest}", where)
+    if head in own and rest:
+      return _checked(f"{own[head]}.{rest}", where)
     if head in T5X_ROOTS:
       return _checked(name, where)
+    # Without an import, gin takes the end of a name that some file brought; of
+    # two networks, the one that was imported.
     known = [full for full in CONFIGURABLES if f".{full}".endswith(f".{name}")]
-    # Of two networks, the one that a file imports.
     imported = {*self._aliases.values()}
     named = [full for full in known if full.rpartition(".")[0] in imported]
-    if len(named or known) == 1:
-      return (named or known)[0]
+    if len(named) == 1:
+      return named[0]
+    if head in self._aliases and rest:
+      return _checked(f"{self._aliases[head]}.{rest}", where)
+    if len(known) == 1:
+      return known[0]
     for module, alias in ours.ALIASES.items():
       if head == alias and rest:
         return f"{module}.{rest}"
