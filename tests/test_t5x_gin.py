@@ -21,7 +21,11 @@ from t5x_user import (  # noqa: F401
 
 from fat5_jax.convert import orbax_files
 from fat5_jax.gin_config import t5x
+from fat5_jax.gin_config.t5x import ours
 import gin
+
+# What gin calls or builds for `train`.
+TRAIN = ours.FUNCTIONS["train"]
 
 
 def parameters(model_dir):
@@ -172,8 +176,8 @@ def test_the_configuration_says_what_t5x_files_say(folder):
   text = gin.config_str()
   for line in (
     "LOSS_NORMALIZING_FACTOR = 233472",
-    "train_script.train.loss_normalizing_factor = %LOSS_NORMALIZING_FACTOR",
-    "train_script.train.total_steps = %TRAIN_STEPS",
+    f"train_script.{TRAIN}.loss_normalizing_factor = %LOSS_NORMALIZING_FACTOR",
+    f"train_script.{TRAIN}.total_steps = %TRAIN_STEPS",
     "train/pipeline.DatasetConfig.batch_size = %BATCH_SIZE",
   ):
     assert line in text
@@ -206,12 +210,12 @@ network.T5Config.vocab_size = 384
     ],
   )
   said = lambda name: gin.query_parameter(name)
-  assert said("train.z_loss") == 0.0  # Ours: 0.0001.
-  assert said("train.loss_normalizing_factor") is None
+  assert said(f"{TRAIN}.z_loss") == 0.0  # Ours: 0.0001.
+  assert said(f"{TRAIN}.loss_normalizing_factor") is None
   assert said("T5Config.dtype") == "float32"  # Ours: bfloat16.
   assert said("T5Config.dropout_rate") == 0.1  # Ours: 0.
   assert said("T5Config.mlp_activations") == ("relu",)
-  assert said("train.infer_eval_dataset_cfg") is None
+  assert said(f"{TRAIN}.infer_eval_dataset_cfg") is None
   assert said("create_learning_rate_scheduler.warmup_steps") == 10000
 
 
@@ -222,18 +226,18 @@ network.T5Config.vocab_size = 384
     ("train/utils.DatasetConfig.batch_size = 8", None, 8),
     ("train/DatasetConfig.batch_size = 8", None, 8),
     ("train/t5x.utils.DatasetConfig.batch_size = 8", None, 8),
-    ("train_script.train.eval_period = 7", "train.eval_period", 7),
-    ("train.eval_period = 7", "train.eval_period", 7),
-    ("trainer.Trainer.num_microbatches = 2", "train.num_microbatches", 2),
-    ("trainer.Trainer.num_microbatches = 0", "train.num_microbatches", None),
-    ("TRAIN_STEPS_RELATIVE = 5", "train.total_steps", None),
-    ("RANDOM_SEED = 7", "train.random_seed", 7),
-    ("RANDOM_SEED = None", "train.random_seed", 42),
-    ("LABEL_SMOOTHING = 0.1", "train.label_smoothing", 0.1),
+    ("train_script.train.eval_period = 7", f"{TRAIN}.eval_period", 7),
+    ("train.eval_period = 7", f"{TRAIN}.eval_period", 7),
+    ("trainer.Trainer.num_microbatches = 2", f"{TRAIN}.num_microbatches", 2),
+    ("trainer.Trainer.num_microbatches = 0", f"{TRAIN}.num_microbatches", None),
+    ("TRAIN_STEPS_RELATIVE = 5", f"{TRAIN}.total_steps", None),
+    ("RANDOM_SEED = 7", f"{TRAIN}.random_seed", 7),
+    ("RANDOM_SEED = None", f"{TRAIN}.random_seed", 42),
+    ("LABEL_SMOOTHING = 0.1", f"{TRAIN}.label_smoothing", 0.1),
     ("adafactor.Adafactor.beta1 = 0.9", "optimizers.adafactor.beta1", 0.9),
     (
       "models.EncoderDecoderModel.z_loss = 0.5",
-      "train_script.train.z_loss",
+      f"{TRAIN}.z_loss",
       0.5,
     ),
     ("EVAL_SPLIT = 'test'", "infer_eval/DatasetConfig.split", "test"),
@@ -427,7 +431,7 @@ def test_the_command_must_be_the_files(folder):
 # ---- Files of both -----------------------------------------------------------
 
 
-def test_t5x_files_take_a_task_and_an_optimizer_of_ours(folder):
+def test_t5x_files_take_a_task_and_an_optimizer_of_ours(folder, zygote):
   (folder / "task.gin").write_text(
     """from __gin__ import dynamic_registration
 import fat5_jax.data.sources as sources
@@ -456,17 +460,23 @@ optax.warmup_cosine_decay_schedule:
   )
   _, notes = translated(["mine.gin", "task.gin"], ["MODEL_DIR = 'r'"])
   assert any("has a learning rate of its own" in note for note in notes)
-  train = gin.get_configurable("train_script.train")
-  assert train() is not None
-  before = parameters("r")
-  gin.clear_config()
-  translated(
-    ["mine.gin", "task.gin"],
-    ["MODEL_DIR = 'r2'", "optax.adamw.weight_decay = 0.5"],
-  )
-  gin.get_configurable("train_script.train")()
-  after = parameters("r2")
-  assert any((before[name] != after[name]).any() for name in before)
+  runs = {}
+  for model_dir, given in (("r", []), ("r2", ["optax.adamw.weight_decay=0.5"])):
+    done = zygote.run(
+      "train",
+      [
+        "--gin_file=mine.gin",
+        "--gin_file=task.gin",
+        f"--gin.MODEL_DIR={model_dir}",
+        *(f"--gin.{binding}" for binding in given),
+      ],
+      str(folder),
+      seconds=300,
+    )
+    assert done.status == 0, done.stderr
+    runs[model_dir] = parameters(model_dir)
+  # optax's own parameters count.
+  assert any((runs["r"][name] != runs["r2"][name]).any() for name in runs["r"])
 
 
 def test_a_module_of_ones_own_registers_tasks(folder, monkeypatch):

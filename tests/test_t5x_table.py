@@ -306,7 +306,7 @@ def test_the_eleven_files_train_evaluate_and_predict(
       f"--gin_search_paths={shared_data}/t5x_gin",
       f"--gin.VOCAB_FILE={shared_data}/vocab_t5/spiece.model",
       "--gin.DATA_DIR=data",
-      f"--gin.{folder_flag}={name if name == 'first' else number}",
+      f"--gin.{folder_flag}={name if name == 'first' else f'out{number}'}",
       *given,
       *(OF_TRAINING if command == "train" else ()),
       *TINY,
