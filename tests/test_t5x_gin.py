@@ -406,6 +406,11 @@ def test_a_refusal_names_file_and_line(folder):
     ),
     ("include 'gs://mine/a.gin'", "copy it here"),
     ("import __main__ as train_script\nBATCH_SIZE == 3", "is no gin"),
+    ("from t5x import utils\nutils.DatasetConfig:\n", "before its last block"),
+    ("import t5x.utils\nBATCH_SIZE = {[1]: 2}", "a key of a table"),
+    ("import optax\noptax.adamw.learning_rat = 1", "'learning_rate'"),
+    ("import optax\noptax.adam_w.b1 = 1", "optax has no adam_w"),
+    ("import seqio\nseqio.ByteVocabulary.ids = 1", "no parameter 'ids'"),
   ],
 )
 def test_a_file_that_asks_for_what_is_not_here(folder, text, told):

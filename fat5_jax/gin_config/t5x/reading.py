@@ -264,10 +264,12 @@ def _check_gin(text: str, path: str) -> None:
   try:
     ours.check_gin(text, path)
   except IndexError:
-    # Its line of the error lies past the end.
+    # The line of the error lies past the end.
     raise UserError(
       f"{path} is no gin: it ends before its last block does"
     ) from None
+  except TypeError as e:
+    raise UserError(f"{path} is no gin: a key of a table is {e}") from None
 
 
 def _text(path: str, asked_by: str) -> str:

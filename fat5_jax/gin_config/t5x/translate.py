@@ -352,6 +352,8 @@ class Translation:
       (b.scope, f"{b.name}.{b.parameter}", b.value, b.where)
       for b in self._passed
     ]
+    for _, target, _, where in bindings[len(self.ours) :]:
+      writing.check_name(target, self.files.modules, where)
     values = {name: binding.value for name, binding in self._macros.items()}
     text = writing.text(bindings, values, self.files.modules)
     for name, scope in sorted(self._visited):

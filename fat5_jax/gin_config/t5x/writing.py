@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 import importlib
+import inspect
 from typing import Any
 
-from fat5_jax.errors import UserError
+from fat5_jax.errors import UserError, nearest
 from fat5_jax.gin_config.t5x import ours as our_names
 from fat5_jax.gin_config.t5x.model_rows import OURS
 from fat5_jax.gin_config.t5x.reading import is_t5x_name, replace
@@ -92,6 +93,32 @@ def text(
   ]
   head += [f"{name} = {show(value)}" for name, value in used.items()]
   return "\n".join([*head, *lines]) + "\n"
+
+
+def check_name(target: str, imported: Mapping[str, str], where: str) -> None:
+  """Raises UserError unless a parameter that is not T5X's is one."""
+  function, _, parameter = target.rpartition(".")
+  module = _module_of(target, imported)
+  if not _is_module(module):
+    return  # Told where it is imported.
+  made = importlib.import_module(module)
+  for name in function.removeprefix(module).strip(".").split("."):
+    if not hasattr(made, name):
+      raise UserError(
+        f"{where}: {function} is unknown: {module} has no {name}."
+        f"{nearest(name, dir(made))}"
+      )
+    made = getattr(made, name)
+  try:
+    known = inspect.signature(made).parameters
+  except (TypeError, ValueError):
+    return
+  takes_all = any(p.kind is p.VAR_KEYWORD for p in known.values())
+  if parameter not in known and not takes_all:
+    raise UserError(
+      f"{where}: {function} has no parameter {parameter!r}."
+      f"{nearest(parameter, known)} It has: {', '.join(known)}"
+    )
 
 
 def _module_of(full: str, imported: Mapping[str, str]) -> str:
