@@ -34,6 +34,7 @@ setup(
     "pallas_kernels": ["**/README.md"],
     # A file for torch, copied into exports; not a module of this package.
     "fat5_jax.convert": ["shipped/*.py"],
+    "fat5_jax.gin_config.t5x": ["files/**/*.gin"],
   },
   install_requires=[
     "clu>=0.0.12",

@@ -15,6 +15,7 @@ import traceback
 from fat5_jax import interrupts
 from fat5_jax.errors import UserError
 from fat5_jax.gin_config import flags as flags_lib
+from fat5_jax.gin_config import t5x
 
 # Command: what gin builds, the function it is handed to (both of the module of
 # that name), and the run file that fills what the user's files leave open.
@@ -46,6 +47,7 @@ def _quiet_stderr():
 
 def _run(command: str, arguments: list[str]) -> None:
   rest, bindings = flags_lib.split_gin_flags(arguments)
+  rest, t5x_flags = t5x.take_flags(command, rest)
   flags = flags_lib.parser(command).parse_args(rest)
   built, function_name, run_file = _COMMANDS[command]
   files = [*([run_file] if run_file else []), *flags.gin_file]
@@ -84,9 +86,13 @@ def _run(command: str, arguments: list[str]) -> None:
 
   module = importlib.import_module(f"fat5_jax.{command}")
   search_paths = [p for p in flags.gin_search_paths.split(",") if p]
+  bindings = [*flags.gin_bindings, *bindings]
+  files, bindings = t5x.in_our_words(
+    command, flags.gin_file, bindings, search_paths, t5x_flags
+  ) or (files, bindings)
   parse.parse(
     files,
-    [*flags.gin_bindings, *bindings],
+    bindings,
     search_paths,
     built,
     may_be_unset=NOT_PLANNED if command == "plan" else (),

@@ -67,6 +67,12 @@ def read(text: str, where: str) -> Parsed:
           parsed.binds.append((function, argument, str(value)))
   except (RecursionError, MemoryError):
     raise UserError(f"{where}: brackets are nested too deep") from None
+  except (IndexError, TypeError):
+    # gin's parser trips over them.
+    raise UserError(
+      f"{where or text.strip()}: no gin: it ends at the beginning of a block, or"
+      " a key of a table is a list or a table"
+    ) from None
   except (SyntaxError, tokenize.TokenError) as e:
     line = _line_of(e)
     shown = (text.splitlines() or [""])[min(line, text.count("\n") + 1) - 1]
