@@ -160,12 +160,20 @@ def test_every_name_in_a_file_counts(tmp_path):
     ("train.model\n", 1),
     ("config.T5Config:\n  emb_dim = 'a\n", 2),
     ('"""\n', 1),
+    ("config.T5Config:\n", 2),
+    ("train.model:", 1),
   ],
 )
 def test_what_is_no_gin_is_told_in_a_line_with_its_place(tmp_path, text, line):
   path = tmp_path / "mine.gin"
   path.write_text(text)
   assert f"{path}, line {line}: " in refused([str(path)])
+
+
+def test_a_table_with_a_list_as_key_is_told(tmp_path):
+  path = tmp_path / "mine.gin"
+  path.write_text("MESH = {['data']: 2}\n")
+  assert f"{path}: a key of a table is a list" in refused([str(path)])
 
 
 def test_schedule_and_rate_are_macros():

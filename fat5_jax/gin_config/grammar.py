@@ -67,15 +67,15 @@ def read(text: str, where: str) -> Parsed:
           parsed.binds.append((function, argument, str(value)))
   except (RecursionError, MemoryError):
     raise UserError(f"{where}: brackets are nested too deep") from None
-  except (IndexError, TypeError):
-    # gin's parser trips over them.
+  except TypeError:
+    # gin's parser trips over it.
     raise UserError(
-      f"{where or text.strip()}: no gin: it ends at the beginning of a block, or"
-      " a key of a table is a list or a table"
+      f"{where or text.strip()}: a key of a table is a list or a table"
     ) from None
   except (SyntaxError, tokenize.TokenError) as e:
     line = _line_of(e)
-    shown = (text.splitlines() or [""])[min(line, text.count("\n") + 1) - 1]
+    lines = text.splitlines() or [""]
+    shown = lines[min(line, len(lines)) - 1]
     place = f"{where}, line {line}: " if where else ""
     reason = str(e.args[0]).strip().splitlines()[0].rstrip(".")
     if reason.startswith("malformed node"):
