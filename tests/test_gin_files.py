@@ -161,7 +161,7 @@ def test_every_name_in_a_file_counts(tmp_path):
     ("config.T5Config:\n  emb_dim = 'a\n", 2),
     ('"""\n', 1),
     ("config.T5Config:\n", 2),
-    ("train.model:", 1),
+    ("train.model:", 2),
   ],
 )
 def test_what_is_no_gin_is_told_in_a_line_with_its_place(tmp_path, text, line):
