@@ -428,7 +428,9 @@ def test_what_was_being_saved_is_whole_after_a_bad_row(
 
 
 def test_plain_text_on_the_command_line_needs_no_quotes():
-  quote = cli._quote_plain_text
+  from fat5_jax.gin_config import flags
+
+  quote = flags._quote_plain_text
   assert quote("/tmp/run") == "'/tmp/run'"
   assert quote("'/tmp/run'") == "'/tmp/run'"
   # A pattern that begins like a tuple.

@@ -45,7 +45,7 @@ def read(source: CheckpointRef) -> seqio.Vocabulary | None:
 
   if source.kind == "fat5":
     record = run_record.read_or_none(source.run_dir) or {}
-    if not record.get("vocabulary"):
+    if record.get("vocabulary") is None:
       return None
     return vocabularies.load(record["vocabulary"], source.run_dir)
   if any(os.path.exists(os.path.join(source.run_dir, n)) for n in _FILES):

@@ -269,7 +269,7 @@ _OURS = """## In fat5_jax
 it, for `fat5_jax.infer` and `fat5_jax.eval`. From Python:
 
 ```python
-from fat5_jax import weights
+from fat5_jax.checkpoints import reference
 from fat5_jax.convert import table
 from fat5_jax.models import factory
 

@@ -227,7 +227,7 @@ def test_a_model_json_of_another_kind_is_one_line(tmp_path, text, told):
 HOLD = f"""
 import sys, time
 sys.path.insert(0, {ROOT!r})
-from fat5_jax import run_lock
+from fat5_jax.checkpoints import run_lock
 with run_lock.held(sys.argv[1]):
   print("held", flush=True)
   time.sleep(60)

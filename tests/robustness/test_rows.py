@@ -285,11 +285,11 @@ def test_a_kill_leaves_the_output_whole_or_as_it_was(zygote, seed, user):
 
 def test_two_questions_of_one_id_are_not_made_one():
   from fat5_jax.errors import UserError
-  from fat5_jax.inference import predictions
+  from fat5_jax.inference import heads
 
   ids = lambda *given: [
     row["id"]
-    for _, row in predictions.with_own_ids(
+    for _, row in heads.with_own_ids(
       (f"row {n}", {"id": i}) for n, i in enumerate(given, 1)
     )
   ]
