@@ -9,11 +9,17 @@ from typing import Any
 import seqio
 import tensorflow_datasets as tfds
 
-from fat5_jax.data import features, head_tasks, seqio_source, sources
+from fat5_jax.data import (
+  features,
+  head_tasks,
+  records,
+  seqio_source,
+  sources,
+)
 from fat5_jax.data.seqio_source import ROWS
 from fat5_jax.errors import UserError
 from fat5_jax.inference.predictor import Predictor
-from fat5_jax.inference.rows import Told, check_tokens
+from fat5_jax.inference.rows import Told, check_tokens, texts
 from fat5_jax.inference.writers import Record
 from fat5_jax.models.config import HeadConfig
 
@@ -83,6 +89,29 @@ def task_of_rows(
     head.problem_type,
     name,
     num_labels=head.num_labels,
+  )
+
+
+def asked(
+  head: HeadConfig,
+  own: seqio.Task | None,
+  read: Callable[[], Iterable[sources.LocatedRow]],
+  vocabulary: seqio.Vocabulary,
+  pairs: bool = False,
+) -> seqio.Task:
+  """The task (its split is `ROWS`) that asks a head about rows.
+
+  In the words of the run's `own` task where that is one for the head; else rows
+  are those of `task_of_rows`.
+  """
+  is_spans = head.kind == "question_answering"
+  rows = (lambda: with_own_ids(read())) if is_spans else read
+  if own is not None and features.label_feature(own) is not None:
+    return records.ask(own, rows)
+  if is_spans:
+    return task_of_rows(head, rows, vocabulary)
+  return task_of_rows(
+    head, lambda: texts(rows(), own, pairs), vocabulary, pairs
   )
 
 
