@@ -12,6 +12,7 @@ import tensorflow_datasets as tfds
 from fat5_jax.data import (
   features,
   head_tasks,
+  labels,
   records,
   seqio_source,
   sources,
@@ -48,7 +49,8 @@ def task_of_rows(
   """A task (its split is `ROWS`) of rows without labels, for a head to predict.
 
   Rows have `inputs`, where they are `pairs` also `second`; for spans `id`,
-  `question` and `context`; for tags words apart by spaces in `inputs`.
+  `question` and `context`; for tags words in `inputs`, a list or apart by
+  spaces.
   """
   name = "predict_rows"
 
@@ -63,7 +65,7 @@ def task_of_rows(
   if head.kind == "token_classification":
 
     def tagged(row):
-      words = sources.column(row, "inputs").split()
+      words = labels.items(row, "inputs")
       return {"words": words, "tags": [0] * len(words)}
 
     names = head.label_names or tuple(map(str, range(head.num_labels)))
@@ -179,6 +181,7 @@ def _records(
 ) -> Iterator[Record]:
   postprocess = task.postprocess_fn
   key = {"question_answering": "id", "token_classification": "sentence"}
+  has_tags = head.kind == "token_classification"
   numbers = itertools.count()
 
   def group(window):
@@ -189,10 +192,14 @@ def _records(
   def read(window):
     """(prediction, target) of a window."""
     example, values = window
-    return (
-      postprocess(values, example=example, is_target=False),
-      postprocess(example["targets"], example=example, is_target=True),
-    )
+    classes = values[:, 0] if has_tags else values
+    found = postprocess(classes, example=example, is_target=False)
+    if has_tags:
+      found["probabilities"] = _of_words(values[:, 1], example["targets"])
+    elif head.kind == "question_answering":
+      found["probability"] = round(float(values[3]), 6)
+    wanted = postprocess(example["targets"], example=example, is_target=True)
+    return found, wanted
 
   for _, parts in itertools.groupby(windows, group):
     example, values = first = next(parts)
@@ -206,14 +213,25 @@ def _records(
       targets = wanted["answers"]
     elif head.kind == "token_classification":
       tags, targets = found["tags"], wanted["tags"]
+      probabilities = found["probabilities"]
       for more, wanted in map(read, parts):
         tags, targets = tags + more["tags"], targets + wanted["tags"]
+        probabilities = probabilities + more["probabilities"]
       words = [word.decode("utf-8") for word in example["words"]]
-      record = {"words": words, "tags": tags}
+      record = {"words": words, "tags": tags, "probabilities": probabilities}
     else:
       text = example["inputs_pretokenized"].decode("utf-8")
       record = {"inputs": text} | _labels(found, values, head)
     yield record | ({"targets": targets} if with_targets else {})
+
+
+def _of_words(values, targets) -> list[float]:
+  """The values of the tokens that words begin with."""
+  return [
+    round(float(value), 6)
+    for value, label in zip(values, targets)
+    if label != features.IGNORED
+  ]
 
 
 def _question(example) -> str:
@@ -226,13 +244,16 @@ def _labels(found, values, head: HeadConfig) -> Record:
   if head.problem_type == "regression":
     return {"prediction": found}
   names = head.label_names or tuple(map(str, range(head.num_labels)))
+  rounded = lambda values: (round(float(v), 6) for v in values)
   if head.problem_type == "multi_label_classification":
     return {
       "prediction": [name for name, on in zip(names, found) if on],
-      "probabilities": dict(zip(names, (round(float(v), 6) for v in values))),
+      "probabilities": dict(zip(names, rounded(values))),
     }
+  probabilities = dict(zip(names, rounded(values[1:])))
   return {
     "prediction": names[found],
     "label": found,
-    "probability": round(float(values[1]), 6),
+    "probability": probabilities[names[found]],
+    "probabilities": probabilities,
   }
