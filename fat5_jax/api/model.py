@@ -8,17 +8,16 @@ import tempfile
 from typing import Any
 
 import flax.linen as nn
-import numpy as np
 import optax
 import seqio
 
 from fat5_jax import console, trees
 from fat5_jax import train as train_command
 from fat5_jax.api import data, training
-from fat5_jax.api import questions as ask
+from fat5_jax.api.asking import CLASSIFIERS, Asks
 from fat5_jax.api.fine_tuned import FineTuned
-from fat5_jax.api.predict import Answers, Options
-from fat5_jax.api.words import of_python
+from fat5_jax.api.predict import Answers
+from fat5_jax.api.words import as_user_error, of_python, quiet
 from fat5_jax.checkpoints import export as export_lib
 from fat5_jax.checkpoints import reference
 from fat5_jax.checkpoints import vocabulary as vocabulary_lib
@@ -35,17 +34,6 @@ from fat5_jax.models.config import (
 )
 from fat5_jax.training import trainable as trainable_lib
 from fat5_jax.training.program import Program
-
-_CLASSIFIERS = ("sequence_classification", "enct5")
-# Searches that come later; what each does without.
-_SEARCH = {
-  "num_beams": 1,
-  "do_sample": False,
-  "temperature": 1.0,
-  "top_k": None,
-  "top_p": None,
-  "num_return_sequences": 1,
-}
 
 
 def load(
@@ -102,23 +90,8 @@ def load(
 
 
 def _with_dtype(config: T5Config, dtype: str | None) -> T5Config:
-  with _as_user_error():
+  with as_user_error():
     return config if dtype is None else config.replace(dtype=dtype)
-
-
-class _as_user_error:
-  """A config's ValueError is what a caller gave."""
-
-  def __enter__(self):
-    return self
-
-  def __exit__(self, kind, error, _):
-    if isinstance(error, (ValueError, TypeError)) and not isinstance(
-      error, UserError
-    ):
-      text = str(error).replace("HeadConfig.__init__() ", "with_head ")
-      text = text.replace("LoRAConfig.__init__() ", "with_lora ")
-      raise UserError(text) from None
 
 
 def _head_layers(source: Any, head_module: Any) -> nn.Module | None:
@@ -133,7 +106,7 @@ def _head_layers(source: Any, head_module: Any) -> nn.Module | None:
   return factory.make_head(head_module, record["fields"])
 
 
-class Model:
+class Model(Asks):
   """A T5 with its vocabulary: a language model, or one under a head.
 
   It is what lies at a checkpoint; `with_head` and `with_lora` give another
@@ -193,7 +166,7 @@ class Model:
       return trees.nest(trees.flatten(self._load().params))
 
   def _module(self, **changes: Any) -> nn.Module:
-    with _as_user_error():
+    with as_user_error():
       config = self.config.replace(**changes)
       return factory.create(config, head_layers=self._head_layers)
 
@@ -219,173 +192,21 @@ class Model:
 
   def _ask(self, *kinds: str) -> Answers:
     """What answers, if the model is one of these kinds."""
-    kind = (
-      "language_model" if self.config.head is None else (self.config.head.kind)
-    )
+    head = self.config.head
+    kind = "language_model" if head is None else head.kind
     if kinds and kind not in kinds:
+      hint = f"model.with_head({kinds[0]!r}, ...) gives one to fine-tune"
+      if kinds[0] == "language_model":
+        hint = "load one"
       raise UserError(
         f"the model is of kind {kind}, and this asks one of"
-        f" {' or '.join(kinds)}: model.with_head({kinds[0]!r}, ...) gives one"
-        " to fine-tune"
-        if kinds[0] != "language_model"
-        else f"the model is of kind {kind}, and writes no text: load a language"
-        " model"
+        f" {' or '.join(kinds)}: {hint}"
       )
     if self._answers is None:
       self._answers = Answers(
         self._load(), self._vocabulary(), asks_as_run=not self._is_fresh
       )
     return self._answers
-
-  # ---- Predictions ----
-
-  def generate(
-    self,
-    texts: Sequence[str | Mapping[str, Any]],
-    max_tokens: int = 256,
-    *,
-    batch_size: int = 32,
-    max_input_tokens: int | None = None,
-    use_template: bool = True,
-    **search: Any,
-  ) -> list[str]:
-    """An answer to each text, the most likely token after the other.
-
-    A model from a run folder is asked in the words of its training, as `infer`
-    does: a text is the column that the template asks about, a dictionary a row
-    of its columns.
-
-    Args:
-      texts: texts, or rows.
-      max_tokens: of an answer.
-      batch_size: texts at a time.
-      max_input_tokens: longer texts are cut there (and it is said); None cuts
-        none.
-      use_template: False takes texts as whole inputs.
-      **search: beams and sampling are not there yet: only what means greedy.
-
-    Raises:
-      UserError: for what are no texts, and on a head.
-    """
-    _check_search(search)
-    with of_python():
-      options = Options(batch_size, max_input_tokens, max_tokens, use_template)
-      texts = ask.listed(texts, "texts")
-      found = self._ask("language_model")
-      return found.generate(texts, options) if texts else []
-
-  def score(
-    self,
-    inputs: Sequence[str | Mapping[str, Any]],
-    targets: Sequence[str],
-    *,
-    batch_size: int = 32,
-    max_input_tokens: int | None = None,
-    use_template: bool = True,
-  ) -> np.ndarray:
-    """The log-likelihood of each target given its input, float64 (N,).
-
-    The natural logarithm, summed over the target's tokens and its end: what
-    Hugging Face's loss is, times minus the number of tokens.
-
-    Raises:
-      UserError: for lists that differ in length, and on a head.
-    """
-    with of_python():
-      options = Options(batch_size, max_input_tokens, 1, use_template)
-      inputs = ask.listed(inputs, "inputs")
-      targets = ask.listed(targets, "targets")
-      ask.same_length(inputs=inputs, targets=targets)
-      found = self._ask("language_model")
-      return found.score(inputs, targets, options)
-
-  def embed(
-    self,
-    texts: Sequence[str | Mapping[str, Any]],
-    *,
-    batch_size: int = 32,
-    max_input_tokens: int | None = None,
-    use_template: bool = True,
-  ) -> np.ndarray:
-    """A vector of length one for each text, float32 (N, emb_dim).
-
-    That of an embedding head; of any other T5 the mean of the encoder's last
-    states over the text's tokens (its end among them), scaled to length one.
-    """
-    with of_python():
-      options = Options(batch_size, max_input_tokens, 1, use_template)
-      texts = ask.listed(texts, "texts")
-      if not texts:
-        return np.zeros((0, self.config.emb_dim), np.float32)
-      return self._ask().embed(texts, options)
-
-  def classify(
-    self,
-    texts: Sequence[str | tuple[str, str] | Mapping[str, Any]],
-    *,
-    batch_size: int = 32,
-    max_input_tokens: int | None = None,
-    use_template: bool = True,
-  ) -> list[dict[str, Any]]:
-    """The label of each text, or pair of texts, with probabilities.
-
-    Returns:
-      Of a single label `prediction` (its name), `label` (its number),
-      `probability` and `probabilities` by name; of several `prediction` (a list
-      of names) and `probabilities`; of regression `prediction`.
-    """
-    with of_python():
-      options = Options(batch_size, max_input_tokens, 1, use_template)
-      texts = ask.listed(texts, "texts")
-      found = self._ask(*_CLASSIFIERS)
-      return found.classify(texts, options) if texts else []
-
-  def tag(
-    self,
-    words: Sequence[str | Sequence[str]],
-    *,
-    batch_size: int = 32,
-    max_input_tokens: int | None = None,
-    use_template: bool = True,
-  ) -> list[dict[str, Any]]:
-    """A tag for each word of each sentence, with its probability.
-
-    Args:
-      words: sentences, each a list of words, or a text with spaces between.
-      batch_size: windows at a time.
-      max_input_tokens: of a window; a longer sentence comes in several.
-      use_template: False reads the words as they are.
-
-    Returns:
-      `words`, `tags` and `probabilities` of each sentence, as many.
-    """
-    with of_python():
-      options = Options(batch_size, max_input_tokens, 1, use_template)
-      words = ask.listed(words, "words")
-      found = self._ask("token_classification")
-      return found.tag(words, options) if words else []
-
-  def answer(
-    self,
-    questions: Sequence[str],
-    contexts: Sequence[str],
-    *,
-    batch_size: int = 32,
-    max_input_tokens: int | None = None,
-  ) -> list[dict[str, Any]]:
-    """The span of each context that answers its question.
-
-    Returns:
-      `text`, `score` (the sum of the logits of its ends) and `probability`
-      (among the spans of its window, as Hugging Face's pipeline has it).
-    """
-    with of_python():
-      options = Options(batch_size, max_input_tokens, 1)
-      asked = ask.listed(questions, "questions")
-      contexts = ask.listed(contexts, "contexts")
-      ask.same_length(questions=asked, contexts=contexts)
-      found = self._ask("question_answering")
-      return found.answer(asked, contexts, options) if asked else []
 
   # ---- Other models of it ----
 
@@ -425,14 +246,14 @@ class Model:
         if len(set(map(str, labels))) < len(labels):
           raise UserError(f"labels = {labels} holds a name twice")
         options = {"num_labels": len(labels), "label_names": labels} | options
-      needs = kind in (*_CLASSIFIERS, "token_classification")
+      needs = kind in (*CLASSIFIERS, "token_classification")
       if needs and not labels and options.get("problem_type") != "regression":
         raise UserError(f"kind {kind!r} needs labels=[...], the classes' names")
       if options.get("problem_type") == "regression" and "num_labels" not in (
         options
       ):
         options["num_labels"] = 1
-      with _as_user_error():
+      with as_user_error():
         before = reference.read_config(self._source)
         if before.head is not None and before.head.kind != "embedding":
           raise UserError(
@@ -441,7 +262,7 @@ class Model:
           )
         config = self.config.with_head(HeadConfig(kind, **options))
       other = self._other(config, module)
-      with _as_user_error():
+      with as_user_error():
         factory.own_head(other._module())
       return other
 
@@ -464,7 +285,7 @@ class Model:
     with of_python():
       if self.config.lora is not None:
         raise UserError(f"{self.path} has LoRA already")
-      with _as_user_error():
+      with as_user_error():
         lora = LoRAConfig(rank, alpha, dropout_rate, tuple(targets))
         config = self.config.replace(lora=lora)
       other = self._other(config, self._head_layers)
@@ -610,7 +431,7 @@ class Model:
         module,
         task,
         split,
-        start=self._source_path(),
+        start=self.path,
         run_folder=folder,
         partitioner=self._partitioner,
         trainable=self._trainable,
@@ -619,14 +440,12 @@ class Model:
       )
       # The run reads its own; two copies would fill a device.
       self._answers = self._loaded = None
-      state = train_command.train(run)
+      with quiet():
+        state = train_command.train(run)
       self._become(run, folder, owner)
       return FineTuned(
         self, folder, self._source.step, state is None, self._owner
       )
-
-  def _source_path(self) -> str:
-    return self.path
 
   def _become(self, run: Any, folder: str, owner: Any) -> None:
     """The model at the last checkpoint of a run."""
@@ -683,22 +502,6 @@ class Model:
       )
       export_lib.export(self.path, os.fspath(folder), how)
       return os.path.abspath(os.path.expanduser(os.fspath(folder)))
-
-
-def _check_search(search: Mapping[str, Any]) -> None:
-  """Raises UserError for a search that is not there, or no setting of one."""
-  for name, value in search.items():
-    if name in ("max_new_tokens", "max_length"):
-      raise UserError(f"{name} is max_tokens here")
-    if name not in _SEARCH:
-      raise UserError(
-        f"generate has no argument {name!r}.{nearest(name, _SEARCH)}"
-      )
-    if value not in (_SEARCH[name], None):
-      raise UserError(
-        f"{name} = {value!r}: generate is greedy; beam search and sampling are"
-        " not there yet"
-      )
 
 
 def _folder(run_folder: Any) -> tuple[str, Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 import contextlib
+import logging
 import re
 
 from fat5_jax import interrupts
@@ -58,3 +59,31 @@ def of_python() -> Iterator[None]:
   except interrupts.Stopped:
     # A second Ctrl-C.
     raise KeyboardInterrupt from None
+
+
+@contextlib.contextmanager
+def as_user_error() -> Iterator[None]:
+  """A config's or a module's ValueError: it refuses what a caller gave."""
+  try:
+    yield
+  except UserError:
+    raise
+  except (ValueError, TypeError) as e:
+    text = str(e)
+    for made, by in (("HeadConfig", "with_head"), ("LoRAConfig", "with_lora")):
+      text = text.replace(f"{made}.__init__()", by)
+    raise UserError(text) from None
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+  """Keeps to themselves the libraries that log to their own developers."""
+  names = ("absl", "asyncio", "concurrent.futures")
+  before = {name: logging.getLogger(name).level for name in names}
+  for name in names:
+    logging.getLogger(name).setLevel(logging.CRITICAL)
+  try:
+    yield
+  finally:
+    for name, level in before.items():
+      logging.getLogger(name).setLevel(level)
