@@ -83,6 +83,7 @@ def task_of(
   inputs: Any = None,
   targets: Any = None,
   metrics: Sequence[str | Callable[..., Any]] | None = None,
+  skip_bad_rows: bool = False,
 ) -> tuple[seqio.Task | seqio.Mixture, str | None]:
   """(the task of a model's kind, its split to evaluate on or None).
 
@@ -96,6 +97,8 @@ def task_of(
     for name, value in given.items():
       if value is not None:
         raise UserError(f"{name} is the task's own: leave it out")
+    if skip_bad_rows:
+      raise UserError("skip_bad_rows is the task's own: leave it out")
     if not isinstance(validation, (str, type(None))):
       raise UserError(
         f"validation = {shown(validation)} must be the name of a split of task"
@@ -105,6 +108,8 @@ def task_of(
   if rows is None:
     raise UserError("rows is None: there is nothing to train on")
   metrics = _metrics(metrics)
+  if not isinstance(skip_bad_rows, bool):
+    raise UserError(f"skip_bad_rows = {skip_bad_rows!r} must be True or False")
   kind = "language_model" if config.head is None else config.head.kind
   source = _source(rows, validation, kind)
   split = None if validation is None else "validation"
@@ -114,8 +119,12 @@ def task_of(
         "inputs, targets and metrics: an answer's columns are id, question,"
         " context and answers, its metrics SQuAD's; leave all three out"
       )
-    return head_tasks.spans(_numbered(source), vocabulary), split
-  more = {} if metrics is None else {"metrics": metrics}
+    source = _numbered(source)
+    task = head_tasks.spans(source, vocabulary, skip_bad_rows=skip_bad_rows)
+    return task, split
+  more: dict[str, Any] = {"skip_bad_rows": skip_bad_rows}
+  if metrics is not None:
+    more["metrics"] = metrics
   if kind == "token_classification":
     return head_tasks.tagging(
       source,
@@ -132,7 +141,7 @@ def task_of(
     if kind == "embedding":
       if metrics is not None:
         raise UserError("metrics: an embedding has none but its loss")
-      more = {"name": "pairs"}
+      more["name"] = "pairs"
     return tasks.text_to_text(
       source,
       _template(inputs, "inputs"),

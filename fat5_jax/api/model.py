@@ -347,6 +347,7 @@ class Model(Asks):
     dropout: float = 0.1,
     seed: int = 42,
     pack: bool | None = None,
+    skip_bad_rows: bool = False,
     checkpoint_period: int = 1000,
     keep: int | None = 3,
     **more: Any,
@@ -386,6 +387,7 @@ class Model(Asks):
       dropout: of the model.
       seed: of fresh parameters, order and dropout.
       pack: several examples a row; None is True for language models.
+      skip_bad_rows: leaves out rows that would be an error.
       checkpoint_period: steps between checkpoints.
       keep: checkpoints that stay; None all.
       **more: fields of training.run.Run: eval_period (1000, 0 for one at the
@@ -424,6 +426,7 @@ class Model(Asks):
         inputs,
         targets,
         metrics,
+        skip_bad_rows,
       )
       folder, owner = _folder(run_folder)
       run = training.make_run(
