@@ -11,7 +11,7 @@ import flax.linen as nn
 import optax
 import seqio
 
-from fat5_jax import console, trees
+from fat5_jax import console, macros, trees
 from fat5_jax import train as train_command
 from fat5_jax.api import data, training
 from fat5_jax.api.asking import CLASSIFIERS, Asks
@@ -41,6 +41,7 @@ def load(
   *,
   dtype: str | None = None,
   mesh: Mapping[str, int] | None = None,
+  attention: str | None = None,
   vocabulary: str | os.PathLike | seqio.Vocabulary | None = None,
   head_module: str | type[nn.Module] | None = None,
 ) -> Model:
@@ -54,6 +55,8 @@ def load(
       checkpoint's own and trains in bfloat16. Parameters are float32.
     mesh: devices by axis, {"fsdp": 8}; None puts a part of each batch on every
       device. See gin/runs/mesh.gin.
+    attention: "mosaic_tpu", "mosaic_gpu", "triton", "chunked" or "reference";
+      None is the chip's best.
     vocabulary: a SentencePiece model's path, or a SeqIO vocabulary; None is
       what the checkpoint brings.
     head_module: a head module of your own, as the run folder names it
@@ -70,6 +73,9 @@ def load(
     config = reference.read_config(source).replace(
       scan_layers=False, remat_policy="none"
     )
+    macros.check("ATTENTION", attention, "attention")
+    if attention is not None:
+      config = config.replace(attention_implementation=attention)
     if isinstance(vocabulary, (str, os.PathLike)):
       sources.expand(os.fspath(vocabulary))
       vocabulary = seqio.SentencePieceVocabulary(os.fspath(vocabulary), 100)
@@ -348,6 +354,8 @@ class Model(Asks):
     seed: int = 42,
     pack: bool | None = None,
     skip_bad_rows: bool = False,
+    scan_layers: bool = False,
+    remat_policy: str | tuple[str, ...] = "none",
     checkpoint_period: int = 1000,
     keep: int | None = 3,
     **more: Any,
@@ -388,6 +396,9 @@ class Model(Asks):
       seed: of fresh parameters, order and dropout.
       pack: several examples a row; None is True for language models.
       skip_bad_rows: leaves out rows that would be an error.
+      scan_layers: compiles one layer, not all of them.
+      remat_policy: what is computed again in the backward pass, to save memory:
+        "none", "minimal", "gathered" or "full".
       checkpoint_period: steps between checkpoints.
       keep: checkpoints that stay; None all.
       **more: fields of training.run.Run: eval_period (1000, 0 for one at the
@@ -416,7 +427,10 @@ class Model(Asks):
         keep=keep,
       )
       module = self._module(
-        dropout_rate=dropout, dtype=self._dtype or "bfloat16"
+        dropout_rate=dropout,
+        dtype=self._dtype or "bfloat16",
+        scan_layers=scan_layers,
+        remat_policy=remat_policy,
       )
       task, split = data.task_of(
         rows,
@@ -453,7 +467,9 @@ class Model(Asks):
   def _become(self, run: Any, folder: str, owner: Any) -> None:
     """The model at the last checkpoint of a run."""
     self._source = reference.find(folder)
-    self.config = run.model.config
+    self.config = run.model.config.replace(
+      scan_layers=False, remat_policy="none"
+    )
     self._is_fresh, self._owner = False, owner
 
   def export(
