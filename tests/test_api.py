@@ -289,6 +289,15 @@ def test_a_fine_tuned_model_scores_and_transformers_loads_its_export(
   assert read(by_tool) == read(tmp_path / "out")
 
 
+def test_another_optimizer_needs_the_weights_alone(trained, tmp_path):
+  run, _ = trained
+  model = fat5_jax.load(run.folder)
+  with pytest.raises(UserError, match="to='fat5'.*writes"):
+    model.fine_tune(ROWS, "text", "answer", **QUICK, optimizer="adamw")
+  alone = fat5_jax.load(model.export(tmp_path / "weights", to="fat5"))
+  assert bits(alone.parameters) == bits(run.model.parameters)
+
+
 def test_a_run_shows_its_metrics_and_curves(trained):
   run, _ = trained
   frame = run.metrics
@@ -401,13 +410,10 @@ def test_a_run_that_ctrl_c_stops_is_saved_and_the_same_call_goes_on(
     os.kill(os.getpid(), signal.SIGINT)
 
   def tune(steps):
-    return load(theirs).fine_tune(
-      ROWS,
-      "text",
-      "answer",
-      **QUICK | {"steps": steps},
-      dropout=0.0,
-      run_folder=folder,
+    labels = [row["answer"] for row in ROWS]
+    model = load(theirs).with_head("sequence_classification", labels)
+    return model.fine_tune(
+      ROWS, "text", "answer", steps=steps, dropout=0.0, run_folder=folder
     )
 
   threading.Thread(target=interrupt, daemon=True).start()
@@ -503,6 +509,7 @@ CASES = {
   "one text": (lambda m: m.generate("a"), "texts is one text"),
   "no texts": (lambda m: m.generate(3), "texts is a int"),
   "a number": (lambda m: m.generate(["a", 3]), r"texts\[1\] is 3"),
+  "surrogate": (lambda m: m.generate(["\ud800"]), r"texts\[0\]: half a"),
   "blank": (lambda m: m.generate(["a", " "]), r"texts\[1\]: .*not a text"),
   "a pair": (lambda m: m.generate([("a", "b")]), r"texts\[0\] is 2 texts"),
   "beams": (lambda m: m.generate(["a"], num_beams=4), "not there yet"),

@@ -10,6 +10,7 @@ import os
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
 from fat5_jax.api.fine_tuned import FineTuned
-from fat5_jax.api.model import Model, load
+from fat5_jax.api.loading import load
+from fat5_jax.api.model import Model
 
 __all__ = ["FineTuned", "Model", "load"]

@@ -40,11 +40,23 @@ _ARGUMENTS = {
   "USE_TEMPLATE": "use_template",
   "INPUT": "rows",
 }
+# Ways out that a caller in Python has another of.
+_PHRASES = (
+  ("than the gin file asks for", "than fine_tune asks for"),
+  (
+    "Export it with tools/convert_checkpoint.py and start from the weights"
+    " alone",
+    "To start from the weights alone, load what"
+    " model.export(folder, to='fat5') writes",
+  ),
+)
 _NAME = re.compile(rf"(?:--gin\.)?\b({'|'.join(_ARGUMENTS)})\b")
 
 
 def in_python(message: str) -> str:
   """The message with arguments' names in the place of macros'."""
+  for before, now in _PHRASES:
+    message = message.replace(before, now)
   return _NAME.sub(lambda match: _ARGUMENTS[match[1]], message)
 
 

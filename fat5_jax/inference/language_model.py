@@ -48,7 +48,10 @@ def encode(
   vocabulary: seqio.Vocabulary, text: str, max_length: int | None, told: Told
 ) -> Sequence[int]:
   """Its tokens, room left for the end of the sequence."""
-  ids = vocabulary.encode(text)
+  try:
+    ids = vocabulary.encode(text)
+  except UnicodeEncodeError:
+    raise UserError("half a character (a lone surrogate)") from None
   told.add_tokens(ids, vocabulary.unk_id)
   if max_length is not None and len(ids) >= max_length:
     ids = ids[: max_length - 1]
