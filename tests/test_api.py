@@ -614,6 +614,18 @@ def test_what_cannot_be_loaded_is_told(theirs, tmp_path):
     model.generate(["a"])
 
 
+def test_a_model_that_is_gone_leaves_no_parameters(theirs):
+  import gc
+  import weakref
+
+  model = load(theirs)
+  model.score(["a"], ["b"])
+  leaf = weakref.ref(model.parameters["token_embedder"]["embedding"])
+  del model
+  gc.collect()
+  assert leaf() is None
+
+
 def test_jax_is_where_the_model_lies(model):
   leaf = model.parameters["token_embedder"]["embedding"]
   assert isinstance(leaf, jax.Array) and model.config.vocab_size == 384

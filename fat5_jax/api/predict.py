@@ -5,7 +5,7 @@ The same functions as those of `python -m fat5_jax.infer`, so the same answers.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 import dataclasses
 import functools
 from typing import Any
@@ -65,6 +65,7 @@ class Answers:
     """`asks_as_run`: whether the run folder's task is one for this model."""
     self._loaded, self._vocabulary = loaded, vocabulary
     self._config, self._asks_as_run = loaded.model.config, asks_as_run
+    self._made: dict[Any, Any] = {}
 
   @functools.cached_property
   def _own(self) -> tuple[Any, int | None]:
@@ -74,10 +75,17 @@ class Answers:
       record = own_task.record_of(self._loaded.source)
     return rows.recorded_task(record, self._vocabulary)
 
-  @functools.lru_cache(maxsize=8)  # noqa: B019 (it lives as long as a model)
+  def _once(self, key: Any, make: Callable[[], Any]) -> Any:
+    """What `make` gives, made once: it holds compiled programs."""
+    if key not in self._made:
+      self._made[key] = make()
+    return self._made[key]
+
   def _predictor(self, batch_size, max_tokens=None, embeds=False) -> Predictor:
     model = self._embedder if embeds else self._loaded.model
-    return Predictor(model, self._loaded.partitioner, batch_size, max_tokens)
+    partitioner = self._loaded.partitioner
+    make = lambda: Predictor(model, partitioner, batch_size, max_tokens)
+    return self._once(("predictor", batch_size, max_tokens, embeds), make)
 
   def _asked(self, options: Options) -> tuple[Any, int | None]:
     own, window = self._own if options.use_template else (None, None)
@@ -109,11 +117,10 @@ class Answers:
     self._tell(told, limit)
     return answers
 
-  @functools.lru_cache(maxsize=8)  # noqa: B019
   def _scorer(self, batch_size) -> score.Scorer:
-    return score.Scorer(
-      self._loaded.model, self._loaded.partitioner, batch_size
-    )
+    model, partitioner = self._loaded.model, self._loaded.partitioner
+    make = lambda: score.Scorer(model, partitioner, batch_size)
+    return self._once(("scorer", batch_size), make)
 
   def score(
     self, inputs: list[Any], targets: list[Any], options: Options
