@@ -14,7 +14,7 @@ from typing import Any
 import seqio
 
 from fat5_jax import console
-from fat5_jax.data import features, pipeline, records, seqio_source, sources
+from fat5_jax.data import features, pipeline, seqio_source, sources
 from fat5_jax.distributed import hosts
 from fat5_jax.distributed.sharding import Partitioner
 from fat5_jax.errors import UserError
@@ -186,26 +186,15 @@ class _Built:
       lengths = self.dataset_cfg.lengths() or {}
       self.max_input_length = self.max_input_length or lengths.get("inputs")
     else:
-      split, read = seqio_source.ROWS, self._rows
-      if is_spans:
-        read = lambda: heads.with_own_ids(self._rows())
-      if self.own is not None and features.label_feature(self.own) is not None:
-        task = records.ask(self.own, read)
-      elif is_spans:
-        if rows.is_text(path):
-          raise UserError(
-            "question answering needs INPUT = a .jsonl, .tsv or .csv file with"
-            " columns question and context"
-          )
-        task = heads.task_of_rows(head, read, self.vocabulary)
-      else:
-        pairs = self.own is None and rows.has_pairs(path)
-        task = heads.task_of_rows(
-          head,
-          lambda: rows.texts(read(), self.own, pairs),
-          self.vocabulary,
-          pairs,
+      split, own = seqio_source.ROWS, self.own
+      has_labels = own is not None and features.label_feature(own) is not None
+      if is_spans and not has_labels and rows.is_text(path):
+        raise UserError(
+          "question answering needs INPUT = a .jsonl, .tsv or .csv file with"
+          " columns question and context"
         )
+      pairs = own is None and not is_spans and rows.has_pairs(path)
+      task = heads.asked(head, own, self._rows, self.vocabulary, pairs)
     length = self.max_input_length
     if is_spans and length is not None and length < _SHORTEST_WINDOW:
       raise UserError(

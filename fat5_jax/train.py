@@ -78,7 +78,7 @@ def train(run: Run) -> TrainState | None:
         evaluate()
       home.checkpoints.wait()
     if stop.received:
-      words.stopped_words(stop.name, step, home.path)
+      words.stopped_words(run, stop.name, step, home.path)
       state = None
     else:
       words.closing_words(run, log, evaluations.generation, home.path, step)

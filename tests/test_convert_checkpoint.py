@@ -12,7 +12,7 @@ import jax
 import numpy as np
 import pytest
 
-from fat5_jax.checkpoints import writer
+from fat5_jax.checkpoints import export_checks, writer
 from fat5_jax.convert import hf
 from fat5_jax.errors import UserError
 from fat5_jax.models.config import HeadConfig, LoRAConfig
@@ -126,7 +126,7 @@ def test_a_conversion_that_fails_its_check_leaves_nothing(
     seen.append(sorted(os.listdir(folder)))
     raise failure
 
-  monkeypatch.setattr(tool, "_compared", fail)
+  monkeypatch.setattr(export_checks, "compared", fail)
   arguments = (tmp_path / "source", tmp_path / "out", "--to", to)
   if isinstance(failure, OSError):
     with pytest.raises(OSError, match="disk"):
@@ -143,7 +143,7 @@ def test_a_conversion_that_fails_leaves_the_earlier_export(
   hf_models.make("t5_1_1", tmp_path / "source")
   hf_models.make("t5_1_0", tmp_path / "out")
   before = {p.name: p.read_bytes() for p in (tmp_path / "out").iterdir()}
-  monkeypatch.setattr(tool, "_outputs", lambda *_: np.random.rand(3))
+  monkeypatch.setattr(export_checks, "_outputs", lambda *_: np.random.rand(3))
   arguments = (tmp_path / "source", tmp_path / "out", "--to", "hf")
   assert convert(tool, monkeypatch, *arguments) == 1
   after = {p.name: p.read_bytes() for p in (tmp_path / "out").iterdir()}
@@ -161,7 +161,7 @@ def test_an_export_that_transformers_answers_otherwise_is_not_kept(
   program = "raise ValueError('odd')"
   if answer == "other numbers":
     program = "print('[\"5.24.0\", [[[1e6]]]]')"
-  monkeypatch.setattr(tool, "_LOADS", program)
+  monkeypatch.setattr(export_checks, "_LOADS", program)
   monkeypatch.setattr(
     sys,
     "argv",

@@ -295,6 +295,13 @@ def eval_batches(
       yield fill_rows(batch, rows or config.batch_size)
 
 
+def count_rows(config: DatasetConfig) -> int:
+  """Rows of one pass over a split, as they are packed; reads all of it."""
+  with seqio_source.reraise():
+    dataset = _dataset(config, num_epochs=1)
+    return sum(1 for _ in dataset)
+
+
 def fill_rows(batch: Batch, rows: int) -> Batch:
   """The batch with rows of zeros appended, up to `rows`."""
   return {

@@ -77,7 +77,8 @@ class InferenceEvaluator:
     found = []
     for example, values in self._predict(params, _trimmed(dataset)):
       if self._has_tags:
-        # SeqIO makes one array of them all.
+        # SeqIO makes one array of them all; metrics ask for classes alone.
+        values = values[:, 0]
         width = example["width"]
         missing = max(width - values.shape[0], 0)
         values = np.pad(values, (0, missing))[:width]

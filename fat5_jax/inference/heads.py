@@ -9,11 +9,18 @@ from typing import Any
 import seqio
 import tensorflow_datasets as tfds
 
-from fat5_jax.data import features, head_tasks, seqio_source, sources
+from fat5_jax.data import (
+  features,
+  head_tasks,
+  labels,
+  records,
+  seqio_source,
+  sources,
+)
 from fat5_jax.data.seqio_source import ROWS
 from fat5_jax.errors import UserError
 from fat5_jax.inference.predictor import Predictor
-from fat5_jax.inference.rows import Told, check_tokens
+from fat5_jax.inference.rows import Told, check_tokens, texts
 from fat5_jax.inference.writers import Record
 from fat5_jax.models.config import HeadConfig
 
@@ -42,7 +49,8 @@ def task_of_rows(
   """A task (its split is `ROWS`) of rows without labels, for a head to predict.
 
   Rows have `inputs`, where they are `pairs` also `second`; for spans `id`,
-  `question` and `context`; for tags words apart by spaces in `inputs`.
+  `question` and `context`; for tags words in `inputs`, a list or apart by
+  spaces.
   """
   name = "predict_rows"
 
@@ -57,7 +65,7 @@ def task_of_rows(
   if head.kind == "token_classification":
 
     def tagged(row):
-      words = sources.column(row, "inputs").split()
+      words = labels.items(row, "inputs")
       return {"words": words, "tags": [0] * len(words)}
 
     names = head.label_names or tuple(map(str, range(head.num_labels)))
@@ -83,6 +91,29 @@ def task_of_rows(
     head.problem_type,
     name,
     num_labels=head.num_labels,
+  )
+
+
+def asked(
+  head: HeadConfig,
+  own: seqio.Task | None,
+  read: Callable[[], Iterable[sources.LocatedRow]],
+  vocabulary: seqio.Vocabulary,
+  pairs: bool = False,
+) -> seqio.Task:
+  """The task (its split is `ROWS`) that asks a head about rows.
+
+  In the words of the run's `own` task where that is one for the head; else rows
+  are those of `task_of_rows`.
+  """
+  is_spans = head.kind == "question_answering"
+  rows = (lambda: with_own_ids(read())) if is_spans else read
+  if own is not None and features.label_feature(own) is not None:
+    return records.ask(own, rows)
+  if is_spans:
+    return task_of_rows(head, rows, vocabulary)
+  return task_of_rows(
+    head, lambda: texts(rows(), own, pairs), vocabulary, pairs
   )
 
 
@@ -150,6 +181,7 @@ def _records(
 ) -> Iterator[Record]:
   postprocess = task.postprocess_fn
   key = {"question_answering": "id", "token_classification": "sentence"}
+  has_tags = head.kind == "token_classification"
   numbers = itertools.count()
 
   def group(window):
@@ -160,10 +192,14 @@ def _records(
   def read(window):
     """(prediction, target) of a window."""
     example, values = window
-    return (
-      postprocess(values, example=example, is_target=False),
-      postprocess(example["targets"], example=example, is_target=True),
-    )
+    classes = values[:, 0] if has_tags else values
+    found = postprocess(classes, example=example, is_target=False)
+    if has_tags:
+      found["probabilities"] = _of_words(values[:, 1], example["targets"])
+    elif head.kind == "question_answering":
+      found["probability"] = round(float(values[3]), 6)
+    wanted = postprocess(example["targets"], example=example, is_target=True)
+    return found, wanted
 
   for _, parts in itertools.groupby(windows, group):
     example, values = first = next(parts)
@@ -177,14 +213,25 @@ def _records(
       targets = wanted["answers"]
     elif head.kind == "token_classification":
       tags, targets = found["tags"], wanted["tags"]
+      probabilities = found["probabilities"]
       for more, wanted in map(read, parts):
         tags, targets = tags + more["tags"], targets + wanted["tags"]
+        probabilities = probabilities + more["probabilities"]
       words = [word.decode("utf-8") for word in example["words"]]
-      record = {"words": words, "tags": tags}
+      record = {"words": words, "tags": tags, "probabilities": probabilities}
     else:
       text = example["inputs_pretokenized"].decode("utf-8")
       record = {"inputs": text} | _labels(found, values, head)
     yield record | ({"targets": targets} if with_targets else {})
+
+
+def _of_words(values, targets) -> list[float]:
+  """The values of the tokens that words begin with."""
+  return [
+    round(float(value), 6)
+    for value, label in zip(values, targets)
+    if label != features.IGNORED
+  ]
 
 
 def _question(example) -> str:
@@ -197,13 +244,16 @@ def _labels(found, values, head: HeadConfig) -> Record:
   if head.problem_type == "regression":
     return {"prediction": found}
   names = head.label_names or tuple(map(str, range(head.num_labels)))
+  rounded = lambda values: (round(float(v), 6) for v in values)
   if head.problem_type == "multi_label_classification":
     return {
       "prediction": [name for name, on in zip(names, found) if on],
-      "probabilities": dict(zip(names, (round(float(v), 6) for v in values))),
+      "probabilities": dict(zip(names, rounded(values))),
     }
+  probabilities = dict(zip(names, rounded(values[1:])))
   return {
     "prediction": names[found],
     "label": found,
-    "probability": round(float(values[1]), 6),
+    "probability": probabilities[names[found]],
+    "probabilities": probabilities,
   }

@@ -32,7 +32,7 @@ def answers(
   def examples():
     for where, row in rows:
       try:
-        ids = _encode(vocabulary, row["inputs"], max_input_length, told)
+        ids = encode(vocabulary, row["inputs"], max_input_length, told)
         ids = [*ids, config.eos_token_id]
         check_tokens(ids, row["inputs"], config.vocab_size)
       except UserError as e:
@@ -44,11 +44,14 @@ def answers(
     yield example["row"] | {"prediction": text}
 
 
-def _encode(
+def encode(
   vocabulary: seqio.Vocabulary, text: str, max_length: int | None, told: Told
 ) -> Sequence[int]:
   """Its tokens, room left for the end of the sequence."""
-  ids = vocabulary.encode(text)
+  try:
+    ids = vocabulary.encode(text)
+  except UnicodeEncodeError:
+    raise UserError("half a character (a lone surrogate)") from None
   told.add_tokens(ids, vocabulary.unk_id)
   if max_length is not None and len(ids) >= max_length:
     ids = ids[: max_length - 1]

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 import dataclasses
 from typing import Any
 
+import jax
 import seqio
 
 from fat5_jax import console
@@ -39,6 +41,7 @@ def load_model(
   model: Any = None,
   partitioner: Partitioner | None = None,
   head_module: str | None = None,
+  initialise: Callable[[list[str]], dict[str, jax.Array]] | None = None,
 ) -> Loaded:
   """What lies at a path, as a model.
 
@@ -49,6 +52,8 @@ def load_model(
     partitioner: the mesh; None puts a part of each batch on every device.
     head_module: allows a head module of a person's own, by the name that the
       run folder gives it, to be imported.
+    initialise: see load.load_params; None is for a checkpoint that has all
+      parameters of the model.
 
   Raises:
     UserError: if there is none, or it is damaged.
@@ -68,6 +73,7 @@ def load_model(
     model.config,
     partitioner.place(initial.abstract_params(model)),
     partitioner,
+    initialise=initialise,
   )
   console.say(f"weights of {source.path}")
   return Loaded(model, params, vocabulary.read(source), source, partitioner)

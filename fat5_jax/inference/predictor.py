@@ -62,8 +62,8 @@ class Predictor:
 
     Returns:
       Tokens (max_output_length,) of a language model; for the others what
-      their objective says (objectives/heads.py), tags as many as the batch is
-      long.
+      their objective says (objectives/heads.py), of tags as many as the batch
+      is long.
     """
     pad_id = self.model.config.pad_token_id
     length_of = lambda example: len(example["inputs"])

@@ -76,15 +76,9 @@ def task_of_run(source, vocabulary, path: str) -> tuple[Any, int | None]:
   None where it tells none, and for rows that hold whole inputs.
   """
   record = own_task.record_of(source)
-  if record is None:
+  task, window = recorded_task(record, vocabulary)
+  if task is None:
     return None, None
-  if "factory" not in record:
-    console.say(
-      f"task {record['name']} of the run folder is registered by code, so"
-      " inputs are taken as they are"
-    )
-    return None, None
-  task = records.build(record, vocabulary)
   task.source.read_like = record["source"].get("arguments", {})
   columns = task.source.columns
   if is_text(path):
@@ -104,6 +98,22 @@ def task_of_run(source, vocabulary, path: str) -> tuple[Any, int | None]:
         " are taken as whole inputs, the task's template is not filled"
       )
       return None, None
+  return task, window
+
+
+def recorded_task(
+  record: dict[str, Any] | None, vocabulary: seqio.Vocabulary
+) -> tuple[Any, int | None]:
+  """(the task of a record, without its data; the length of its windows)."""
+  if record is None:
+    return None, None
+  if "factory" not in record:
+    console.say(
+      f"task {record['name']} of the run folder is registered by code, so"
+      " inputs are taken as they are"
+    )
+    return None, None
+  task = records.build(record, vocabulary)
   lengths = record["lengths"] if record["kind"] in features.WINDOWED else {}
   return task, lengths.get("inputs")
 

@@ -58,8 +58,13 @@ def import_head(record: Mapping[str, Any]) -> nn.Module:
     kind = getattr(importlib.import_module(module), name)
   except (ImportError, AttributeError) as e:
     raise ValueError(f"head module {record['module']}: {e}") from None
+  return make_head(kind, record["fields"])
+
+
+def make_head(kind: type[nn.Module], fields: Mapping[str, Any]) -> nn.Module:
+  """A head module from its class and the fields that `own_head` wrote."""
   lists = lambda x: tuple(x) if isinstance(x, list) else x
-  return kind(**{key: lists(x) for key, x in record["fields"].items()})
+  return kind(**{key: lists(x) for key, x in fields.items()})
 
 
 _CLASSES = {

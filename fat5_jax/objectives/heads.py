@@ -45,7 +45,7 @@ class _Labelled(Objective):
 
 
 class SingleLabel(_Labelled):
-  """One class a row; it says its number and its probability."""
+  """One class a row; it says its number, and the probability of each."""
 
   def costs(self, outputs, labels_BK):
     return self.choose(outputs[:, None], labels_BK)
@@ -62,22 +62,24 @@ class SingleLabel(_Labelled):
 
   def answer(self, outputs, batch):
     best = jnp.argmax(outputs, axis=-1).astype(jnp.float32)
-    probability_B = jax.nn.softmax(outputs).max(axis=-1)
-    return jnp.stack([best, probability_B], axis=1)
+    return jnp.concatenate([best[:, None], jax.nn.softmax(outputs)], axis=1)
 
 
 class Tags(SingleLabel):
-  """A class a token; it says the class of each."""
+  """A class a token; it says the class of each, and its probability."""
 
   def costs(self, outputs, labels_BK):
     return self.choose(outputs, labels_BK)
 
   def answer(self, outputs, batch):
-    return jnp.argmax(outputs, axis=-1).astype(jnp.float32)
+    best_BL = jnp.argmax(outputs, axis=-1).astype(jnp.float32)
+    probability_BL = jax.nn.softmax(outputs).max(axis=-1)
+    return jnp.stack([best_BL, probability_BL], axis=-1)
 
 
 class Spans(SingleLabel):
-  """The first and the last token of an answer; it says both, and their score.
+  """The first and the last token of an answer; it says both, their score (the
+  sum of their logits), and their probability among the tokens of the row.
 
   Positions beyond the row count for nothing. The batch it predicts has
   `answerable` (B, L), 1 where an answer may be.
@@ -177,7 +179,7 @@ def _sums(weights_BK, loss_BK, z_BK, right_BK):
 
 
 def _best_spans(logits_BL2, answerable_BL, max_tokens: int) -> jax.Array:
-  """(first, last, score) of the best span a row, (B, 3)."""
+  """(first, last, score, probability) of the best span a row, (B, 4)."""
   logits_BL2 = jnp.where(answerable_BL[..., None] != 0, logits_BL2, -1e9)
   start_BL, end_BL = logits_BL2[..., 0], logits_BL2[..., 1]
   length = start_BL.shape[1]
@@ -191,5 +193,8 @@ def _best_spans(logits_BL2, answerable_BL, max_tokens: int) -> jax.Array:
   more_B = best_per_size.argmax(axis=1)
   pick = lambda x: jnp.take_along_axis(x, more_B[:, None], axis=1)[:, 0]
   first_B = pick(first_per_size)
-  columns = (first_B, first_B + more_B, pick(best_per_size))
+  score_B = pick(best_per_size)
+  totals_B2 = jax.nn.logsumexp(logits_BL2, axis=1)
+  probability_B = jnp.exp(score_B - totals_B2.sum(axis=1))
+  columns = (first_B, first_B + more_B, score_B, probability_B)
   return jnp.stack([c.astype(jnp.float32) for c in columns], axis=1)

@@ -42,8 +42,15 @@ def opening_words(
   )
 
 
-def stopped_words(name: str, step: int, model_dir: str) -> None:
+def stopped_words(run: Run, name: str, step: int, model_dir: str) -> None:
   """How to go on after a signal."""
+  if run.config_text is None:
+    # Built in Python.
+    console.say(
+      f"stopped by {name} at step {step}, which is saved in {model_dir}. The"
+      " same call with this run folder goes on"
+    )
+    return
   command = shlex.join(getattr(sys, "orig_argv", sys.argv))
   console.say(
     f"stopped by {name} at step {step}, which is saved in {model_dir}. Run the"
@@ -71,6 +78,8 @@ def closing_words(
   if evaluator is not None:
     console.samples_table(evaluator.samples(step, 8))
   console.say(f"curves: {log.plot()}")
+  if run.config_text is None:
+    return
   python = "python"
   if shutil.which("python") != sys.executable:
     python = sys.executable
