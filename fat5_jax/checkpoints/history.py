@@ -65,8 +65,9 @@ def latest_whole(
       f"  checkpoint_{step}: {reason}" for step, reason in damaged.items()
     )
     raise UserError(
-      f"{model_dir}: every checkpoint is damaged:\n{listed}\nStart from"
-      " another with --gin.INITIAL_CHECKPOINT_PATH=..., in another MODEL_DIR"
+      f"{model_dir}: every checkpoint is damaged:\n{listed}\nTrain from another"
+      " (INITIAL_CHECKPOINT_PATH, in another MODEL_DIR), predict with another"
+      " (CHECKPOINT_PATH)"
     )
   return None, []
 

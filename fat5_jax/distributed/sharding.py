@@ -315,9 +315,10 @@ class Partitioner:
     if batch_size is not None:
       ways, parts = self.ways("batch"), num_microbatches or 1
       if batch_size % (ways * parts):
-        split = (
-          f"{ways} devices of mesh axis {' x '.join(self.axes_of('batch'))}"
-        )
+        axes = " x ".join(self.axes_of("batch"))
+        split = f"{ways} device" + "s" * (ways > 1)
+        if axes:
+          split += f" of mesh axis {axes}"
         if parts > 1:
           split += f", {parts} microbatches each"
         raise UserError(
