@@ -51,7 +51,7 @@ ALLOWED = {
     *("fat5_jax.models", "fat5_jax.objectives"),
   },
   "fat5_jax/evaluation": {
-    *("jax", "numpy", "seqio", "tensorflow_datasets"),
+    *("jax", "numpy", "seqio", "tensorflow", "tensorflow_datasets"),
     *("fat5_jax.data", "fat5_jax.distributed", "fat5_jax.inference"),
   },
   "fat5_jax/training": {

@@ -261,6 +261,9 @@ class Checkpointer:
   def last_good(self) -> str:
     if self._last is None:
       return "There is no earlier one"
+    path = os.path.join(self._folder, f"checkpoint_{self._last}")
+    if not os.path.isdir(path):
+      return f"The last good checkpoint, step {self._last}, is gone too"
     return f"The last good checkpoint is step {self._last} and untouched"
 
   def close(self) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+import contextlib
+import errno
 import json
 import os
 from typing import Any
@@ -10,6 +12,7 @@ from typing import Any
 import jax
 import numpy as np
 import seqio
+import tensorflow as tf
 import tensorflow_datasets as tfds
 
 from fat5_jax.data import features, pipeline, seqio_source, tasks
@@ -89,7 +92,7 @@ class InferenceEvaluator:
     """Metrics by task name."""
     if not self._evaluator.eval_tasks:
       return {}
-    with seqio_source.reraise():
+    with seqio_source.reraise(), self._disk_errors():
       results, _ = self._evaluator.evaluate(
         compute_metrics=True,
         step=step,
@@ -101,6 +104,20 @@ class InferenceEvaluator:
       task: {name: _number(value) for name, value in values.items()}
       for task, values in results.items()
     }
+
+  @contextlib.contextmanager
+  def _disk_errors(self) -> Iterator[None]:
+    """What SeqIO says of a disk that is full or gone, as Python says it."""
+    try:
+      yield
+    except ValueError as e:
+      if not isinstance(e.__cause__, tf.errors.OpError):
+        raise
+      is_full = isinstance(e.__cause__, tf.errors.ResourceExhaustedError)
+      number = errno.ENOSPC if is_full else errno.EIO
+      if not os.path.isdir(self._folder):
+        number = errno.ENOENT
+      raise OSError(number, os.strerror(number), self._folder) from e
 
   def samples(self, step: int, count: int) -> Iterator[dict[str, str]]:
     """The first predictions of a step, from the file that was written."""
