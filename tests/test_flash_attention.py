@@ -731,6 +731,9 @@ def test_ids_at_the_ends_of_32_bits_are_ids(implementation):
   # The least three are one.
   small = lambda ids: np.where(ids < 0, 1, np.where(ids == 7, 2, 3))
 
+  # Jitted: on two cores an operation of its own, dispatched while a callback of
+  # the TPU's interpreter computes, can wait for it forever.
+  @jax.jit
   def gradients(q_ids, kv_ids):
     attend = lambda *x: flash_attention(
       *x,
