@@ -280,7 +280,10 @@ def test_a_kill_leaves_the_output_whole_or_as_it_was(zygote, seed, user):
     flags = ("INPUT=many.txt", "OUTPUT=killed.jsonl", "MAX_OUTPUT_LENGTH=2")
     done = infer(zygote, user, *flags, seconds=seconds)
     count = (user / "killed.jsonl").read_text().count("\n")
-    assert count == (4000 if done.status == 0 else 1)
+    # It may be whole already, and the command not at its end.
+    assert count == 4000 or (count == 1 and done.status != 0)
+    if count == 4000:
+      (user / "killed.jsonl").write_text("before\n")
 
 
 def test_two_questions_of_one_id_are_not_made_one():
