@@ -406,7 +406,10 @@ def test_a_refusal_names_file_and_line(folder):
     ),
     ("include 'gs://mine/a.gin'", "copy it here"),
     ("import __main__ as train_script\nBATCH_SIZE == 3", "is no gin"),
-    ("from t5x import utils\nutils.DatasetConfig:\n", "before its last block"),
+    (
+      "from t5x import utils\nutils.DatasetConfig:\n",
+      "is no gin (Expected indentation",
+    ),
     ("import t5x.utils\nBATCH_SIZE = {[1]: 2}", "a key of a table"),
     ("import optax\noptax.adamw.learning_rat = 1", "'learning_rate'"),
     ("import optax\noptax.adam_w.b1 = 1", "optax has no adam_w"),

@@ -145,7 +145,7 @@ class Files:
     self._open.pop()
 
   def _read(self, text: str, path: str) -> None:
-    _check_gin(text, path)
+    ours.check_gin(text, path)
     own: dict[str, str] = {}
     parser = config_parser.ConfigParser(io.StringIO(text), _Delegate())
     for statement in parser:
@@ -177,7 +177,7 @@ class Files:
   def add_flags(self, texts: Sequence[str]) -> None:
     """Reads bindings of the command line, after all files."""
     for text in texts:
-      _check_gin(text, "")
+      ours.check_gin(text, "")
       parser = config_parser.ConfigParser(io.StringIO(text), _Delegate())
       for statement in parser:
         if not isinstance(statement, config_parser.BindingStatement):
@@ -257,19 +257,6 @@ def _checked(full: str, where: str) -> str:
     f"{where}: T5X's {full} is unknown here.{nearest(full, beside)} What of"
     " T5X's is known: python -m fat5_jax.gin_config.t5x.table"
   )
-
-
-def _check_gin(text: str, path: str) -> None:
-  """Raises UserError, in words for people, for what is no gin."""
-  try:
-    ours.check_gin(text, path)
-  except IndexError:
-    # The line of the error lies past the end.
-    raise UserError(
-      f"{path} is no gin: it ends before its last block does"
-    ) from None
-  except TypeError as e:
-    raise UserError(f"{path} is no gin: a key of a table is {e}") from None
 
 
 def _text(path: str, asked_by: str) -> str:
