@@ -183,8 +183,6 @@ class _Built:
     if self.dataset_cfg is not None:
       pipeline.check_task(self.dataset_cfg, self.loaded.model.config)
       task, split = self.dataset_cfg.task(), self.dataset_cfg.split
-      lengths = self.dataset_cfg.lengths() or {}
-      self.max_input_length = self.max_input_length or lengths.get("inputs")
     else:
       split, own = seqio_source.ROWS, self.own
       has_labels = own is not None and features.label_feature(own) is not None
@@ -230,6 +228,9 @@ def _build(run: Inference) -> _Built:
     )
     read = seqio_source.files_of(built.dataset_cfg.task())
     output_file.check(run.output, read)
+    if not loaded.model.config.is_language_model:
+      window = (built.dataset_cfg.lengths() or {}).get("inputs")
+      built.max_input_length = run.max_input_length or window
   elif run.use_template:
     built.own, window = rows.task_of_run(source, vocabulary, run.path)
     built.max_input_length = run.max_input_length or window

@@ -54,19 +54,7 @@ class GinFiles:
       return path
     if path in self.parsed:
       raise UserError(f"{asked_by}{path} includes this file")
-    try:
-      with open(path, encoding="utf-8") as file:
-        text = file.read()
-    except OSError as e:
-      raise UserError(f"{asked_by}{path}: {e.strerror}") from None
-    except UnicodeDecodeError:
-      raise UserError(f"{asked_by}{path} is no text in UTF-8") from None
-    if "\0" in text:
-      raise UserError(f"{asked_by}{path} is no text: it holds zero bytes")
-    if text.startswith("\ufeff"):
-      raise UserError(
-        f"{path} begins with a byte-order mark: save it as UTF-8 without one"
-      )
+    text = read_text(path, asked_by)
     self.parsed[path] = read(text, path)
     folder = os.path.dirname(path)
     if folder not in self._search_paths:
@@ -77,6 +65,28 @@ class GinFiles:
       lines[n - 1] = f"include {self.add(included, path, n)!r}"
     self.texts[path] = "\n".join(lines)
     return path
+
+
+def read_text(path: str, asked_by: str) -> str:
+  """What a gin file holds; `asked_by` begins an error.
+
+  Raises:
+    UserError: if it cannot be read, or is no text.
+  """
+  try:
+    with open(path, encoding="utf-8") as file:
+      text = file.read()
+  except OSError as e:
+    raise UserError(f"{asked_by}{path}: {e.strerror}") from None
+  except UnicodeDecodeError:
+    raise UserError(f"{asked_by}{path} is no text in UTF-8") from None
+  if "\0" in text:
+    raise UserError(f"{asked_by}{path} is no text: it holds zero bytes")
+  if text.startswith("\ufeff"):
+    raise UserError(
+      f"{path} begins with a byte-order mark: save it as UTF-8 without one"
+    )
+  return text
 
 
 def shipped() -> Iterator[tuple[str, str]]:

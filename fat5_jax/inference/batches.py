@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TypeVar
 
+import numpy as np
+
 T = TypeVar("T")
 
 # Lengths are rounded up to a multiple, so that few programs are compiled.
@@ -57,3 +59,13 @@ def shape(lengths: Sequence[int], batch_size: int) -> tuple[int, int]:
   if _fits(batch_size, length, batch_size):
     return batch_size, length
   return 1 << (len(lengths) - 1).bit_length(), length
+
+
+def padded(
+  values: Iterable[Sequence[int]], shape: tuple[int, int], fill: int
+) -> np.ndarray:
+  """Rows of numbers as an int32 array, filled up to its shape."""
+  array = np.full(shape, fill, np.int32)
+  for target, row in zip(array, values):
+    target[: len(row)] = row
+  return array

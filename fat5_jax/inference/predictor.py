@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, TypeVar
 
 import numpy as np
@@ -71,7 +71,7 @@ class Predictor:
       rows, length = batches.shape(list(map(length_of, batch)), self.batch_size)
       rows = self._partitioner.round_up(rows)
       arrays = {
-        key: _padded(
+        key: batches.padded(
           [example[name] for example in batch],
           (rows, length),
           pad_id if name == "inputs" else 0,
@@ -80,12 +80,3 @@ class Predictor:
       }
       placed = self._partitioner.to_devices(arrays, 0, rows)
       yield from zip(batch, np.asarray(self._predict(params, placed)))
-
-
-def _padded(
-  values: Iterable[Sequence[int]], shape: tuple[int, int], fill: int
-) -> np.ndarray:
-  array = np.full(shape, fill, np.int32)
-  for target, row in zip(array, values):
-    target[: len(row)] = row
-  return array

@@ -93,11 +93,9 @@ class Scorer:
     height = self._partitioner.round_up(max(n for n, _ in shapes.values()))
 
     def padded(side):
-      width = shapes[side][1]
-      array = np.full((height, width), config.pad_token_id, np.int32)
-      for target, row in zip(array, rows):
-        target[: len(row[side])] = row[side]
-      return array
+      shape = height, shapes[side][1]
+      ids = [row[side] for row in rows]
+      return batches.padded(ids, shape, config.pad_token_id)
 
     targets = padded("targets")
     starts = np.full((height, 1), config.decoder_start_token_id, np.int32)

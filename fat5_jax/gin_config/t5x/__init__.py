@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from fat5_jax.errors import UserError
-from fat5_jax.gin_config.t5x.flags import Flags
+from fat5_jax.gin_config.t5x.flags import Flags, to_seqio
 from fat5_jax.gin_config.t5x.flags import take as take_flags
 
 __all__ = ["Flags", "in_our_words", "take_flags"]
@@ -35,10 +35,9 @@ def in_our_words(
     UserError: for what cannot be honoured: which file, which line, what to do.
   """
   from fat5_jax import console
-  from fat5_jax.gin_config.t5x import flags as flags_lib
   from fat5_jax.gin_config.t5x import reading, translate
 
-  flags_lib.to_seqio(flags)
+  to_seqio(flags)
   for note in flags.notes:
     console.say(f"T5X: {note}")
   found = reading.Files(search_paths)

@@ -33,6 +33,8 @@ ALIASES = {
   MODEL.rpartition(".")[0]: "factory",
 }
 GIN_ROOTS = files.GIN_ROOTS
+# A gin file's text; raises UserError, in words, for what is none.
+read_text = files.read_text
 # Parses a gin text; raises UserError, in words, for what is no gin.
 check_gin = grammar.read
 # (function, parameter, value): the type that the value has not, or None.

@@ -113,7 +113,7 @@ class Files:
     for folder in [beside, "", *self._search_paths, *ours.GIN_ROOTS]:
       path = os.path.abspath(os.path.join(folder, name))
       if os.path.isfile(path) and path not in self._open[-1:]:
-        return path, _text(path, asked_by)
+        return path, ours.read_text(path, asked_by)
     found = shipped.find(name)
     if found is not None:
       return found
@@ -257,20 +257,3 @@ def _checked(full: str, where: str) -> str:
     f"{where}: T5X's {full} is unknown here.{nearest(full, beside)} What of"
     " T5X's is known: python -m fat5_jax.gin_config.t5x.table"
   )
-
-
-def _text(path: str, asked_by: str) -> str:
-  try:
-    with open(path, encoding="utf-8") as file:
-      text = file.read()
-  except OSError as e:
-    raise UserError(f"{asked_by}{path}: {e.strerror}") from None
-  except UnicodeDecodeError:
-    raise UserError(f"{asked_by}{path} is no text in UTF-8") from None
-  if "\0" in text:
-    raise UserError(f"{asked_by}{path} is no text: it holds zero bytes")
-  if text.startswith("\ufeff"):
-    raise UserError(
-      f"{path} begins with a byte-order mark: save it as UTF-8 without one"
-    )
-  return text
