@@ -355,7 +355,7 @@ def test_the_lines_for_fat5_jax_work_too(exported):
       block = re.findall(r"```python\n(.*?)```", file.read(), re.DOTALL)[-1]
     scope = {}
     exec(block.replace("/models/this", one["folder"]), scope)
-    found = scope["config"]
+    found = scope["model"].config
     assert found.architecture() == one["config"].architecture(), name
     if found.head is not None:
       assert found.head.label_names == one["config"].head.label_names

@@ -81,7 +81,7 @@ def lines(job):
   ran = []
   for block in re.findall(r"```python\n(.*?)```", text, re.DOTALL):
     first = block.split("\n")[0]
-    if "fat5_jax import" in block or first == "# peft":
+    if first in ("import fat5_jax", "# peft"):
       continue
     if first == "# sentence-transformers" or (
       first == "# transformers 5" and not IS_5

@@ -145,10 +145,7 @@ def text(
     _labels(head),
     "## In transformers\n\n"
     + _in_words(_usage(config, head, format_name, base), task, head),
-    _OURS.format(
-      base=" --base BASE" if format_name == "peft" else "",
-      options=f", base={base!r}" if format_name == "peft" else "",
-    ),
+    _OURS.format(base=" --base BASE" if format_name == "peft" else ""),
     _training(facts),
   ]
   return "\n\n".join(part.strip("\n") for part in parts if part) + "\n"
@@ -269,12 +266,10 @@ _OURS = """## In fat5_jax
 it, for `fat5_jax.infer` and `fat5_jax.eval`. From Python:
 
 ```python
-from fat5_jax.checkpoints import reference
-from fat5_jax.convert import table
-from fat5_jax.models import factory
+import fat5_jax
 
-config, leaves = reference.open_params(reference.find("/models/this"))
-model, params = factory.create(config), table.read_all(leaves)
+model = fat5_jax.load("/models/this")
+params = model.parameters  # T5X's tree, float32
 ```"""
 
 _SENTENCES = '["a text", "and another one, which is longer"]'
