@@ -7,7 +7,7 @@ from typing import Any
 import jax
 
 from fat5_jax import console
-from fat5_jax.data import features, pipeline
+from fat5_jax.data import pipeline
 from fat5_jax.evaluation.generation import InferenceEvaluator
 from fat5_jax.loggers.metrics import MetricsLog
 from fat5_jax.objectives import totals
@@ -64,15 +64,8 @@ class Evaluations:
         name = f"inference_eval/{task}"
         log.write(step, name, values)
         _say(step, name, values, ".4g")
-    self._tell_cuts()
     log.plot()
     self._last = step
-
-  def _tell_cuts(self) -> None:
-    cfg = self._run.train_dataset_cfg
-    for name, cut in features.cuts_of(cfg.task(), cfg.lengths()).items():
-      if cut.describe():
-        console.say(f"{name}: cut to TASK_FEATURE_LENGTHS: {cut.describe()}")
 
 
 def _say(step: int, name: str, values: dict[str, float], form: str) -> None:
@@ -89,9 +82,10 @@ def _loss_metrics(
   """Loss and token accuracy over a split, teacher-forced."""
   total: dict[str, float] = {}
   partitioner = program.partitioner
-  rows = partitioner.round_up(config.batch_size)
+  ways = partitioner.ways("batch")
   vocab_size = program.model.config.vocab_size
-  for batch in pipeline.eval_batches(config, vocab_size, max_batches, rows):
+  for batch in pipeline.eval_batches(config, vocab_size, max_batches, ways):
+    rows = len(next(iter(batch.values())))
     placed = partitioner.to_devices(batch, 0, rows)
     totals.add(total, jax.device_get(program.eval_step(params, placed)))
   return totals.scalars(total) if total else {}
