@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 import sys
 import time
 from typing import Any
@@ -72,6 +72,7 @@ class Progress:
     learning_rate: float | None,
     tokens_per_second: float,
     padding: float,
+    epochs: Collection[float],
     force: bool,
   ) -> None:
     """Shows a step; in a log only where `force`."""
@@ -84,7 +85,7 @@ class Progress:
     left = self.elapsed() / done * (self._last - step)
     rate = "" if learning_rate is None else f"  lr {learning_rate:.2e}"
     self._text = (
-      f"step {step}/{self._last}  loss {loss:.4f}{rate}"
+      f"step {step}/{self._last}{_epochs(epochs)}  loss {loss:.4f}{rate}"
       f"  {tokens_per_second:,.0f} target tokens/s  padding {padding:.0%}"
       f"  {duration(left)} left"
     )
@@ -93,6 +94,16 @@ class Progress:
       sys.stderr.flush()
     else:
       say(self._text)
+
+
+def _epochs(counts: Collection[float]) -> str:
+  """ "  epoch 1.25", of a mixture "  epochs 0.10-3.50", or nothing."""
+  if not counts:
+    return ""
+  least, most = min(counts), max(counts)
+  if len(counts) == 1:
+    return f"  epoch {most:.2f}"
+  return f"  epochs {least:.2f}-{most:.2f}"
 
 
 def counted(items: Iterable[Any], what: str, unit: str) -> Iterator[Any]:

@@ -70,7 +70,7 @@ def train(run: Run) -> TrainState | None:
       while step < last_step and not stop.at(step):
         state, sums = run.program.train_step(state, next(data))
         step += 1
-        meter.push(step, sums)
+        meter.push(step, sums, data.epochs)
         if run.saves_at(step):
           with meter.off_the_clock():
             save()

@@ -47,6 +47,8 @@ tf.config.set_visible_devices([], "GPU")
 
 # Raise it when a position of before means another place now.
 _ORDER = 2
+# Examples that a packed row waits for at most.
+_PATIENCE = 1 << 13
 # Examples that one pass over a split reads at a time.
 _BLOCK = 256
 
@@ -186,6 +188,15 @@ class DatasetConfig:
     }
 
 
+def of_tasks(config: DatasetConfig) -> list[DatasetConfig]:
+  """A mixture's tasks apart, those that have the split."""
+  return [
+    dataclasses.replace(config, mixture_or_task_name=part)
+    for part in seqio.get_subtasks(config.task())
+    if config.split in part.splits
+  ]
+
+
 def check_rows(config: DatasetConfig, evaluation: bool = False) -> None:
   """Raises UserError unless the split has rows for a batch, and they are fine.
 
@@ -317,12 +328,25 @@ def bucket_shapes(
 
 
 def _planner(
-  config: DatasetConfig, shapes: Sequence[buckets.Shape] | None
+  config: DatasetConfig,
+  shapes: Sequence[buckets.Shape] | None,
+  count: int | None = None,
 ) -> Callable[[], Any]:
+  """`count`: examples of an epoch, None where nobody knows."""
   if shapes is not None:
     return lambda: packing.Buckets(shapes)
-  kind = packing.Packing if config.pack else packing.Padding
-  return lambda: kind(tuple(_sized(config).values()), config.batch_size)
+  lengths, rows = tuple(_sized(config).values()), config.batch_size
+  if not config.pack:
+    return lambda: packing.Padding(lengths, rows)
+  # None of a small data set waits for epochs.
+  patience = _PATIENCE if count is None else min(_PATIENCE, 1 + count // 8)
+  return lambda: packing.Packing(lengths, rows, patience)
+
+
+def _count(found: Sequence[Any]) -> int | None:
+  """Examples of an epoch of all streams."""
+  lengths = [stream.length for stream in found]
+  return None if None in lengths else sum(lengths)
 
 
 def _assembler(config: DatasetConfig) -> Callable[..., Batch]:
@@ -397,7 +421,7 @@ def train_batches(
   source = reader.Source(
     found,
     _rates(config.task()),
-    _planner(config, shapes),
+    _planner(config, shapes, _count(found)),
     _assembler(config),
     lambda batch: _check_ids(batch, vocab_size, config),
     own or (lambda rows: (0, rows)),

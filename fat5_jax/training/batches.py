@@ -15,7 +15,7 @@ class RunBatches:
 
   Attributes:
     position: in the data, after the batch that was given last.
-    epochs: passes over each task's data up to there.
+    epochs: passes over each task's data up to there; of those that end.
   """
 
   def __init__(self, run: Run, position: dict[str, Any] | None):

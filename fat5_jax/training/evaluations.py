@@ -26,6 +26,10 @@ class Evaluations:
       self.generation = InferenceEvaluator(
         run.model, run.infer_eval_dataset_cfg, model_dir, run.partitioner
       )
+    # Of a mixture, every task apart.
+    self._loss_parts = []
+    if run.train_eval_dataset_cfg is not None:
+      self._loss_parts = pipeline.of_tasks(run.train_eval_dataset_cfg)
     self._last: int | None = None
 
   def log_to(self, log: MetricsLog, begin: Start) -> None:
@@ -50,11 +54,9 @@ class Evaluations:
   def at(self, step: int, params: Any) -> None:
     """Evaluates the parameters of a step."""
     run, log = self._run, self._log
-    if run.train_eval_dataset_cfg is not None:
-      values = _loss_metrics(
-        run.program, params, run.train_eval_dataset_cfg, run.eval_steps
-      )
-      name = f"training_eval/{run.train_eval_dataset_cfg.task().name}"
+    for cfg in self._loss_parts:
+      values = _loss_metrics(run.program, params, cfg, run.eval_steps)
+      name = f"training_eval/{cfg.task().name}"
       log.write(step, name, values, events=name)
       shown = ("loss_per_nonpadding_target_token", "accuracy")
       _say(step, name, {k: values[k] for k in shown if k in values}, ".4f")

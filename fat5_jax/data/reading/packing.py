@@ -16,8 +16,8 @@ import numpy as np
 Place = tuple[int, ...]
 Row = list[Place]
 
-# Rows that wait for an example that fits, and examples that one waits for.
-_OPEN_ROWS, _PATIENCE = 128, 8192
+# Rows that wait for an example that fits.
+_OPEN_ROWS = 64
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,19 +70,24 @@ class Packing(Padding):
   """Best fit: an example goes into the open row that it fills most.
 
   Where it fits in none, a new row is opened, and of too many the fullest is
-  closed, or one that has waited for long.
+  closed; so is one that has waited for `patience` examples.
   """
 
-  def __init__(self, lengths: Sequence[int], rows: int):
+  def __init__(
+    self, lengths: Sequence[int], rows: int, patience: int = 1 << 13
+  ):
     super().__init__(lengths, rows)
+    self._patience = patience
     self._open: list[Row] = []
     self._opened: list[int] = []
     self._seen = 0
     self._room = np.zeros((_OPEN_ROWS + 1, len(self._lengths)), np.int64)
 
   def add(self, place: Place, sizes: Sequence[int]) -> None:
-    count = len(self._open)
     self._seen += 1
+    if self._open and self._seen - self._opened[0] > self._patience:
+      self._close(0)
+    count = len(self._open)
     sizes = np.asarray(sizes)
     left = self._room[:count] - sizes
     # The room that is scarcest decides, as a share of the row.
@@ -101,8 +106,7 @@ class Packing(Padding):
     self._room[count] = np.asarray(self._lengths) - sizes
     if len(self._open) > _OPEN_ROWS:
       share = self._room[: count + 1] / self._lengths
-      is_old = self._seen - self._opened[0] > _PATIENCE
-      self._close(0 if is_old else int(share.min(axis=1).argmin()))
+      self._close(int(share.min(axis=1).argmin()))
 
   def rest(self) -> list[Plan]:
     while self._open:

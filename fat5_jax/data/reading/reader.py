@@ -66,11 +66,12 @@ class _Plans:
       "planner": self._planner.state(),
     }
 
-  def epochs(self) -> list[float]:
-    return [
-      stream.epochs(*cursor)
+  def epochs(self) -> dict[str, float]:
+    return {
+      stream.name: stream.epochs(*cursor)
       for stream, cursor in zip(self._streams, self._cursors)
-    ]
+      if stream.length is not None
+    }
 
   def _next_place(self, number: int) -> tuple[Place, np.ndarray]:
     """The next example of a stream."""
@@ -128,7 +129,7 @@ class _Read:
   batch: Batch
   rows: int
   position: dict[str, Any]
-  epochs: list[float]
+  epochs: dict[str, float]
 
 
 class _Iterator(grain.DatasetIterator):
@@ -181,7 +182,7 @@ class BatchStream:
   Attributes:
     position: plain data, after the batch that was given last; another stream
       over the same data goes on from it.
-    epochs: passes over the data of each task, up to there.
+    epochs: passes over the data of each task, up to there; of those that end.
     rows: of that batch, over all hosts.
     about: lines for a person.
   """
@@ -194,7 +195,7 @@ class BatchStream:
   ):
     """`num_workers`: processes that read; 0 is a thread of this one."""
     self.position, self.about = position, []
-    self.epochs, self.rows = [0.0] * len(source.streams), 0
+    self.epochs, self.rows = dict[str, float](), 0
     batches: grain.IterDataset = _Batches(source, position)
     if num_workers:
       options = grain.MultiprocessingOptions(

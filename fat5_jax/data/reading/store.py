@@ -144,6 +144,14 @@ def _sync(path: str) -> None:
     os.close(file)
 
 
+def _damaged(path: str, error: Exception) -> UserError:
+  said = str(error).split(";")[0]
+  return UserError(
+    f"{path}: a damaged store of prepared examples ({said}); delete the folder,"
+    " and the next run prepares it again"
+  )
+
+
 class Store:
   """A prepared split of a task.
 
@@ -178,10 +186,7 @@ class Store:
         if kind not in ("text", "texts", "number")
       }
     except (OSError, ValueError, KeyError, TypeError) as e:
-      raise UserError(
-        f"{path}: a damaged store of prepared examples ({e}); delete the"
-        " folder, and the next run prepares it again"
-      ) from None
+      raise _damaged(path, e) from None
 
   def __len__(self) -> int:
     return int(self._ends[-1])
@@ -203,7 +208,11 @@ class Store:
     for shard in np.unique(shards):
       places = np.flatnonzero(shards == shard)
       inside = (numbers[places] - self._ends[shard]).tolist()
-      for place, record in zip(places, self._readers[shard].read(inside)):
+      try:
+        read = self._readers[shard].read(inside)
+      except (RuntimeError, ValueError, OSError) as e:
+        raise _damaged(self.path, e) from None
+      for place, record in zip(places, read):
         records[place] = record
     wanted = set(self._schema if names is None else names)
     columns = [

@@ -45,7 +45,7 @@ class Stream(Protocol):
     """The examples at these (chunk, number in it)."""
 
   def epochs(self, chunk: int, number: int) -> float:
-    """Passes over the data up to a place."""
+    """Passes over the data up to a place, where it has a length."""
 
   def describe(self) -> str:
     """For a person."""
@@ -140,6 +140,11 @@ class _Blocks:
     return [self._block(k)[j] for k, j in places]
 
 
+def _shuffled(block: list[Example], seed: int, chunk: int) -> list[Example]:
+  rng = np.random.default_rng([seed, chunk])
+  return [block[i] for i in rng.permutation(len(block))]
+
+
 class Remade(_Blocks):
   """A store whose examples SeqIO's own steps change in every epoch.
 
@@ -156,26 +161,22 @@ class Remade(_Blocks):
   ):
     super().__init__(limits)
     self.name, self.length = task.name, len(store)
-    self._task, self._store, self._seed = task, store, seed or 0
+    self._task, self._store, self._seed = task, store, seed
     self._order = Order(len(store), seed)
 
   def _make(self, chunk: int) -> list[Example]:
-    epochs, numbers = self._order.chunk(chunk)
-    found = []
-    # An epoch's end may lie in the chunk.
-    for epoch in np.unique(epochs):
-      part = numbers[epochs == epoch]
-      # SeqIO counts up from a seed.
-      seed = np.random.SeedSequence([self._seed, int(epoch), chunk])
-      found += seqio_tasks.again(
-        self._task,
-        self._store.read(part),
-        self._limits,
-        int(seed.generate_state(1)[0] >> 1),
-      )
-    if self._seed is not None:
-      rng = np.random.default_rng([self._seed, chunk])
-      found = [found[i] for i in rng.permutation(len(found))]
+    _, numbers = self._order.chunk(chunk)
+    # SeqIO counts up from a seed.
+    seed = np.random.SeedSequence([self._seed or 0, chunk])
+    found = seqio_tasks.again(
+      self._task,
+      self._store.read(numbers),
+      self._limits,
+      int(seed.generate_state(1)[0] >> 1),
+    )
+    if self._seed is not None and len(found) != len(numbers):
+      # The parts of a row are not to stay together.
+      found = _shuffled(found, self._seed, chunk)
     return found
 
   def describe(self) -> str:
@@ -220,13 +221,9 @@ class Endless(_Blocks):
     next(itertools.islice(self._rows, skipped, skipped), None)
     found = list(itertools.islice(self._rows, _SHUFFLED_ROWS))
     self._next = chunk + 1
-    if self._seed is not None:
-      rng = np.random.default_rng([self._seed, chunk])
-      found = [found[i] for i in rng.permutation(len(found))]
-    return found
-
-  def epochs(self, chunk: int, number: int) -> float:
-    return 0.0
+    if self._seed is None:
+      return found
+    return _shuffled(found, self._seed, chunk)
 
   def describe(self) -> str:
     return (
