@@ -85,8 +85,9 @@ class Progress:
     left = self.elapsed() / done * (self._last - step)
     rate = "" if learning_rate is None else f"  lr {learning_rate:.2e}"
     self._text = (
-      f"step {step}/{self._last}{_epochs(epochs)}  loss {loss:.4f}{rate}"
+      f"step {step}/{self._last}  loss {loss:.4f}{rate}"
       f"  {tokens_per_second:,.0f} target tokens/s  padding {padding:.0%}"
+      f"{_epochs(epochs)}"
       f"  {duration(left)} left"
     )
     if self._live and not console.quiet:

@@ -15,14 +15,14 @@ from fat5_jax.distributed.stop import StopSignal
 from fat5_jax.loggers.metrics import MetricsLog
 from fat5_jax.training import folder, words
 from fat5_jax.training.batches import RunBatches
-from fat5_jax.training.describe import dry_run
+from fat5_jax.training.describe import dry_run, prepare_data
 from fat5_jax.training.evaluations import Evaluations
 from fat5_jax.training.meter import Meter
 from fat5_jax.training.run import Run
 from fat5_jax.training.start import find_start
 from fat5_jax.training.steps import TrainState
 
-__all__ = ["Run", "dry_run", "train"]
+__all__ = ["Run", "dry_run", "prepare_data", "train"]
 
 
 def train(run: Run) -> TrainState | None:

@@ -252,13 +252,13 @@ def test_seed_none_in_a_data_set_is_the_runs_seed(user, capfd, monkeypatch):
   from fat5_jax.data import pipeline
 
   seen = []
-  original = pipeline.train_batches
+  original = pipeline.first_batch
 
   def spy(config, *args, **kwargs):
     seen.append(config.seed)
     return original(config, *args, **kwargs)
 
-  monkeypatch.setattr(pipeline, "train_batches", spy)
+  monkeypatch.setattr(pipeline, "first_batch", spy)
   run(
     capfd,
     "train",

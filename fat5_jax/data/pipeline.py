@@ -260,6 +260,12 @@ def _stores(config: DatasetConfig) -> list[Store]:
   ]
 
 
+def prepare_all(config: DatasetConfig) -> Iterator[tuple[str, str]]:
+  """(place, what is in it) of every store, prepared where it is not there."""
+  for store in _stores(config):
+    yield store.path, streams.describe(store, config.lengths() or {})
+
+
 def _sized(config: DatasetConfig) -> dict[str, int]:
   """The features that decide what goes together, and their lengths."""
   lengths = config.lengths()

@@ -60,6 +60,22 @@ def dry_run(run: Run) -> None:
   console.say("dry run: nothing was trained or written")
 
 
+def prepare_data(run: Run) -> None:
+  """Prepares what the run would train and be evaluated on, and tells of it.
+
+  Raises:
+    UserError: as training would, for bad data.
+  """
+  for cfg in (
+    run.train_dataset_cfg,
+    run.train_eval_dataset_cfg,
+    run.infer_eval_dataset_cfg,
+  ):
+    if cfg is not None:
+      for path, about in pipeline.prepare_all(cfg):
+        console.say(f"{path}: {about}")
+
+
 def _tell_batch(dataset_cfg: pipeline.DatasetConfig, vocab_size: int) -> None:
   batch = pipeline.first_batch(dataset_cfg, vocab_size)
   task_features = dataset_cfg.task().output_features

@@ -86,10 +86,10 @@ class Stored:
     return (chunk * CHUNK + number) / self.length
 
   def describe(self) -> str:
-    return _describe(self._store, self._limits)
+    return describe(self._store, self._limits)
 
 
-def _describe(store: Store, limits: dict[str, int]) -> str:
+def describe(store: Store, limits: dict[str, int]) -> str:
   """What a person should know of a store."""
   facts = store.facts
   parts = [f"{len(store):,} examples, {facts['tokens']:,} tokens of inputs"]
@@ -180,7 +180,7 @@ class Remade(_Blocks):
     return found
 
   def describe(self) -> str:
-    return _describe(self._store, {})
+    return describe(self._store, {})
 
   def epochs(self, chunk: int, number: int) -> float:
     share = number / max(len(self._block(chunk)), 1)
