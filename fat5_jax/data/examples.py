@@ -111,13 +111,18 @@ def cut_to(
   split: str,
   limits: Limits = None,
   cuts: features.Cuts | None = None,
+  seed: int | None = None,
+  use_cached: bool = False,
 ) -> Iterator[Example]:
-  """Every example of a split in order, cut to lengths; None cuts nothing."""
+  """Every example of a split in order, cut to lengths; None cuts nothing.
+
+  `seed` and `use_cached` are for tasks of SeqIO's own.
+  """
   source = task.source
   if not isinstance(source, seqio_source.SeqioSource):
     from fat5_jax.data import seqio_tasks
 
-    yield from seqio_tasks.cut_to(task, split, limits)
+    yield from seqio_tasks.cut_to(task, split, limits, seed, use_cached)
     return
   names = [n for n in ("inputs", "targets") if (limits or {}).get(n)]
   for example in whole(task, split, limits):

@@ -453,15 +453,36 @@ def first_batch(config: DatasetConfig, vocab_size: int) -> Batch:
   return fill_rows(batch, config.batch_size)
 
 
-def _pass(config: DatasetConfig) -> Iterator[Example]:
-  """Every example of a split once, in order, cut."""
+def longest_target(config: DatasetConfig) -> int:
+  """Tokens of the longest target of a split, as cut."""
+  lengths = config.lengths()
+  if lengths is not None:
+    return lengths["targets"]
+  task = config.task()
+  if not isinstance(task, seqio.Mixture) and not _through_seqio(config, task):
+    (store,) = _stores(config)
+    return int(store.lengths["targets"].max())
+  return max(len(example["targets"]) for example in one_pass(config))
+
+
+def _through_seqio(config: DatasetConfig, task: seqio.Task) -> bool:
+  """Whether a pass over a split is no pass over a store."""
+  is_ours = isinstance(task.source, seqio_source.SeqioSource)
+  return config.stream or is_stream(task) or not is_ours
+
+
+def one_pass(config: DatasetConfig) -> Iterator[Example]:
+  """Every example of a split once, in order, cut, with all its features."""
   lengths = config.lengths()
   for part in seqio.get_subtasks(config.task()):
-    is_ours = isinstance(part.source, seqio_source.SeqioSource)
-    if config.stream or is_stream(part):
-      yield from examples.cut_to(part, config.split, lengths)
-    elif not is_ours and not seqio_tasks.is_plain(part):
-      yield from seqio_tasks.cut_to(part, config.split, lengths, config.seed)
+    if _through_seqio(config, part):
+      yield from examples.cut_to(
+        part,
+        config.split,
+        lengths,
+        seed=config.seed,
+        use_cached=config.use_cached,
+      )
     else:
       store = prepare.prepared(
         part, config.split, config.cache_dir, lengths, config.use_cached
@@ -506,7 +527,7 @@ def eval_batches(
   waiting: dict[int, Example] = {}
 
   def sizes():
-    for number, example in enumerate(_pass(config)):
+    for number, example in enumerate(one_pass(config)):
       waiting[number] = example
       yield [len(example[name]) for name in sized]
 

@@ -176,10 +176,18 @@ def _spec(example: Example) -> dict[str, tf.TensorSpec]:
 
 
 def cut_to(
-  task: seqio.Task, split: str, limits: Limits, seed: int | None = None
+  task: seqio.Task,
+  split: str,
+  limits: Limits,
+  seed: int | None = None,
+  use_cached: bool = False,
 ) -> Iterator[Example]:
   """Every example as SeqIO itself gives it, in order."""
   dataset = task.get_dataset(
-    dict(limits) if limits else None, split, shuffle=False, seed=seed
+    dict(limits) if limits else None,
+    split,
+    use_cached=use_cached,
+    shuffle=False,
+    seed=seed,
   )
   yield from tfds.as_numpy(dataset)
