@@ -219,7 +219,7 @@ class _Numbered:
   def __init__(self, source: Any):
     self._source = source
     self.splits = source.splits
-    for name in ("record", "describe", "size_bytes"):
+    for name in ("record", "describe", "size_bytes", "num_rows"):
       setattr(self, name, getattr(source, name))
 
   def rows(self, split: str):

@@ -17,7 +17,7 @@ from typing import Any
 
 import seqio
 
-from fat5_jax.data import features, seqio_source, sources
+from fat5_jax.data import features, mixtures, seqio_source, sources
 from fat5_jax.errors import UserError
 
 _MODULES = ("tasks", "head_tasks")
@@ -89,8 +89,10 @@ def _plain(value: Any, own_code: list[str]) -> Any:
 def describe(task: seqio.Task | seqio.Mixture) -> dict[str, Any]:
   """A task, or a mixture, as JSON."""
   if isinstance(task, seqio.Mixture):
+    label = features.label_feature(task)
     return {
       "name": task.name,
+      "kind": "text_to_text" if label is None else label.kind,
       "mixture": {
         sub.name: describe(sub) | {"rate": str(task.get_rate(sub))}
         for sub in seqio.get_subtasks(task)
@@ -195,6 +197,8 @@ def _compared(record: Mapping[str, Any]) -> dict[str, Any]:
   """What two records of the same data agree on, by its place in them."""
   tops = {k: v for k, v in record.items() if k not in _TOP_MAY_CHANGE}
   if "mixture" in tops:
+    # Told by its parts; earlier records do not have it.
+    tops.pop("kind", None)
     subs = tops.pop("mixture").items()
     parts = {f"mixture {name}": _compared(sub) for name, sub in subs}
     return _flat(tops) | {
@@ -241,8 +245,8 @@ def build(
   vocabulary: seqio.Vocabulary,
   data_dir: str | None = None,
   with_data: bool = False,
-) -> seqio.Task:
-  """The task of a record.
+) -> seqio.Task | seqio.Mixture:
+  """The task, or the mixture, of a record.
 
   Args:
     record: as `describe` gives it.
@@ -255,6 +259,12 @@ def build(
     UserError: if a part of it is a person's own code, which a record cannot
       bring along.
   """
+  if "mixture" in record:
+    parts = [
+      (build(part, vocabulary, data_dir, with_data), float(part["rate"]))
+      for part in record["mixture"].values()
+    ]
+    return mixtures.make(record["name"], parts)
   for module in _MODULES:
     importlib.import_module(f"fat5_jax.data.{module}")
   factory = _FACTORIES.get(record.get("factory", ""))

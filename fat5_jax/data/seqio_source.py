@@ -119,6 +119,7 @@ class SeqioSource(seqio.DataSource):
     self._skip_bad_rows = skip_bad_rows
     self._signature = dict(signature)
     self._unanswered = unanswered
+    self._counts: dict[str, int] = {}
     self.columns = tuple(columns)
     self.record: dict[str, Any] = {}
     self.read_like: dict[str, Any] = {}
@@ -230,4 +231,14 @@ class SeqioSource(seqio.DataSource):
     return dataset if num_epochs == 1 else dataset.repeat(num_epochs)
 
   def num_input_examples(self, split: str) -> int | None:
-    return None
+    """Rows of a split, counted once; None where the source only streams."""
+    if getattr(self._source, "is_stream", False):
+      return None
+    if split not in self._counts:
+      if self._skip_bad_rows or not hasattr(self._source, "num_rows"):
+        # Which rows there are shows when they are made.
+        found = sum(1 for _ in self.examples(split))
+      else:
+        found = self._source.num_rows(split)
+      self._counts[split] = found
+    return self._counts[split]

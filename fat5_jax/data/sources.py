@@ -27,7 +27,7 @@ from fat5_jax.data.files import (
   shown,
   split_suffix,
 )
-from fat5_jax.data.formats import check_columns, read_file
+from fat5_jax.data.formats import check_columns, count_rows, read_file
 from fat5_jax.errors import UserError, nearest
 
 RowFn = Callable[[Row], Row]
@@ -42,6 +42,23 @@ def files_record(
     "files": {s: [file_record(p) for p in ps] for s, ps in splits.items()},
     "arguments": {k: v for k, v in arguments.items() if v is not None},
   }
+
+
+_counts: dict[tuple, int] = {}
+
+
+def count_files(paths: Iterable[str], how: Any, count: Callable[[str], int]):
+  """The rows of files; each is counted once, as long as it does not change.
+
+  `how` they are read; `count` counts one.
+  """
+  found = 0
+  for path in paths:
+    key = (repr(how), *file_record(path).values())
+    if key not in _counts:
+      _counts[key] = count(path)
+    found += _counts[key]
+  return found
 
 
 def split_files(splits: Any) -> dict[str, list[str]]:
@@ -104,17 +121,24 @@ class Files:
     self._columns, self._quoting = columns, quoting
     self._delimiter = delimiter
 
-  def rows(self, split: str) -> Iterator[LocatedRow]:
+  def _how(self, split: str) -> dict[str, Any]:
     columns = self._columns
     if isinstance(columns, Mapping):
       columns = columns.get(split)
+    return {
+      "columns": columns,
+      "quoting": self._quoting,
+      "delimiter": self._delimiter,
+    }
+
+  def rows(self, split: str) -> Iterator[LocatedRow]:
     for path in self.splits[split]:
-      yield from read_file(
-        path,
-        columns=columns,
-        quoting=self._quoting,
-        delimiter=self._delimiter,
-      )
+      yield from read_file(path, **self._how(split))
+
+  def num_rows(self, split: str) -> int:
+    how = self._how(split)
+    count = functools.partial(count_rows, **how)
+    return count_files(self.splits[split], how, count)
 
   def record(self) -> dict[str, Any]:
     return files_record(
@@ -206,6 +230,11 @@ class ParallelFiles:
       texts = [line[1] for line in lines]
       yield located(first, number), dict(zip(columns, texts))
 
+  def num_rows(self, split: str) -> int:
+    first = next(iter(self.splits[split].values()))
+    lines = lambda path: sum(1 for _ in read_lines(path, split_suffix(path)[1]))
+    return count_files([first], "lines", lines)
+
   def record(self) -> dict[str, Any]:
     files = {split: list(f.values()) for split, f in self.splits.items()}
     columns = list(next(iter(self.splits.values())))
@@ -257,6 +286,9 @@ class HuggingFace:
     where = self.describe(split)
     for number, row in enumerate(self._load(split), 1):
       yield f"{where}, row {number}", row
+
+  def num_rows(self, split: str) -> int:
+    return len(self._load(split))
 
   def label_names(self, column: str) -> tuple[str, ...]:
     """The names of a column of class numbers (ClassLabel); () if it is none."""
@@ -336,6 +368,9 @@ class Tfds:
       raise UserError(f"{where}: {e}") from None
     for number, row in enumerate(tfds.as_numpy(data), 1):
       yield f"{where}, row {number}", _to_python(row)
+
+  def num_rows(self, split: str) -> int:
+    return self._builder().info.splits[self.splits[split]].num_examples
 
   def record(self) -> dict[str, Any]:
     return {

@@ -19,6 +19,7 @@ import tensorflow as tf
 from fat5_jax.data import (
   features,
   head_tasks,
+  mixtures,
   preprocessors,
   records,
   seqio_source,
@@ -324,8 +325,69 @@ def quickstart(
   )
 
 
+# ---- Mixtures ----------------------------------------------------------------
+
+
+def mixture(
+  tasks: Any,
+  vocabulary: seqio.Vocabulary | None = None,
+  data_dir: str | None = None,
+  rates: Any = None,
+  maximum: float | None = None,
+  temperature: float = 1.0,
+  name: str = "mixture",
+) -> seqio.Mixture:
+  """Rows of several tasks, drawn at rates; each is evaluated apart.
+
+  Args:
+    tasks: names (of ready or registered tasks and mixtures) or tasks: a list,
+      or each with a number, {'glue_cola_v002': 1.0, 'glue_rte_v002': 2.0} or
+      pairs. The number scales the rate; a task of 0 is evaluated only.
+    vocabulary: of the ready tasks.
+    data_dir: local files of the ready tasks.
+    rates: 'proportional' to the training rows of each task, which are counted
+      once (the default of a list), 'equal' (that of tasks with numbers, which
+      then are the rates), or a number a task.
+    maximum: no rate is larger, T5's artificial limit on the size of a data set.
+    temperature: T of T5's r^(1/T), after the maximum; 1 changes nothing.
+    name: under which it is registered, and results are written.
+
+  Raises:
+    UserError: for an unknown task, no rate, and tasks that one model cannot
+      learn together.
+  """
+  pairs = mixtures.named(tasks)
+  if rates is None:
+    has_numbers = isinstance(tasks, Mapping) or any(
+      isinstance(x, (list, tuple)) for x in tasks
+    )
+    rates = "equal" if has_numbers else "proportional"
+  parts, missing = [], []
+  for task, number in pairs:
+    try:
+      parts.append((resolve(task, vocabulary, data_dir), number))
+    except UserError as e:
+      missing.append(str(e))
+  if missing:
+    raise UserError(
+      f"mixture {name!r}:\n  "
+      + "\n  ".join(missing)
+      + "\n@tasks.mixture() mixes those tasks that you have"
+    )
+  return mixtures.make(name, parts, rates, maximum, temperature)
+
+
+def _ready_mixture(name: str, rates: Mapping[str, float]) -> Callable:
+  """What builds a mixture of T5's by its name."""
+
+  def make(vocabulary, data_dir=None):
+    return mixture(rates, vocabulary, data_dir, name=name)
+
+  return make
+
+
 # T5's names, built when a run asks for one.
-BUILTIN_TASKS: dict[str, Callable[..., seqio.Task]] = {
+BUILTIN_TASKS: dict[str, Callable[..., seqio.Task | seqio.Mixture]] = {
   **{
     f"glue_{name}_v002": functools.partial(glue, name) for name in glue_lib.GLUE
   },
@@ -348,6 +410,9 @@ BUILTIN_TASKS: dict[str, Callable[..., seqio.Task]] = {
     summarization, "article", "highlights", name="cnn_dailymail_v002"
   ),
   "spoken_values": lambda vocabulary, data_dir=None: quickstart(vocabulary),
+  "glue_v002_proportional": _ready_mixture(
+    "glue_v002_proportional", mixtures.GLUE_RATES
+  ),
   **head_tasks.BUILTIN_TASKS,
 }
 
@@ -383,7 +448,7 @@ def resolve(
   registered = [*seqio.TaskRegistry.names(), *seqio.MixtureRegistry.names()]
   if task in registered:
     return seqio.get_mixture_or_task(task)
-  known = sorted([*BUILTIN_TASKS, *registered])
+  known = sorted({*BUILTIN_TASKS, *registered})
   raise UserError(
     f"unknown task {task!r}.{nearest(task, known)} Known:"
     f" {', '.join(known)}. Others: bind"

@@ -107,6 +107,12 @@ def recorded_task(
   """(the task of a record, without its data; the length of its windows)."""
   if record is None:
     return None, None
+  if "mixture" in record:
+    console.say(
+      f"the run mixed {files.listed(record['mixture'])}: inputs are taken as"
+      " they are, written as these tasks write them"
+    )
+    return None, None
   if "factory" not in record:
     console.say(
       f"task {record['name']} of the run folder is registered by code, so"
@@ -207,6 +213,8 @@ def of_input(
 def of_task(config: pipeline.DatasetConfig) -> Iterator[sources.LocatedRow]:
   task = config.task()
   for part in seqio.get_subtasks(task):
+    if config.split not in part.splits:
+      continue
     place = f"task {part.name!r}, example"
     if isinstance(part.source, seqio_source.SeqioSource):
       examples = part.source.examples(config.split)
