@@ -26,6 +26,7 @@ from fat5_jax.data import (
 from fat5_jax.data import glue as glue_lib
 from fat5_jax.data import metrics as metrics_lib
 from fat5_jax.data import squad as squad_lib
+from fat5_jax.data import super_glue as super_glue_lib
 from fat5_jax.errors import UserError
 
 _INTS = tf.TensorSpec([None], tf.int32)
@@ -82,6 +83,7 @@ def classification(
   num_labels: int | None = None,
   skip_bad_rows: bool = False,
   rename: Callable[[sources.RowFn], sources.RowFn] | None = None,
+  group: str | None = None,
 ) -> seqio.Task:
   """Labels, or numbers, of texts or pairs of texts.
 
@@ -103,6 +105,8 @@ def classification(
     num_labels: numbers a row, in regression; 1 by default.
     skip_bad_rows: leave out rows that would be an error.
     rename: wraps the row function, to give it other columns than the source's.
+    group: column of what belongs together (MultiRC's answers of a question);
+      metrics then compare {"value": ..., "group": ...}.
 
   Raises:
     UserError: for a setting that fits no problem.
@@ -150,7 +154,9 @@ def classification(
   def format_row(row):
     texts = [f(row) for f in fill]
     ids = [vocabulary.encode(text) for text in texts]
-    return {
+    # A row that somebody asks about is in no group.
+    more = {} if group is None else {"group": str(row.get(group, ""))}
+    return more | {
       "inputs_pretokenized": " </s> ".join(texts),
       "first": ids[0],
       "second": ids[1] if len(ids) > 1 else [],
@@ -168,6 +174,7 @@ def classification(
       "first": _INTS,
       "second": _INTS,
       "targets": tf.TensorSpec([None], dtype),
+      **({} if group is None else {"group": _TEXT}),
     },
     {
       "kind": "sequence_classification",
@@ -176,7 +183,7 @@ def classification(
       "names": tuple(label_names),
     },
     functools.partial(features.join_pair, name=name),
-    functools.partial(_sequence_value, problem_type),
+    functools.partial(_sequence_value, problem_type, group is not None),
     _SEQUENCE_METRICS[problem_type] if metrics is None else metrics,
     skip_bad_rows,
     asked,
@@ -202,8 +209,11 @@ _SEQUENCE_METRICS = {
 }
 
 
-def _sequence_value(problem_type, values, is_target=False, **unused):
+def _sequence_value(problem_type, grouped, values, example=None, **unused):
   """What metrics compare: a class, a number, or a list of 0 and 1."""
+  if grouped:
+    value = _sequence_value(problem_type, False, values)
+    return {"value": value, "group": _decoded(example["group"])}
   if problem_type == "multi_label_classification":
     return [int(value > 0.5) for value in values]
   if problem_type == "regression":
@@ -243,6 +253,47 @@ def glue(
     task.metrics,
     rename=rename,
   )
+
+
+@records.recorded
+def super_glue(
+  name: str,
+  vocabulary: seqio.Vocabulary,
+  data_dir: str | None = None,
+  source: Any = None,
+) -> seqio.Task:
+  """A SuperGLUE task as classes, `super_glue_boolq_classes`.
+
+  Pairs are `A </s> B </s>`; WSC's is the text with its pronoun between
+  asterisks, and the noun.
+
+  Args:
+    name: boolq cb copa multirc rte wic wsc.
+    vocabulary: SeqIO vocabulary.
+    data_dir: folder with the official layout; None reads HF's.
+    source: of rows, instead of both.
+  """
+  task = super_glue_lib.find(name)
+  if not task.head_inputs:
+    raise UserError(f"SuperGLUE's {name} has texts as answers, no classes")
+  if source is None:
+    source = super_glue_lib.source(name, data_dir)
+  mark = super_glue_lib.marked_pronoun
+  with_mark = lambda row_fn: lambda row: row_fn(row | {"marked": mark(row)})
+  made = classification(
+    super_glue_lib.Examples(name, source),
+    task.head_inputs,
+    "label",
+    vocabulary,
+    task.label_names,
+    name=f"super_glue_{name}_classes",
+    metrics=task.head_metrics,
+    rename=with_mark if name == "wsc" else None,
+    group=task.group,
+  )
+  # Not the mark, which no row has.
+  made.source.columns = task.features
+  return made
 
 
 # What comes in windows, each of which carries the whole text.
@@ -486,5 +537,10 @@ def squad(
 
 BUILTIN_TASKS: dict[str, Callable[..., seqio.Task]] = {
   **{f"glue_{n}_classes": functools.partial(glue, n) for n in glue_lib.GLUE},
+  **{
+    f"super_glue_{name}_classes": functools.partial(super_glue, name)
+    for name, task in super_glue_lib.SUPER_GLUE.items()
+    if task.head_inputs
+  },
   "squad_spans": squad,
 }

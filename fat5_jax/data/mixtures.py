@@ -29,9 +29,9 @@ GLUE_RATES = {
   "glue_rte_v002": 2_490.0,
   "glue_mnli_mismatched_v002": 0.0,
 }
-# The same of SuperGLUE. T5's DPR, which is no part of SuperGLUE's files, has
-# 1,322 rows (dpr_v001_simple).
+# The same of SuperGLUE and DPR, which trains what WSC asks.
 SUPER_GLUE_RATES = {
+  "dpr_v001_simple": 1_322.0,
   "super_glue_wsc_v102_simple_train": 259.0,
   "super_glue_wsc_v102_simple_eval": 0.0,
   "super_glue_boolq_v102": 9_427.0,

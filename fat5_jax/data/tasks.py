@@ -21,6 +21,7 @@ from fat5_jax.data import (
   head_tasks,
   mixtures,
   preprocessors,
+  pronouns,
   records,
   seqio_source,
   sources,
@@ -29,6 +30,7 @@ from fat5_jax.data import (
 from fat5_jax.data import glue as glue_lib
 from fat5_jax.data import metrics as metrics_lib
 from fat5_jax.data import squad as squad_lib
+from fat5_jax.data import super_glue as super_glue_lib
 from fat5_jax.errors import UserError, nearest
 
 
@@ -171,6 +173,56 @@ def glue(
     | {"label": -1, task.label_column: 0 if name == "stsb" else -1},
     postprocess=postprocess,
     metrics=task.metrics,
+  )
+
+
+@records.recorded
+def super_glue(
+  name: str,
+  vocabulary: seqio.Vocabulary,
+  data_dir: str | None = None,
+  source: Any = None,
+) -> seqio.Task:
+  """A SuperGLUE task, e.g. "boolq", registered as `super_glue_boolq_v102`.
+
+  Args:
+    name: boolq cb copa multirc record rte wic wsc_train wsc_eval; those of WSC
+      are `super_glue_wsc_v102_simple_train` and `_eval`: T5 trains on the rows
+      whose noun is the pronoun's alone, and asks for the noun.
+    vocabulary: SeqIO vocabulary.
+    data_dir: folder with the official layout (`BoolQ/train.jsonl`,
+      `val.jsonl`); None reads HF's `aps/super_glue`.
+    source: of rows, instead of both.
+
+  Raises:
+    UserError: for an unknown name or missing files.
+  """
+  made = super_glue_lib.text_task(name, data_dir, source)
+  return _register(**made, vocabulary=vocabulary)
+
+
+@records.recorded
+def definite_pronoun_resolution(
+  vocabulary: seqio.Vocabulary,
+  data_dir: str | None = None,
+  source: Any = None,
+) -> seqio.Task:
+  """Which candidate a pronoun stands for, `dpr_v001_simple`.
+
+  Args:
+    vocabulary: SeqIO vocabulary.
+    data_dir: folder with `DPR/train.c.txt` and `test.c.txt`; None reads HF's
+      `community-datasets/definite_pronoun_resolution`.
+    source: of rows, instead of both.
+  """
+  return _register(
+    "dpr_v001_simple",
+    source or pronouns.source(data_dir),
+    pronouns.text,
+    vocabulary,
+    columns=("sentence", "pronoun", "candidates"),
+    unanswered=lambda row: row | {"label": -1},
+    metrics=("accuracy",),
   )
 
 
@@ -410,6 +462,21 @@ BUILTIN_TASKS: dict[str, Callable[..., seqio.Task | seqio.Mixture]] = {
     summarization, "article", "highlights", name="cnn_dailymail_v002"
   ),
   "spoken_values": lambda vocabulary, data_dir=None: quickstart(vocabulary),
+  **{
+    f"super_glue_{name}_v102": functools.partial(super_glue, name)
+    for name in super_glue_lib.SUPER_GLUE
+    if name != "wsc"
+  },
+  **{
+    f"super_glue_wsc_v102_simple_{part}": functools.partial(
+      super_glue, f"wsc_{part}"
+    )
+    for part in ("train", "eval")
+  },
+  "dpr_v001_simple": definite_pronoun_resolution,
+  "super_glue_v102_proportional": _ready_mixture(
+    "super_glue_v102_proportional", mixtures.SUPER_GLUE_RATES
+  ),
   "glue_v002_proportional": _ready_mixture(
     "glue_v002_proportional", mixtures.GLUE_RATES
   ),
