@@ -10,7 +10,6 @@ import tensorflow_datasets as tfds
 
 from fat5_jax.data import (
   features,
-  head_tasks,
   memory,
   metrics,
   mixtures,
@@ -18,6 +17,7 @@ from fat5_jax.data import (
   records,
   seqio_source,
   super_glue,
+  super_glue_tasks,
   tasks,
 )
 from fat5_jax.errors import UserError
@@ -71,8 +71,8 @@ def test_rows_of_tfds_and_hf_give_the_same_texts(name, folder, tmp_path):
       words = names or task.label_names
       row = row | {"label": list(words).index(row["label"])}
     rows.append(row)
-  given = tasks.super_glue(name, BYTES, source=memory.Rows(rows, split))
-  local = tasks.super_glue(name, BYTES, folder)
+  given = super_glue_tasks.text(name, BYTES, source=memory.Rows(rows, split))
+  local = super_glue_tasks.text(name, BYTES, folder)
   keys = ("inputs", "targets")
   texts = lambda task: [
     [row[key] for key in keys] for row in task.source.examples(split)
@@ -219,7 +219,7 @@ def test_what_is_a_classification_has_a_task_of_classes(
 
 
 def test_classes_of_multirc_are_scored_by_question(folder):
-  task = head_tasks.super_glue("multirc", BYTES, folder)
+  task = super_glue_tasks.classes("multirc", BYTES, folder)
   dataset = task.get_dataset({"inputs": 64}, "validation", shuffle=False)
   rows = list(tfds.as_numpy(dataset))
   values = lambda classes: [
@@ -231,7 +231,7 @@ def test_classes_of_multirc_are_scored_by_question(folder):
 
 def test_record_has_no_classes():
   with pytest.raises(UserError, match="texts as answers, no classes"):
-    head_tasks.super_glue("record", BYTES)
+    super_glue_tasks.classes("record", BYTES)
 
 
 # ---- Mistakes, questions, mixture --------------------------------------------
@@ -241,29 +241,29 @@ def test_a_row_that_is_not_superglues_is_told(tmp_path):
   (tmp_path / "MultiRC").mkdir()
   path = tmp_path / "MultiRC" / "train.jsonl"
   path.write_text('{"idx": 0, "passage": {"text": "x"}}\n')
-  task = tasks.super_glue("multirc", BYTES, str(tmp_path))
+  task = super_glue_tasks.text("multirc", BYTES, str(tmp_path))
   with pytest.raises(UserError, match="train.jsonl, row 1: .*no key 'question"):
     list(task.source.examples("train"))
   (tmp_path / "BoolQ").mkdir()
   row = {"question": "a", "passage": "b", "label": "perhaps"}
   (tmp_path / "BoolQ" / "val.jsonl").write_text(json.dumps(row) + "\n")
-  task = tasks.super_glue("boolq", BYTES, str(tmp_path))
+  task = super_glue_tasks.text("boolq", BYTES, str(tmp_path))
   with pytest.raises(UserError, match="row 1: label 'perhaps' is neither"):
     list(task.source.examples("validation"))
   with pytest.raises(UserError, match="CB: none of the data files train.jsonl"):
-    tasks.super_glue("cb", BYTES, str(tmp_path))
+    super_glue_tasks.text("cb", BYTES, str(tmp_path))
   with pytest.raises(UserError, match="wsc is two tasks"):
-    tasks.super_glue("wsc", BYTES, str(tmp_path))
+    super_glue_tasks.text("wsc", BYTES, str(tmp_path))
   with pytest.raises(UserError, match="Did you mean 'boolq'"):
-    tasks.super_glue("bool", BYTES, str(tmp_path))
+    super_glue_tasks.text("bool", BYTES, str(tmp_path))
 
 
 def test_a_question_of_superglue_needs_no_answer(folder):
-  task = tasks.super_glue("wsc_eval", BYTES, folder)
+  task = super_glue_tasks.text("wsc_eval", BYTES, folder)
   row = {"text": "Ann saw Bob and he ran .", "span2_text": "he"}
   found = task.source.question(row | {"span2_index": 4})
   assert found["inputs"] == "wsc: Ann saw Bob and *he* ran ."
-  task = tasks.super_glue("record", BYTES, folder)
+  task = super_glue_tasks.text("record", BYTES, folder)
   row = {"query": "@placeholder ran.", "entities": ["Bob"], "passage": "Bob."}
   assert task.source.question(row)["inputs"] == (
     "record query: @placeholder ran. entities: Bob passage: Bob."

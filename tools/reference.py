@@ -99,10 +99,10 @@ def _macros() -> Iterator[tuple[str, ...]]:
 def _tasks() -> Iterator[tuple[str, ...]]:
   import seqio
 
-  from fat5_jax.data import tasks
+  from fat5_jax.data import ready, tasks
 
   vocabulary = seqio.ByteVocabulary()
-  for name, factory in tasks.BUILTIN_TASKS.items():
+  for name, factory in ready.TASKS.items():
     task = factory(vocabulary=vocabulary, data_dir=None)
     made = factory
     while isinstance(made, functools.partial):

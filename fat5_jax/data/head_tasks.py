@@ -26,7 +26,6 @@ from fat5_jax.data import (
 from fat5_jax.data import glue as glue_lib
 from fat5_jax.data import metrics as metrics_lib
 from fat5_jax.data import squad as squad_lib
-from fat5_jax.data import super_glue as super_glue_lib
 from fat5_jax.errors import UserError
 
 _INTS = tf.TensorSpec([None], tf.int32)
@@ -253,47 +252,6 @@ def glue(
     task.metrics,
     rename=rename,
   )
-
-
-@records.recorded
-def super_glue(
-  name: str,
-  vocabulary: seqio.Vocabulary,
-  data_dir: str | None = None,
-  source: Any = None,
-) -> seqio.Task:
-  """A SuperGLUE task as classes, `super_glue_boolq_classes`.
-
-  Pairs are `A </s> B </s>`; WSC's is the text with its pronoun between
-  asterisks, and the noun.
-
-  Args:
-    name: boolq cb copa multirc rte wic wsc.
-    vocabulary: SeqIO vocabulary.
-    data_dir: folder with the official layout; None reads HF's.
-    source: of rows, instead of both.
-  """
-  task = super_glue_lib.find(name)
-  if not task.head_inputs:
-    raise UserError(f"SuperGLUE's {name} has texts as answers, no classes")
-  if source is None:
-    source = super_glue_lib.source(name, data_dir)
-  mark = super_glue_lib.marked_pronoun
-  with_mark = lambda row_fn: lambda row: row_fn(row | {"marked": mark(row)})
-  made = classification(
-    super_glue_lib.Examples(name, source),
-    task.head_inputs,
-    "label",
-    vocabulary,
-    task.label_names,
-    name=f"super_glue_{name}_classes",
-    metrics=task.head_metrics,
-    rename=with_mark if name == "wsc" else None,
-    group=task.group,
-  )
-  # Not the mark, which no row has.
-  made.source.columns = task.features
-  return made
 
 
 # What comes in windows, each of which carries the whole text.
@@ -537,10 +495,5 @@ def squad(
 
 BUILTIN_TASKS: dict[str, Callable[..., seqio.Task]] = {
   **{f"glue_{n}_classes": functools.partial(glue, n) for n in glue_lib.GLUE},
-  **{
-    f"super_glue_{name}_classes": functools.partial(super_glue, name)
-    for name, task in super_glue_lib.SUPER_GLUE.items()
-    if task.head_inputs
-  },
   "squad_spans": squad,
 }

@@ -20,7 +20,7 @@ import seqio
 import tensorflow as tf
 import tensorflow_datasets as tfds
 
-from fat5_jax.data import features, records, seqio_source, tasks
+from fat5_jax.data import features, ready, records, seqio_source, tasks
 from fat5_jax.errors import UserError, nearest
 from fat5_jax.models.config import HeadConfig, T5Config
 
@@ -35,7 +35,7 @@ class DatasetConfig:
   """One split of a task, cut to lengths and batched. Names are T5X's.
 
   Attributes:
-    mixture_or_task_name: a registered name, one of tasks.BUILTIN_TASKS, or a
+    mixture_or_task_name: a registered name, one of ready.TASKS, or a
       task.
     task_feature_lengths: {"inputs": ..., "targets": ...} in tokens, the end of
       sequence included; None (evaluation only) takes the longest of the split.
@@ -350,7 +350,7 @@ def _text_recipe(name: str) -> str:
   """What to do with a text task where labels are wanted."""
   labelled = name.replace("_v002", "_classes")
   found = "train it with --gin_file=recipes/glue.gin"
-  if labelled != name and labelled in tasks.BUILTIN_TASKS:
+  if labelled != name and labelled in ready.TASKS:
     found += f", or take --gin.MIXTURE_OR_TASK_NAME={labelled}"
   return f"{found}, or bind a task with labels (@head_tasks.classification())"
 

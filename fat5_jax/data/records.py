@@ -20,7 +20,7 @@ import seqio
 from fat5_jax.data import features, mixtures, seqio_source, sources
 from fat5_jax.errors import UserError
 
-_MODULES = ("tasks", "head_tasks")
+_MODULES = ("tasks", "head_tasks", "super_glue_tasks", "nli")
 _FACTORIES: dict[str, Callable[..., seqio.Task]] = {}
 # Arguments that are no plain data, or that a folder brings anew.
 _NOT_RECORDED = ("vocabulary", "output_vocabulary", "source", "rename")
@@ -302,7 +302,7 @@ def build(
     arguments["data_dir"] = data_dir
   if "source" in parameters:
     if not with_data:
-      arguments["source"] = _NoRows()
+      arguments["source"] = _renamed(_NoRows(), record["source"])
     elif parameters["source"].default is inspect.Parameter.empty:
       arguments["source"] = _source_of(record["source"], name)
   return factory(vocabulary=vocabulary, **arguments)
@@ -335,7 +335,16 @@ def _source_of(record: Mapping[str, Any], task: str) -> Any:
         s: dict(zip(record["columns"], files))
         for s, files in arguments["splits"].items()
       }
-  return make(**arguments)
+  return _renamed(make(**arguments), record)
+
+
+def _renamed(source: Any, record: Mapping[str, Any]) -> Any:
+  """A source with its columns under the names that a record gives."""
+  from fat5_jax.data import renamed
+
+  if "renamed" not in record:
+    return source
+  return renamed.Renamed(source, record["renamed"])
 
 
 def ask(

@@ -136,8 +136,12 @@ class SeqioSource(seqio.DataSource):
     Raises:
       UserError: if it has not the columns that a question needs.
     """
+    row = dict(row)
+    if hasattr(self._source, "rename"):
+      # A person's row has the names of the data set, or the task's.
+      row = self._source.rename(row, whole=False)
     try:
-      return self._row_fn(self._unanswered(dict(row)))
+      return self._row_fn(self._unanswered(row))
     except UserError as e:
       if str(e).startswith("no column"):
         # Told with the columns that are there, not with a stand-in's.

@@ -188,6 +188,29 @@ def named_splits(
   return Files(found)
 
 
+def aligned_files(
+  data_dir: str | None, endings: Mapping[str, str]
+) -> ParallelFiles | None:
+  """The line-aligned files of a folder, `train.en` and `train.de`, if any.
+
+  `endings`: of each column's files; `val.en` is a validation split too.
+  """
+  found: dict[str, dict[str, str]] = {}
+  for split, stems in SPLIT_STEMS.items() if data_dir else ():
+    for stem in (*stems, "val") if split == "validation" else stems:
+      files = {
+        column: sorted(
+          glob.glob(
+            os.path.join(glob.escape(data_dir or ""), f"{stem}*.{ending}*")
+          )
+        )
+        for column, ending in endings.items()
+      }
+      if all(files.values()) and split not in found:
+        found[split] = {column: paths[0] for column, paths in files.items()}
+  return ParallelFiles(found) if found else None
+
+
 class ParallelFiles:
   """Line-aligned text files, one a column, as translation corpora come.
 

@@ -406,14 +406,16 @@ def text_task(name: str, data_dir: str | None, given: Any) -> dict[str, Any]:
 # ---- What metrics compare ----------------------------------------------------
 
 
+def _as_text(value: str | bytes) -> str:
+  return value.decode("utf-8") if isinstance(value, bytes) else str(value)
+
+
 def to_group(text: str, example=None, is_target: bool = False, **unused):
   """MultiRC's answer, True or False, and of a target its question."""
   value = preprocessors.label_to_class(_TRUTH)(text)
   if not is_target:
     return {"value": value}
-  group = example["group"]
-  group = group.decode("utf-8") if isinstance(group, bytes) else str(group)
-  return {"value": value, "group": group}
+  return {"value": value, "group": _as_text(example["group"])}
 
 
 _DETERMINERS = frozenset(
@@ -435,7 +437,7 @@ def same_referent(text: str, example=None, is_target: bool = False, **unused):
   """
   if is_target:
     return int(example["label"])
-  noun = _bare(example["targets_pretokenized"].decode("utf-8"))
+  noun = _bare(_as_text(example["targets_pretokenized"]))
   answer = _bare(text)
   if ("'" in answer) != ("'" in noun):
     return 0

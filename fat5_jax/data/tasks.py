@@ -1,16 +1,14 @@
 """Task factories: from a source and two templates to a SeqIO task.
 
 Bind them from gin (`MIXTURE_OR_TASK_NAME = @tasks.text_to_text()`) or call them
-from Python. The tasks of the T5 paper are ready under T5's names: give the name
-and, for local files, DATA_DIR.
+from Python. Those of the T5 paper, and others, are ready under their names
+(ready.py): give the name and, for local files, DATA_DIR.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 import functools
-import glob as glob_lib
-import os
 from typing import Any
 
 import seqio
@@ -18,10 +16,8 @@ import tensorflow as tf
 
 from fat5_jax.data import (
   features,
-  head_tasks,
   mixtures,
   preprocessors,
-  pronouns,
   records,
   seqio_source,
   sources,
@@ -30,11 +26,10 @@ from fat5_jax.data import (
 from fat5_jax.data import glue as glue_lib
 from fat5_jax.data import metrics as metrics_lib
 from fat5_jax.data import squad as squad_lib
-from fat5_jax.data import super_glue as super_glue_lib
 from fat5_jax.errors import UserError, nearest
 
 
-def _register(
+def add_text_task(
   name: str,
   source,
   row_fn: sources.RowFn,
@@ -117,7 +112,7 @@ def text_to_text(
   for column in {*asked, *answers} - set(names):
     if hasattr(source, "label_names"):
       names[column] = source.label_names(column)
-  return _register(
+  return add_text_task(
     name,
     source,
     preprocessors.template(inputs, targets, names),
@@ -163,7 +158,7 @@ def glue(
     row_fn = preprocessors.glue(prefix, tuple(task.features), task.label_names)
     postprocess = preprocessors.label_to_class(tuple(task.label_names))
   source, rename = glue_lib.source(name, data_dir, source)
-  return _register(
+  return add_text_task(
     f"glue_{name}_v002",
     source,
     rename(row_fn),
@@ -173,56 +168,6 @@ def glue(
     | {"label": -1, task.label_column: 0 if name == "stsb" else -1},
     postprocess=postprocess,
     metrics=task.metrics,
-  )
-
-
-@records.recorded
-def super_glue(
-  name: str,
-  vocabulary: seqio.Vocabulary,
-  data_dir: str | None = None,
-  source: Any = None,
-) -> seqio.Task:
-  """A SuperGLUE task, e.g. "boolq", registered as `super_glue_boolq_v102`.
-
-  Args:
-    name: boolq cb copa multirc record rte wic wsc_train wsc_eval; those of WSC
-      are `super_glue_wsc_v102_simple_train` and `_eval`: T5 trains on the rows
-      whose noun is the pronoun's alone, and asks for the noun.
-    vocabulary: SeqIO vocabulary.
-    data_dir: folder with the official layout (`BoolQ/train.jsonl`,
-      `val.jsonl`); None reads HF's `aps/super_glue`.
-    source: of rows, instead of both.
-
-  Raises:
-    UserError: for an unknown name or missing files.
-  """
-  made = super_glue_lib.text_task(name, data_dir, source)
-  return _register(**made, vocabulary=vocabulary)
-
-
-@records.recorded
-def definite_pronoun_resolution(
-  vocabulary: seqio.Vocabulary,
-  data_dir: str | None = None,
-  source: Any = None,
-) -> seqio.Task:
-  """Which candidate a pronoun stands for, `dpr_v001_simple`.
-
-  Args:
-    vocabulary: SeqIO vocabulary.
-    data_dir: folder with `DPR/train.c.txt` and `test.c.txt`; None reads HF's
-      `community-datasets/definite_pronoun_resolution`.
-    source: of rows, instead of both.
-  """
-  return _register(
-    "dpr_v001_simple",
-    source or pronouns.source(data_dir),
-    pronouns.text,
-    vocabulary,
-    columns=("sentence", "pronoun", "candidates"),
-    unanswered=lambda row: row | {"label": -1},
-    metrics=("accuracy",),
   )
 
 
@@ -242,7 +187,7 @@ def squad(
     name: of the task.
     source: of rows, instead of both.
   """
-  return _register(
+  return add_text_task(
     name,
     source or squad_lib.source(data_dir),
     preprocessors.squad,
@@ -283,22 +228,11 @@ def translation(
     source: of rows, instead of both.
   """
   pair = (source_language, target_language)
-  parallel = {}
-  for split, stems in sources.SPLIT_STEMS.items() if data_dir else ():
-    for stem in (*stems, "val") if split == "validation" else stems:
-      files = {
-        code: glob_lib.glob(
-          os.path.join(glob_lib.escape(data_dir), f"{stem}*.{code}*")
-        )
-        for code in pair
-      }
-      if all(files.values()) and split not in parallel:
-        parallel[split] = {code: sorted(f)[0] for code, f in files.items()}
-  if source is None and parallel:
-    source = sources.ParallelFiles(parallel)
-  elif source is None:
+  if source is None:
+    source = sources.aligned_files(data_dir, {code: code for code in pair})
+  if source is None:
     source = sources.named_splits(data_dir, hf_path, hf_name)
-  return _register(
+  return add_text_task(
     name or f"wmt_{source_language}_{target_language}",
     source,
     preprocessors.translate(*pair),
@@ -329,15 +263,21 @@ def summarization(
     article: column of the text.
     summary: column of its summary.
     vocabulary: SeqIO vocabulary.
-    data_dir: folder with train/validation files; None reads HF.
+    data_dir: folder with files of rows named after their split, or line-aligned
+      `train.source`, `train.target`, `val.source` ...; None reads HF.
     name: of the task.
     hf_path: HF dataset read where there is no data_dir.
     hf_name: its configuration.
     source: of rows, instead of both.
   """
-  return _register(
+  if source is None:
+    endings = {article: "source", summary: "target"}
+    source = sources.aligned_files(data_dir, endings)
+  if source is None:
+    source = sources.named_splits(data_dir, hf_path, hf_name)
+  return add_text_task(
     name,
-    source or sources.named_splits(data_dir, hf_path, hf_name),
+    source,
     preprocessors.summarize(article, summary),
     vocabulary,
     columns=(article,),
@@ -361,7 +301,7 @@ def quickstart(
   rows = functools.partial(
     spoken_values.rows, train_rows, validation_rows, seed
   )
-  return _register(
+  return add_text_task(
     name,
     sources.Function(
       {
@@ -429,61 +369,6 @@ def mixture(
   return mixtures.make(name, parts, rates, maximum, temperature)
 
 
-def _ready_mixture(name: str, rates: Mapping[str, float]) -> Callable:
-  """What builds a mixture of T5's by its name."""
-
-  def make(vocabulary, data_dir=None):
-    return mixture(rates, vocabulary, data_dir, name=name)
-
-  return make
-
-
-# T5's names, built when a run asks for one.
-BUILTIN_TASKS: dict[str, Callable[..., seqio.Task | seqio.Mixture]] = {
-  **{
-    f"glue_{name}_v002": functools.partial(glue, name) for name in glue_lib.GLUE
-  },
-  "squad_v010_allanswers": squad,
-  "wmt_t2t_ende_v003": functools.partial(
-    translation, "en", "de", name="wmt_t2t_ende_v003", hf_name="de-en"
-  ),
-  "wmt14_enfr_v003": functools.partial(
-    translation, "en", "fr", name="wmt14_enfr_v003", hf_name="fr-en"
-  ),
-  "wmt16_enro_v003": functools.partial(
-    translation,
-    "en",
-    "ro",
-    name="wmt16_enro_v003",
-    hf_path="wmt/wmt16",
-    hf_name="ro-en",
-  ),
-  "cnn_dailymail_v002": functools.partial(
-    summarization, "article", "highlights", name="cnn_dailymail_v002"
-  ),
-  "spoken_values": lambda vocabulary, data_dir=None: quickstart(vocabulary),
-  **{
-    f"super_glue_{name}_v102": functools.partial(super_glue, name)
-    for name in super_glue_lib.SUPER_GLUE
-    if name != "wsc"
-  },
-  **{
-    f"super_glue_wsc_v102_simple_{part}": functools.partial(
-      super_glue, f"wsc_{part}"
-    )
-    for part in ("train", "eval")
-  },
-  "dpr_v001_simple": definite_pronoun_resolution,
-  "super_glue_v102_proportional": _ready_mixture(
-    "super_glue_v102_proportional", mixtures.SUPER_GLUE_RATES
-  ),
-  "glue_v002_proportional": _ready_mixture(
-    "glue_v002_proportional", mixtures.GLUE_RATES
-  ),
-  **head_tasks.BUILTIN_TASKS,
-}
-
-
 def register(task: seqio.Task | seqio.Mixture) -> None:
   """Makes SeqIO know a task, or a mixture, by its name.
 
@@ -510,12 +395,14 @@ def resolve(
   """
   if not isinstance(task, str):
     return task
-  if task in BUILTIN_TASKS:
-    return BUILTIN_TASKS[task](vocabulary=vocabulary, data_dir=data_dir)
+  from fat5_jax.data import ready
+
+  if task in ready.TASKS:
+    return ready.TASKS[task](vocabulary=vocabulary, data_dir=data_dir)
   registered = [*seqio.TaskRegistry.names(), *seqio.MixtureRegistry.names()]
   if task in registered:
     return seqio.get_mixture_or_task(task)
-  known = sorted({*BUILTIN_TASKS, *registered})
+  known = sorted({*ready.TASKS, *registered})
   raise UserError(
     f"unknown task {task!r}.{nearest(task, known)} Known:"
     f" {', '.join(known)}. Others: bind"
