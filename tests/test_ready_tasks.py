@@ -9,6 +9,7 @@ import seqio
 
 from fat5_jax.data import (
   features,
+  folders,
   memory,
   nli,
   ready,
@@ -76,7 +77,7 @@ def test_orangesum_of_the_real_articles(shared_data, tmp_path):
     BYTES,
     name="orangesum_abstract",
     source=renamed.Renamed(
-      sources.named_splits(str(tmp_path), "", None),
+      folders.named_splits(str(tmp_path), "", None),
       {"text": "article", "summary": "heading"},
     ),
   )

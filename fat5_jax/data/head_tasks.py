@@ -18,6 +18,7 @@ import tensorflow as tf
 from fat5_jax.data import (
   features,
   labels,
+  mixtures,
   preprocessors,
   records,
   seqio_source,
@@ -68,6 +69,7 @@ def _register(
 # ---- Sequences ---------------------------------------------------------------
 
 
+@mixtures.weighted
 @records.recorded
 def classification(
   source,
@@ -270,6 +272,7 @@ def _check_length(length: int, most: int, what: str) -> None:
 # ---- Tags --------------------------------------------------------------------
 
 
+@mixtures.weighted
 @records.recorded
 def tagging(
   source,
@@ -394,6 +397,7 @@ def _tags(tag_names, values, example=None, is_target=False, **unused):
 # ---- Spans -------------------------------------------------------------------
 
 
+@mixtures.weighted
 @records.recorded
 def spans(
   source,

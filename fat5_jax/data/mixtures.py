@@ -5,8 +5,12 @@ T5's rates (T5 paper, section 3.5.2): r = min(rows, maximum)^(1/temperature).
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+import functools
+import inspect
 import math
+import os
+import re
 from typing import Any
 
 import seqio
@@ -162,7 +166,7 @@ def check(
       )
 
 
-def make(
+def make_mixture(
   name: str,
   parts: Sequence[tuple[seqio.Task | seqio.Mixture, float]],
   rates: Any = "equal",
@@ -191,6 +195,60 @@ def make(
     found.append((task, rate))
   seqio.MixtureRegistry.remove(name)
   return seqio.MixtureRegistry.add(name, found)
+
+
+def weighted(
+  factory: Callable[..., seqio.Task],
+) -> Callable[..., seqio.Task | seqio.Mixture]:
+  """Makes a task factory understand training files with weights.
+
+  What it makes of them is a mixture, `<name>_weighted`, of a task for each
+  pattern (`<name>_<file>`); the other splits are those of task `<name>`.
+  """
+  signature = inspect.signature(factory)
+
+  @functools.wraps(factory)
+  def make(*args, **kwargs):
+    given = signature.bind(*args, **kwargs)
+    given.apply_defaults()
+    given = dict(given.arguments)
+    source = given["source"]
+    weights = getattr(source, "weights", {})
+    if not weights:
+      return factory(**given)
+    splits = dict(source.splits)
+    # Labels that are found in the data are those of all files.
+    whole = factory(**given | {"source": source.only(splits)})
+    for key in ("label_names", "tag_names"):
+      names = getattr(whole.output_features["targets"], "names", ())
+      if key in given and names:
+        given[key] = names
+    parts: list[tuple[seqio.Task, float]] = []
+    del splits["train"]
+    if splits:
+      part = {"source": source.only(splits), "name": whole.name}
+      # Nothing is drawn from it in training, which it has no rows for.
+      parts.append((factory(**given | part), 1.0))
+    for pattern, weight in weights.items():
+      part = {
+        "source": source.only({"train": pattern}),
+        "name": _part_name(whole.name, pattern, [t.name for t, _ in parts]),
+      }
+      parts.append((factory(**given | part), weight))
+    return make_mixture(f"{whole.name}_weighted", parts)
+
+  return make
+
+
+def _part_name(task: str, pattern: str, taken: Sequence[str]) -> str:
+  """A name by that of a file, and a number where another has it."""
+  stem = re.sub(r"\W+", "_", os.path.basename(pattern).split(".")[0]).strip("_")
+  first = name = f"{task}_{stem or 'files'}"
+  number = 1
+  while name in taken:
+    number += 1
+    name = f"{first}_{number}"
+  return name
 
 
 class _Proportional:

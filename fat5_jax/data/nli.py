@@ -12,6 +12,7 @@ from typing import Any
 import seqio
 
 from fat5_jax.data import (
+  folders,
   head_tasks,
   preprocessors,
   records,
@@ -81,7 +82,7 @@ def rows(data_dir: str | None, given: Any = None) -> Pairs:
       "nyu-mll/multi_nli",
       splits={"train": "train", "validation": "validation_matched"},
     )
-  return Pairs(given or sources.named_splits(data_dir, "", None))
+  return Pairs(given or folders.named_splits(data_dir, "", None))
 
 
 @records.recorded

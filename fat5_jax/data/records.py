@@ -264,7 +264,7 @@ def build(
       (build(part, vocabulary, data_dir, with_data), float(part["rate"]))
       for part in record["mixture"].values()
     ]
-    return mixtures.make(record["name"], parts)
+    return mixtures.make_mixture(record["name"], parts)
   for module in _MODULES:
     importlib.import_module(f"fat5_jax.data.{module}")
   factory = _FACTORIES.get(record.get("factory", ""))

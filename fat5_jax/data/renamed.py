@@ -17,7 +17,7 @@ class Renamed:
   holds the field `body` of column `text`. The others stay.
 
   Attributes:
-    splits: those of the source.
+    splits, is_stream, weights: those of the source.
   """
 
   def __init__(self, source: Any, columns: Mapping[str, str | Sequence[str]]):
@@ -38,8 +38,12 @@ class Renamed:
     self._source = source
     self._columns = {ours: _names(theirs) for ours, theirs in columns.items()}
     self.splits = source.splits
-    if getattr(source, "is_stream", False):
-      self.is_stream = True
+    self.is_stream = getattr(source, "is_stream", False)
+    self.weights = getattr(source, "weights", {})
+
+  def only(self, splits: Mapping[str, str | Sequence[str]]) -> Renamed:
+    """Other files, read as these are."""
+    return Renamed(self._source.only(splits), self._columns)
 
   def rows(self, split: str) -> Iterator[LocatedRow]:
     for where, row in self._source.rows(split):
@@ -63,8 +67,10 @@ class Renamed:
         column(row, names[0])
     return {**row, **found}
 
-  def num_rows(self, split: str) -> int:
-    return self._source.num_rows(split)
+  def num_rows(self, split: str) -> int | None:
+    if hasattr(self._source, "num_rows"):
+      return self._source.num_rows(split)
+    return None if self.is_stream else sum(1 for _ in self._source.rows(split))
 
   def label_names(self, name: str) -> tuple[str, ...]:
     """The names of a column of class numbers; () if it is none."""

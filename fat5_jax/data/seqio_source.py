@@ -115,6 +115,11 @@ class SeqioSource(seqio.DataSource):
     unanswered: Callable[[Row], Row] = lambda row: row,
   ):
     """`unanswered` puts something in the place of a row's answer."""
+    if getattr(source, "weights", {}):
+      raise UserError(
+        "this task takes no weights of files: mix two tasks of them with"
+        " tasks.mixture()"
+      )
     self._source, self._row_fn = source, row_fn
     self._skip_bad_rows = skip_bad_rows
     self._signature = dict(signature)
@@ -235,14 +240,15 @@ class SeqioSource(seqio.DataSource):
     return dataset if num_epochs == 1 else dataset.repeat(num_epochs)
 
   def num_input_examples(self, split: str) -> int | None:
-    """Rows of a split, counted once; None where the source only streams."""
+    """Rows of a split, counted once; None of a stream that nobody counted."""
+    count = getattr(self._source, "num_rows", None)
     if getattr(self._source, "is_stream", False):
-      return None
+      return None if count is None else count(split)
     if split not in self._counts:
-      if self._skip_bad_rows or not hasattr(self._source, "num_rows"):
+      if self._skip_bad_rows or count is None:
         # Which rows there are shows when they are made.
         found = sum(1 for _ in self.examples(split))
       else:
-        found = self._source.num_rows(split)
+        found = count(split)
       self._counts[split] = found
     return self._counts[split]

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 import os
 from typing import Any
 
-from fat5_jax.data import formats, sources
+from fat5_jax.data import folders, formats, sources
 from fat5_jax.errors import UserError
 
 
@@ -97,4 +97,4 @@ def source(data_dir: str | None) -> Any:
   found = {s: path for s, path in official.items() if os.path.exists(path)}
   if data_dir and found:
     return SquadFiles(found)
-  return sources.named_splits(data_dir, "rajpurkar/squad", None)
+  return folders.named_splits(data_dir, "rajpurkar/squad", None)

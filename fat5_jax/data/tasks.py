@@ -16,6 +16,7 @@ import tensorflow as tf
 
 from fat5_jax.data import (
   features,
+  folders,
   mixtures,
   preprocessors,
   records,
@@ -74,6 +75,7 @@ def add_text_task(
   )
 
 
+@mixtures.weighted
 @records.recorded
 def text_to_text(
   source,
@@ -229,9 +231,9 @@ def translation(
   """
   pair = (source_language, target_language)
   if source is None:
-    source = sources.aligned_files(data_dir, {code: code for code in pair})
+    source = folders.aligned_files(data_dir, {code: code for code in pair})
   if source is None:
-    source = sources.named_splits(data_dir, hf_path, hf_name)
+    source = folders.named_splits(data_dir, hf_path, hf_name)
   return add_text_task(
     name or f"wmt_{source_language}_{target_language}",
     source,
@@ -272,9 +274,9 @@ def summarization(
   """
   if source is None:
     endings = {article: "source", summary: "target"}
-    source = sources.aligned_files(data_dir, endings)
+    source = folders.aligned_files(data_dir, endings)
   if source is None:
-    source = sources.named_splits(data_dir, hf_path, hf_name)
+    source = folders.named_splits(data_dir, hf_path, hf_name)
   return add_text_task(
     name,
     source,
@@ -366,7 +368,7 @@ def mixture(
       + "\n  ".join(missing)
       + "\n@tasks.mixture() mixes those tasks that you have"
     )
-  return mixtures.make(name, parts, rates, maximum, temperature)
+  return mixtures.make_mixture(name, parts, rates, maximum, temperature)
 
 
 def register(task: seqio.Task | seqio.Mixture) -> None:
