@@ -13,6 +13,7 @@ import numpy as np
 import seqio
 import tensorflow as tf
 
+from fat5_jax.data.skipped import Skipped
 from fat5_jax.data.sources import LocatedRow, Row, RowFn, column
 from fat5_jax.errors import UserError
 
@@ -171,7 +172,7 @@ class SeqioSource(seqio.DataSource):
     Raises:
       UserError: naming the place, for a bad row; or if there is no row.
     """
-    count = skipped = 0
+    count, skipped = 0, Skipped()
     for where, row in self._source.rows(split):
       try:
         example = self._row_fn(row)
@@ -184,22 +185,19 @@ class SeqioSource(seqio.DataSource):
           if isinstance(text, str):
             text.encode("utf-8")
       except (UserError, UnicodeEncodeError) as e:
+        reason = str(e)
+        if isinstance(e, UnicodeEncodeError):
+          reason = "half a character (a lone surrogate)"
         if not self._skip_bad_rows:
-          reason = str(e)
-          if isinstance(e, UnicodeEncodeError):
-            reason = "half a character (a lone surrogate)"
           hint = "" if split == ROWS else _SKIP
           raise UserError(f"{where}: {reason}{hint}") from None
-        skipped += 1
+        skipped.add(where, reason)
         continue
       count += 1
       yield {key: example[key] for key in self._signature}
-    if skipped:
+    if skipped.rows:
       logger.warning(
-        "%s: left out %d bad rows of %d",
-        self._source.describe(split),
-        skipped,
-        skipped + count,
+        "%s: %s", self._source.describe(split), skipped.describe(count)
       )
     if not count:
       raise UserError(
@@ -245,9 +243,11 @@ class SeqioSource(seqio.DataSource):
     if getattr(self._source, "is_stream", False):
       return None if count is None else count(split)
     if split not in self._counts:
-      if self._skip_bad_rows or count is None:
-        # Which rows there are shows when they are made.
+      if self._skip_bad_rows:
+        # Which rows are bad shows when they are made.
         found = sum(1 for _ in self.examples(split))
+      elif count is None:
+        found = sum(1 for _ in self._source.rows(split))
       else:
         found = count(split)
       self._counts[split] = found
