@@ -71,6 +71,14 @@ def test_what_a_person_writes_is_a_rate():
   assert rates_of(capped) == {"a": 2, "b": 4}
 
 
+def test_the_share_of_each_task_is_told():
+  held_out = sources.Function({"validation": lambda: [{"a": "x", "b": "y"}]})
+  never = text_task("never", source=held_out)
+  parts = {text_task("a"): 1.0, text_task("b"): 3.0, never: 9.0}
+  told = mixtures.describe(tasks.mixture(parts, name="ours"))
+  assert told == "ours draws 75 % b, 25 % a"
+
+
 def test_a_mixture_in_a_mixture_has_its_share():
   a, b, c = text_task("a", 10), text_task("b", 30), text_task("c", 60)
   inner = tasks.mixture([a, b], name="inner")
@@ -356,6 +364,8 @@ def test_a_mixture_from_gin_is_trained_and_evaluated_from_its_folder(
     gin.clear_config()
     return capfd.readouterr()
 
+  told = run("train", "--gin_file=mixed.gin", "--gin.MODEL_DIR=x", "--dry_run")
+  assert "mixture draws 66.7 % one, 33.3 % glue_rte_v002" in told.err
   run("train", "--gin_file=mixed.gin", "--gin.MODEL_DIR=out")
   run("eval", "--gin.MODEL_DIR=out")
   for name in ("one", "glue_rte_v002"):

@@ -70,6 +70,22 @@ def training_rows(task: seqio.Task | seqio.Mixture) -> float:
   return found
 
 
+def describe(mixture: seqio.Mixture) -> str:
+  """What share of the training rows is drawn from each task; most first."""
+  rates = {
+    task.name: mixture.get_rate(task)
+    for task in mixture.tasks
+    if "train" in task.splits
+  }
+  total = sum(rates.values()) or 1
+  parts = [
+    f"{100 * rate / total:.3g} % {name}"
+    for name, rate in sorted(rates.items(), key=lambda item: -item[1])
+    if rate
+  ]
+  return f"{mixture.name} draws {', '.join(parts)}"
+
+
 def rate_num_examples(
   task: seqio.Task | seqio.Mixture,
   maximum: float | None = None,
