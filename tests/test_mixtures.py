@@ -13,6 +13,8 @@ from fat5_jax.data import (
   head_tasks,
   memory,
   mixtures,
+  nli,
+  pipeline,
   records,
   sources,
   squad,
@@ -277,6 +279,19 @@ def test_glue_is_mixed_as_t5_does():
   assert rates == mixtures.GLUE_RATES
   assert "glue_wnli_v002" not in rates
   assert seqio.MixtureRegistry.get("glue_v002_proportional") is mixture
+
+
+def test_a_mixture_of_classes_is_one_for_a_head():
+  """Pairs of one kind from two data sets: one classifier learns both."""
+  pair = {"premise": "x", "hypothesis": "y", "label": 2}
+  made = memory.Rows([pair], "train")
+  parts = [nli.classes(BYTES, name=name, source=made) for name in ("a", "b")]
+  mixture = tasks.mixture(parts)
+  config = pipeline.DatasetConfig(mixture, {"inputs": 8}, "train", 2)
+  head = pipeline.head_config(config, "sequence_classification")
+  assert head.label_names == nli.LABELS
+  batch = next(pipeline.train_batches(config, 384))
+  assert batch["labels"].tolist() == [[2], [2]]
 
 
 # ---- Records and runs --------------------------------------------------------

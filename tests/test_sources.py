@@ -18,6 +18,8 @@ from fat5_jax.data import (
   tasks,
 )
 from fat5_jax.errors import UserError
+from fat5_jax.gin_config import cli
+import gin
 
 BYTES = seqio.ByteVocabulary(0)
 
@@ -233,6 +235,66 @@ def test_weights_of_files_are_a_mixture(tmp_path):
   record = json.loads(json.dumps(records.describe(mixture)))
   again = records.build(record, BYTES, with_data=True)
   assert not records.difference(record, records.describe(again))
+
+
+WEIGHTED = """
+from __gin__ import dynamic_registration
+import fat5_jax.data.sources as sources
+import fat5_jax.data.tasks as tasks
+import fat5_jax.models.config as config
+
+include 'models/byt5/base.gin'
+include 'runs/pretrain.gin'
+
+MIXTURE_OR_TASK_NAME = @tasks.text_to_text()
+tasks.text_to_text:
+  source = @sources.Files()
+  inputs = 'say {a}'
+  targets = '{b}'
+  vocabulary = %VOCABULARY
+sources.Files.splits = {
+  'train': {'clean.tsv': 3.0, 'web.tsv': 1.0}, 'validation': 'dev.tsv'}
+TASK_FEATURE_LENGTHS = {'inputs': 16, 'targets': 8}
+BATCH_SIZE = 2
+TRAIN_STEPS = 2
+EVAL_PERIOD = 0
+EVAL_STEPS = 1
+CHECKPOINT_PERIOD = 2
+DTYPE = 'float32'
+ATTENTION = 'reference'
+config.T5Config:
+  emb_dim = 16
+  num_heads = 2
+  head_dim = 8
+  num_encoder_layers = 1
+  num_decoder_layers = 1
+  mlp_dim = 16
+"""
+
+
+def test_a_run_on_files_with_weights_asks_in_its_words(
+  tmp_path, monkeypatch, capfd
+):
+  monkeypatch.chdir(tmp_path)
+  weighted_files(tmp_path)
+  (tmp_path / "weighted.gin").write_text(WEIGHTED)
+
+  def run(command, *flags):
+    gin.clear_config()
+    assert cli.main(command, list(flags)) == 0, capfd.readouterr().err
+    gin.clear_config()
+    return capfd.readouterr()
+
+  run("train", "--gin_file=weighted.gin", "--gin.MODEL_DIR=out")
+  # Its name is that of the task, whatever it is trained on.
+  path = "inference_eval/text_to_text-metrics.jsonl"
+  run("eval", "--gin.MODEL_DIR=out")
+  read = lambda folder: (tmp_path / folder / path).read_text()
+  assert read("out/eval") == read("out")
+  (tmp_path / "lines.txt").write_text("something\n")
+  flags = ("--gin.MODEL_DIR=out", "--gin.MAX_OUTPUT_LENGTH=2")
+  done = run("infer", *flags, "--gin.INPUT=lines.txt")
+  assert json.loads(done.out)["inputs"] == "say something"
 
 
 def test_labels_are_those_of_all_files_with_weights(tmp_path):

@@ -308,6 +308,23 @@ def build(
   return factory(vocabulary=vocabulary, **arguments)
 
 
+def question_of(record: Mapping[str, Any]) -> Mapping[str, Any] | None:
+  """The record of a task that asks as all tasks of a record do.
+
+  None where a mixture's tasks do not ask alike.
+  """
+  if "mixture" not in record:
+    return record
+  parts = list(record["mixture"].values())
+  asks = [
+    (part.get("factory"), (part.get("arguments") or {}) | {"name": None})
+    for part in parts
+  ]
+  if any(other != asks[0] for other in asks) or asks[0][0] is None:
+    return None
+  return parts[0] | {"lengths": record.get("lengths", {})}
+
+
 def _source_of(record: Mapping[str, Any], task: str) -> Any:
   """The source of a record's rows, where it is files or a data set."""
   from fat5_jax.data import conll, squad
