@@ -12,6 +12,7 @@ from fat5_jax.data import (
   features,
   formats,
   head_tasks,
+  mixtures,
   records,
   renamed,
   sources,
@@ -217,7 +218,7 @@ def test_weights_of_files_are_a_mixture(tmp_path):
   mixture = text_task(sources.Files(weighted_files(tmp_path)), name="said")
   rates = {t.name: mixture.get_rate(t) for t in mixture.tasks}
   assert mixture.name == "said_weighted"
-  assert rates == {"said": 1, "said_clean": 3, "said_w": 1}
+  assert rates == {"said": 1e-9, "said_clean": 3, "said_w": 1}
   splits = {t.name: t.splits for t in mixture.tasks}
   assert splits["said"] == ("validation",)
   assert splits["said_clean"] == splits["said_w"] == ("train",)
@@ -235,6 +236,12 @@ def test_weights_of_files_are_a_mixture(tmp_path):
   record = json.loads(json.dumps(records.describe(mixture)))
   again = records.build(record, BYTES, with_data=True)
   assert not records.difference(record, records.describe(again))
+  # In another mixture it has its share.
+  rows = sources.Function({"train": lambda: [{"a": "x", "b": "y"}]})
+  outer = tasks.mixture({mixture: 1.0, text_task(rows, name="other"): 1.0})
+  assert mixtures.describe(outer) == (
+    "mixture draws 50 % other, 37.5 % said_clean, 12.5 % said_w"
+  )
 
 
 WEIGHTED = """

@@ -19,6 +19,9 @@ from fat5_jax.data.files import listed, shown
 from fat5_jax.errors import UserError
 
 _WORDS = ("proportional", "equal")
+# The rate of a task that has no training rows to draw. It is not 0, because its
+# other splits are drawn from; and takes no share of a mixture around it.
+_HELD_OUT = 1e-9
 
 # What T5 mixes into `glue_v002_proportional`: the rows of each training set.
 # WNLI is left out, as in the paper; what has rate 0 is evaluated only.
@@ -243,8 +246,7 @@ def weighted(
     del splits["train"]
     if splits:
       part = {"source": source.only(splits), "name": whole.name}
-      # Nothing is drawn from it in training, which it has no rows for.
-      parts.append((factory(**given | part), 1.0))
+      parts.append((factory(**given | part), _HELD_OUT))
     for pattern, weight in weights.items():
       part = {
         "source": source.only({"train": pattern}),
