@@ -174,6 +174,12 @@ def test_pairs_without_labels_are_a_test_set(tmp_path):
     assert task.source.question(row)["inputs"].endswith("premise: A")
 
 
+def test_pairs_without_agreement_are_not_evaluated(tmp_path):
+  lines = "".join(json.dumps(row) + "\n" for row in HF)
+  (tmp_path / "validation.jsonl").write_text(lines)
+  assert len(pairs_of("nli", tmp_path, "validation")) == 1
+
+
 def test_pairs_left_out_are_told(tmp_path, caplog):
   (tmp_path / "train.tsv").write_text(MNLI)
   pairs_of("nli", tmp_path)

@@ -8,6 +8,7 @@ import pytest
 import seqio
 import tensorflow as tf
 
+from fat5_jax.api import data as api_data
 from fat5_jax.data import (
   features,
   formats,
@@ -192,8 +193,13 @@ def test_rows_without_end_are_a_stream():
     sources.Function({"train": lambda: [{"a": "x", "b": "y"}]}), name="other"
   )
   mixture = tasks.mixture([task, other])
-  with pytest.raises(UserError, match="streams, so its rows are not counted"):
+  with pytest.raises(UserError, match="nobody counts the rows of task"):
     mixture.get_rate(task)
+  # What would read all of it asks a person instead.
+  with pytest.raises(UserError, match="give steps, batch_size"):
+    api_data.longest(task)
+  with pytest.raises(UserError, match="streams, so the names.*label_names"):
+    head_tasks.classification(source, "{a}", "b", BYTES)
   assert tasks.mixture({task: 2.0, other: 1.0}).get_rate(task) == 2
   assert renamed.Renamed(source, {"c": "a"}).is_stream
 

@@ -55,7 +55,8 @@ def training_rows(task: seqio.Task | seqio.Mixture) -> float:
   """The training rows of a task, or of all that a mixture draws from.
 
   Raises:
-    UserError: for rows that only stream, which nobody can count.
+    UserError: for rows that nobody counts: a stream's, or those of a source of
+      SeqIO's own that does not say.
   """
   if isinstance(task, seqio.Mixture):
     drawn = [part for part in task.tasks if task.get_rate(part) > 0]
@@ -67,8 +68,9 @@ def training_rows(task: seqio.Task | seqio.Mixture) -> float:
   found = task.num_input_examples("train")
   if found is None:
     raise UserError(
-      f"task {task.name!r} streams, so its rows are not counted: give its rate"
-      f" as a number, {{{task.name!r}: 1000.0}}"
+      f"nobody counts the rows of task {task.name!r}, which is a stream, or one"
+      " of SeqIO's own whose source does not tell: give the rates as numbers,"
+      f" {{{task.name!r}: 1000.0, ...}}"
     )
   return found
 

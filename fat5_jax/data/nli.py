@@ -38,15 +38,16 @@ _LETTERS = {"e": "entailment", "n": "neutral", "c": "contradiction"}
 class Pairs(renamed.Renamed):
   """The pairs of a source, without those that nobody agreed about.
 
-  SNLI and MNLI mark them by `-` (HF: -1, in training) as label; a test set has
-  -1, or no label at all.
+  SNLI and MNLI mark them by `-` as label, HF by -1; a test set has -1, or no
+  label at all.
   """
 
   def __init__(self, source: Any):
     super().__init__(source, _COLUMNS)
 
   def rows(self, split: str) -> Iterator[sources.LocatedRow]:
-    no_labels = ("-", "-1") if split == "train" else ("-",)
+    is_blind = split not in ("train", "validation")
+    no_labels = ("-",) if is_blind else ("-", "-1")
     left_out = 0
     for where, row in super().rows(split):
       if str(column(row, "label")) in no_labels:
