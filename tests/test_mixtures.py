@@ -143,10 +143,16 @@ def test_tasks_that_no_model_learns_together_are_told():
     rows, "{a}", "y", BYTES, labels, name=name
   )
   yes_no, no_yes = classes("one", "yes", "no"), classes("two", "no", "yes")
-  with pytest.raises(UserError, match="labels yes, no; labels no, yes"):
+  single = "single_label_classification"
+  with pytest.raises(UserError, match=f"{single} yes, no; {single} no, yes"):
     tasks.mixture([yes_no, no_yes])
-  with pytest.raises(UserError, match="labels yes, no; text|text; labels"):
+  with pytest.raises(UserError, match=f"text; {single} yes, no"):
     tasks.mixture([text_task("text"), yes_no])
+  many = head_tasks.classification(
+    rows, "{a}", "y", BYTES, ("yes", "no"), "multi_label_classification", "many"
+  )
+  with pytest.raises(UserError, match="multi_label_classification yes, no"):
+    tasks.mixture([yes_no, many])
   other = tasks.text_to_text(
     rows, "{a}", "{y}", seqio.ByteVocabulary(5), "other"
   )

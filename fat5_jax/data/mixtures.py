@@ -153,7 +153,7 @@ def _check_rate(number: Any, task: Any) -> None:
     )
 
 
-def check(
+def _check(
   pairs: Sequence[tuple[Any, float]],
   rates: Any,
   maximum: float | None,
@@ -202,7 +202,7 @@ def make_mixture(
   Raises:
     UserError: for two tasks of one name, and tasks that cannot be mixed.
   """
-  check(parts, rates, maximum, temperature)
+  _check(parts, rates, maximum, temperature)
   _check_fit(name, [task for task, _ in parts])
   found = []
   for i, (task, number) in enumerate(parts):
@@ -216,6 +216,70 @@ def make_mixture(
     found.append((task, rate))
   seqio.MixtureRegistry.remove(name)
   return seqio.MixtureRegistry.add(name, found)
+
+
+class _Proportional:
+  """`rate_num_examples` of a task, worked out once."""
+
+  def __init__(self, maximum: float | None, temperature: float, scale: float):
+    self._how = (maximum, temperature, scale)
+    self._found: dict[str, float] = {}
+
+  def __call__(self, task: seqio.Task | seqio.Mixture) -> float:
+    if task.name not in self._found:
+      self._found[task.name] = float(rate_num_examples(task, *self._how))
+    return self._found[task.name]
+
+
+def _check_fit(name: str, tasks: Sequence[seqio.Task | seqio.Mixture]) -> None:
+  """Raises UserError unless the tasks have names of their own, one vocabulary,
+  and labels that mean the same.
+  """
+  names = [part.name for task in tasks for part in seqio.get_subtasks(task)]
+  names += [task.name for task in tasks if isinstance(task, seqio.Mixture)]
+  if name in names:
+    raise UserError(
+      f"mixture {name!r} holds a task of the same name: give it another name"
+    )
+  for again in names:
+    if names.count(again) > 1:
+      raise UserError(
+        f"mixture {name!r}: two tasks are named {again!r}, and results are"
+        " written by name: give each factory a name, or one a larger rate"
+      )
+  first = tasks[0]
+  for task in tasks[1:]:
+    mine, theirs = first.output_features, task.output_features
+    if set(mine) != set(theirs):
+      raise UserError(
+        f"mixture {name!r}: {first.name} has {listed(sorted(mine))},"
+        f" {task.name} has {listed(sorted(theirs))}; one model learns one kind"
+        " of task"
+      )
+    for key, feature in mine.items():
+      other = theirs[key]
+      if _meaning(feature) != _meaning(other):
+        raise UserError(
+          f"mixture {name!r}: {key} of {first.name} and of {task.name} are not"
+          f" the same ({_meaning(feature)}; {_meaning(other)})"
+        )
+      if feature.vocabulary != other.vocabulary:
+        raise UserError(
+          f"mixture {name!r}: {first.name} and {task.name} have other"
+          f" vocabularies for {key}"
+        )
+
+
+def _meaning(feature: Any) -> str:
+  """What a feature's numbers are, in words."""
+  if not hasattr(feature, "problem_type"):
+    return "text"
+  if feature.kind != "sequence_classification":
+    return f"{feature.kind} {listed(feature.names, 100)}".strip()
+  return f"{feature.problem_type} {listed(feature.names, 100)}".strip()
+
+
+# ---- Files with weights ------------------------------------------------------
 
 
 def weighted(
@@ -269,63 +333,3 @@ def _part_name(task: str, pattern: str, taken: Sequence[str]) -> str:
     number += 1
     name = f"{first}_{number}"
   return name
-
-
-class _Proportional:
-  """`rate_num_examples` of a task, worked out once."""
-
-  def __init__(self, maximum: float | None, temperature: float, scale: float):
-    self._how = (maximum, temperature, scale)
-    self._found: dict[str, float] = {}
-
-  def __call__(self, task: seqio.Task | seqio.Mixture) -> float:
-    if task.name not in self._found:
-      self._found[task.name] = float(rate_num_examples(task, *self._how))
-    return self._found[task.name]
-
-
-def _check_fit(name: str, tasks: Sequence[seqio.Task | seqio.Mixture]) -> None:
-  """Raises UserError unless the tasks have names of their own, one vocabulary,
-  and labels that mean the same.
-  """
-  names = [part.name for task in tasks for part in seqio.get_subtasks(task)]
-  names += [task.name for task in tasks if isinstance(task, seqio.Mixture)]
-  if name in names:
-    raise UserError(
-      f"mixture {name!r} holds a task of the same name: give it another name"
-    )
-  for again in names:
-    if names.count(again) > 1:
-      raise UserError(
-        f"mixture {name!r}: two tasks are named {again!r}, and results are"
-        " written by name: give each factory a name"
-      )
-  first = tasks[0]
-  for task in tasks[1:]:
-    mine, theirs = first.output_features, task.output_features
-    if set(mine) != set(theirs):
-      raise UserError(
-        f"mixture {name!r}: {first.name} has {listed(sorted(mine))},"
-        f" {task.name} has {listed(sorted(theirs))}; one model learns one kind"
-        " of task"
-      )
-    for key, feature in mine.items():
-      labels = getattr(feature, "names", None)
-      if type(feature) is not type(theirs[key]) or labels != getattr(
-        theirs[key], "names", None
-      ):
-        raise UserError(
-          f"mixture {name!r}: {key} of {first.name} and of {task.name} are not"
-          f" the same ({_kind(feature)}; {_kind(theirs[key])})"
-        )
-      if feature.vocabulary != theirs[key].vocabulary:
-        raise UserError(
-          f"mixture {name!r}: {first.name} and {task.name} have other"
-          f" vocabularies for {key}"
-        )
-
-
-def _kind(feature: Any) -> str:
-  if not hasattr(feature, "names"):
-    return "text"
-  return f"labels {listed(feature.names)}" if feature.names else "labels"

@@ -28,9 +28,8 @@ class SuperGlue:
     folder: of the official layout.
     features: columns, in the order of T5's text.
     label_names: T5's words for them; empty where an answer is text.
-    metrics: of the text.
+    metrics: of the text, and of the classes.
     head_inputs: templates of a classifier; empty where it is none.
-    head_metrics: of a classifier.
     group: column of the rows that count together.
   """
 
@@ -39,7 +38,6 @@ class SuperGlue:
   label_names: Sequence[str] = ()
   metrics: Sequence[str] = ("accuracy",)
   head_inputs: Sequence[str] = ()
-  head_metrics: Sequence[str] = ("accuracy",)
   group: str | None = None
   config: str = ""
 
@@ -58,7 +56,6 @@ SUPER_GLUE = {
     ("entailment", "contradiction", "neutral"),
     ("mean_3class_f1", "accuracy"),
     ("{premise}", "{hypothesis}"),
-    ("mean_3class_f1", "accuracy"),
   ),
   "copa": SuperGlue(
     "COPA",
@@ -75,7 +72,6 @@ SUPER_GLUE = {
     _TRUTH,
     ("multirc",),
     ("{question} {answer}", "{paragraph}"),
-    ("multirc",),
     group="group",
   ),
   "record": SuperGlue(

@@ -67,7 +67,7 @@ def classes(
     vocabulary,
     task.label_names,
     name=f"super_glue_{name}_classes",
-    metrics=task.head_metrics,
+    metrics=task.metrics,
     rename=with_mark if name == "wsc" else None,
     group=task.group,
   )
