@@ -79,6 +79,12 @@ def test_the_share_of_each_task_is_told():
   parts = {text_task("a"): 1.0, text_task("b"): 3.0, never: 9.0}
   told = mixtures.describe(tasks.mixture(parts, name="ours"))
   assert told == "ours draws 75 % b, 25 % a"
+  ours = seqio.MixtureRegistry.get("ours")
+  assert mixtures.drawn(ours, "validation") == [(never, 9.0)]
+  assert mixtures.drawn(never) == []
+  assert mixtures.drawn(never, "validation") == [(never, 1.0)]
+  off = tasks.mixture({text_task("a"): 0.0, text_task("b"): 2.0})
+  assert [task.name for task, _ in mixtures.drawn(off)] == ["b"]
 
 
 def test_a_mixture_in_a_mixture_has_its_share():

@@ -51,6 +51,23 @@ SUPER_GLUE_RATES = {
 }
 
 
+def drawn(
+  task: seqio.Task | seqio.Mixture, split: str = "train"
+) -> list[tuple[seqio.Task, float]]:
+  """The tasks that a split draws rows from, each with its rate.
+
+  A task alone has rate 1. What has no such split, or rate 0, is not drawn.
+  """
+  if isinstance(task, seqio.Task):
+    return [(task, 1.0)] if split in task.splits else []
+  rates = [
+    (part, float(task.get_rate(part)))
+    for part in task.tasks
+    if split in part.splits
+  ]
+  return [(part, rate) for part, rate in rates if rate > 0]
+
+
 def training_rows(task: seqio.Task | seqio.Mixture) -> float:
   """The training rows of a task, or of all that a mixture draws from.
 
@@ -59,8 +76,7 @@ def training_rows(task: seqio.Task | seqio.Mixture) -> float:
       SeqIO's own that does not say.
   """
   if isinstance(task, seqio.Mixture):
-    drawn = [part for part in task.tasks if task.get_rate(part) > 0]
-    return sum(map(training_rows, drawn))
+    return sum(training_rows(part) for part, _ in drawn(task))
   if "train" not in task.splits:
     return 0
   if task.cache_dir:
@@ -77,18 +93,10 @@ def training_rows(task: seqio.Task | seqio.Mixture) -> float:
 
 def describe(mixture: seqio.Mixture) -> str:
   """What share of the training rows is drawn from each task; most first."""
-  rates = {
-    task.name: mixture.get_rate(task)
-    for task in mixture.tasks
-    if "train" in task.splits
-  }
-  total = sum(rates.values()) or 1
-  parts = [
-    f"{100 * rate / total:.3g} % {name}"
-    for name, rate in sorted(rates.items(), key=lambda item: -item[1])
-    if rate
-  ]
-  return f"{mixture.name} draws {', '.join(parts)}"
+  parts = sorted(drawn(mixture), key=lambda part: -part[1])
+  total = sum(rate for _, rate in parts)
+  shares = [f"{100 * rate / total:.3g} % {task.name}" for task, rate in parts]
+  return f"{mixture.name} draws {', '.join(shares) or 'nothing'}"
 
 
 def rate_num_examples(
