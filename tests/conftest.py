@@ -6,6 +6,7 @@ import importlib.metadata
 import importlib.util
 import os
 import sys
+import tempfile
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
@@ -25,6 +26,10 @@ if os.environ["JAX_PLATFORMS"] == "cpu":
   os.environ["XLA_FLAGS"] = " ".join([os.environ.get("XLA_FLAGS", ""), *flags])
 
 import pytest
+
+# Prepared data of tests is for this process, and those that it starts, alone.
+_CACHE = tempfile.TemporaryDirectory(prefix="fat5_jax_cache_")
+os.environ["FAT5_JAX_CACHE"] = _CACHE.name
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 

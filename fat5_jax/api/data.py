@@ -8,14 +8,13 @@ from typing import Any
 
 import numpy as np
 import seqio
-import tensorflow_datasets as tfds
 
 from fat5_jax.data import (
   conll,
+  examples,
   head_tasks,
   memory,
   preprocessors,
-  seqio_source,
   sources,
   squad,
   tasks,
@@ -250,10 +249,8 @@ def longest(task: seqio.Task | seqio.Mixture) -> tuple[int, dict[str, int]]:
       " max_input_tokens and max_target_tokens"
     )
   count, most = 0, {"inputs": 1, "targets": 1}
-  with seqio_source.reraise():
-    dataset = task.get_dataset(None, "train", shuffle=False)
-    for example in tfds.as_numpy(dataset):
-      count += 1
-      for name in most:
-        most[name] = max(most[name], int(np.size(example[name])))
+  for example in examples.whole(task, "train"):
+    count += 1
+    for name in most:
+      most[name] = max(most[name], int(np.size(example[name])))
   return count, most

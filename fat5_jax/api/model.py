@@ -325,7 +325,7 @@ class Model(Asks):
       keep: checkpoints that stay; None all.
       **more: fields of training.run.Run: eval_period (1000, 0 for one at the
         end only), eval_steps (20), stats_period, z_loss, label_smoothing,
-        loss_normalizing_factor, num_microbatches, data_shards.
+        loss_normalizing_factor, num_microbatches.
 
     Of a model that was fine-tuned before, optimizer and steps count on, as
     where gin starts from a run folder.

@@ -1,33 +1,58 @@
 """From a task to batches of numpy arrays, at a position that can be resumed.
 
-The order of the data is a function of the task and the seed alone, so a
-position is a number of batches: a resumed run builds the same stream and skips
-what it has already seen.
+A split is prepared once (reading/prepare.py) and read by number; which example
+comes next, and which go together, is known from the seed and their lengths.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 import dataclasses
 import functools
 import importlib
 import itertools
+import json
 import os
 from typing import Any
 
 import numpy as np
 import seqio
 import tensorflow as tf
-import tensorflow_datasets as tfds
 
-from fat5_jax.data import features, ready, records, seqio_source, tasks
+from fat5_jax.data import (
+  examples,
+  features,
+  mixtures,
+  ready,
+  records,
+  seqio_source,
+  seqio_tasks,
+  tasks,
+)
+from fat5_jax.data.layouts import Example
+from fat5_jax.data.reading import (
+  assemble,
+  buckets,
+  packing,
+  prepare,
+  reader,
+  streams,
+)
+from fat5_jax.data.reading.assemble import Batch
+from fat5_jax.data.reading.reader import BatchStream
+from fat5_jax.data.reading.store import Store
 from fat5_jax.errors import UserError, nearest
 from fat5_jax.models.config import HeadConfig, T5Config
 
 # TensorFlow reads data; the accelerator is JAX's.
 tf.config.set_visible_devices([], "GPU")
 
-Batch = dict[str, np.ndarray]
+# Raise it when a position of before means another place now.
+_ORDER = 2
+# Examples that a packed row waits for at most.
+_PATIENCE = 1 << 13
+# Examples that one pass over a split reads at a time.
+_BLOCK = 256
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,6 +70,13 @@ class DatasetConfig:
     seed: fixes the order; None is the run's.
     use_cached: read SeqIO's offline cache.
     pack: put several examples in a row.
+    buckets: instead, rows of about one length together: how many lengths, or
+      which; None is TASK_FEATURE_LENGTHS for all.
+    stream: read rows as they come, prepare nothing; for what is too large, or
+      has no end.
+    cache_dir: of prepared examples; None is FAT5_JAX_CACHE of the environment,
+      or ~/.cache/fat5_jax.
+    num_workers: processes that read training data; 0 is a thread.
     module: imported first, for the tasks it registers.
     vocabulary: for the tasks that are built by name.
     data_dir: local files of those tasks.
@@ -58,6 +90,10 @@ class DatasetConfig:
   seed: int | None = 42
   use_cached: bool = False
   pack: bool = False
+  buckets: int | Sequence[Any] | None = None
+  stream: bool = False
+  cache_dir: str | None = None
+  num_workers: int = 0
   module: str | None = None
   vocabulary: seqio.Vocabulary | None = None
   data_dir: str | None = None
@@ -116,6 +152,8 @@ class DatasetConfig:
         f"TASK_FEATURE_LENGTHS names {', '.join(sorted(lengths))}; task"
         f" {task.name!r} has {', '.join(sorted(task.output_features))}"
       )
+    if self.pack and self.buckets is not None:
+      raise UserError("BUCKETS takes the place of PACK: set PACK = False")
     if self.pack and features.label_feature(task) is not None:
       raise UserError(
         f"task {task.name!r} has labels, one row an example: set PACK = False"
@@ -146,27 +184,19 @@ class DatasetConfig:
       "shuffle": self.shuffle,
       "seed": self.seed,
       "pack": self.pack,
+      "buckets": json.loads(json.dumps(self.buckets)),
+      "stream": self.stream,
+      "order": _ORDER,
     }
 
 
-def _dataset(
-  config: DatasetConfig,
-  num_epochs: int | None,
-  shard: int = 0,
-  num_shards: int = 1,
-) -> tf.data.Dataset:
-  task = config.task()
-  dataset = task.get_dataset(
-    sequence_length=config.lengths(),
-    split=config.split,
-    use_cached=config.use_cached,
-    shuffle=config.shuffle,
-    seed=config.seed,
-    shard_info=seqio.ShardInfo(shard, num_shards),
-    num_epochs=num_epochs,
-  )
-  convert = features.feature_converter(task, config.pack)
-  return convert(dataset, config.lengths())
+def of_tasks(config: DatasetConfig) -> list[DatasetConfig]:
+  """A mixture's tasks apart, those that have the split."""
+  return [
+    dataclasses.replace(config, mixture_or_task_name=part)
+    for part in seqio.get_subtasks(config.task())
+    if config.split in part.splits
+  ]
 
 
 def check_rows(config: DatasetConfig, evaluation: bool = False) -> None:
@@ -222,25 +252,158 @@ def _check_ids(batch: Batch, vocab_size: int, config: DatasetConfig) -> None:
       )
 
 
+def _stores(config: DatasetConfig) -> list[Store]:
+  """The store of every task, prepared now where it is not there."""
+  return [
+    prepare.prepared(
+      part, config.split, config.cache_dir, config.lengths(), config.use_cached
+    )
+    for part, _ in mixtures.drawn(config.task(), config.split)
+  ]
+
+
+def _sized(config: DatasetConfig) -> dict[str, int]:
+  """The features that decide what goes together, and their lengths."""
+  lengths = config.lengths()
+  if features.label_feature(config.task()) is not None:
+    return {"inputs": lengths["inputs"]}  # The others follow from it.
+  return {name: lengths[name] for name in ("inputs", "targets")}
+
+
+def _streams(config: DatasetConfig) -> list[Any]:
+  seed = config.seed if config.shuffle else None
+  sized, found = _sized(config), []
+  for part, _ in mixtures.drawn(config.task(), config.split):
+    if config.stream or is_stream(part):
+      found.append(streams.Endless(part, config.split, sized, seed))
+      continue
+    store = prepare.prepared(
+      part, config.split, config.cache_dir, config.lengths(), config.use_cached
+    )
+    is_ours = isinstance(part.source, seqio_source.SeqioSource)
+    kind = streams.Stored
+    if not is_ours and not seqio_tasks.is_plain(part):
+      kind = streams.Remade
+    found.append(kind(part, store, sized, seed))
+  return found
+
+
+def is_stream(task: seqio.Task) -> bool:
+  """Whether a task's rows can only be read one after the other."""
+  source = getattr(task.source, "rows_source", None)
+  return bool(getattr(source, "is_stream", False))
+
+
+def _rates(config: DatasetConfig) -> list[float]:
+  return [rate for _, rate in mixtures.drawn(config.task(), config.split)]
+
+
+def bucket_shapes(
+  config: DatasetConfig, found: Sequence[Any], multiple: int
+) -> list[buckets.Shape]:
+  """(lengths, rows) of the batches that BUCKETS makes.
+
+  As many tokens as BATCH_SIZE rows of TASK_FEATURE_LENGTHS hold.
+
+  Args:
+    config: with `buckets`.
+    found: streams, whose first examples decide where only a number is given.
+    multiple: that the rows of every batch must be one of.
+  """
+  limits = tuple(_sized(config).values())
+  if isinstance(config.buckets, int):
+    sizes = [
+      stream.sizes(chunk)
+      for stream in found
+      for chunk in range(1 if stream.length is None else 16)
+    ]
+    shapes = buckets.choose(np.concatenate(sizes), limits, config.buckets)
+  else:
+    given = [
+      tuple(shape) if isinstance(shape, (tuple, list)) else (shape, *limits[1:])
+      for shape in config.buckets
+    ]
+    shapes = [*sorted(s for s in given if s != limits), limits]
+  return buckets.with_rows(shapes, config.batch_size * sum(limits), multiple)
+
+
+def _planner(
+  config: DatasetConfig,
+  shapes: Sequence[buckets.Shape] | None,
+  count: int | None = None,
+) -> Callable[[], Any]:
+  """`count`: examples of an epoch, None where nobody knows."""
+  if shapes is not None:
+    return lambda: packing.Buckets(shapes)
+  lengths, rows = tuple(_sized(config).values()), config.batch_size
+  if not config.pack:
+    return lambda: packing.Padding(lengths, rows)
+  # None of a small data set waits for epochs.
+  patience = _PATIENCE if count is None else min(_PATIENCE, 1 + count // 8)
+  return lambda: packing.Packing(lengths, rows, patience)
+
+
+def _count(found: Sequence[Any]) -> int | None:
+  """Examples of an epoch of all streams."""
+  lengths = [stream.length for stream in found]
+  return None if None in lengths else sum(lengths)
+
+
+def _assembler(config: DatasetConfig) -> Callable[..., Batch]:
+  """(rows of examples, lengths of a plan) to the model's arrays."""
+  task = config.task()
+  label = features.label_feature(task)
+  names = list(_sized(config))
+  if label is None:
+    return lambda rows, lengths: assemble.text(
+      rows, dict(zip(names, lengths)), config.pack
+    )
+  dtype = label.dtype.as_numpy_dtype
+
+  def labels(rows, lengths):
+    sized = dict(zip(names, lengths))
+    return assemble.labels(rows, features.complete_lengths(sized, task), dtype)
+
+  return labels
+
+
+def _tell(
+  config: DatasetConfig,
+  found: Sequence[Any],
+  shapes: Sequence[buckets.Shape] | None,
+) -> list[str]:
+  """What a person should know of the data, a line each."""
+  lines = [f"{stream.name}: {stream.describe()}" for stream in found]
+  if shapes is not None:
+    sizes = ", ".join(
+      f"{rows} x {'/'.join(map(str, lengths))}" for lengths, rows in shapes
+    )
+    lines.append(
+      f"batches of {len(shapes)} shapes, each compiled once: {sizes}"
+    )
+  return lines
+
+
 def train_batches(
   config: DatasetConfig,
   vocab_size: int,
-  skip: int = 0,
-  rows: tuple[int, int] | None = None,
-  num_shards: int = 1,
-) -> Iterator[Batch]:
-  """Batches without end, from the one numbered `skip` on.
+  position: dict[str, Any] | None = None,
+  own: Callable[[int], tuple[int, int]] | None = None,
+  multiple: int = 1,
+) -> BatchStream:
+  """Batches without end, from a position on.
 
-  The data is split into `num_shards` streams, each of which gives its part of
-  every batch. A host opens those that hold its rows, so what a batch is does
-  not depend on the number of hosts.
+  The order is a function of the data and the seed: not of the hosts, of the
+  processes that read, or of where a run was stopped.
 
   Args:
     config: must name task_feature_lengths.
     vocab_size: rows of the model's embedding.
-    skip: batches already seen.
-    rows: [first, end) of each batch that are wanted; None is all.
-    num_shards: streams; must divide the batch.
+    position: of an earlier stream over the same data; None is the beginning.
+    own: of a batch of so many rows, the [first, end) that are wanted; None is
+      all.
+    multiple: that the rows of a batch must be one of, where BUCKETS decides
+      how many there are.
 
   Raises:
     UserError: for bad data (place and row named), or a token id beyond the
@@ -251,55 +414,115 @@ def train_batches(
       "training needs TASK_FEATURE_LENGTHS, for example"
       " {'inputs': 512, 'targets': 114}"
     )
-  if config.batch_size % num_shards:
-    raise UserError(
-      f"BATCH_SIZE = {config.batch_size} does not divide into DATA_SHARDS ="
-      f" {num_shards}"
-    )
-  share = config.batch_size // num_shards
-  first, end = rows or (0, config.batch_size)
-  shards = range(first // share, -(-end // share))
+  found = _streams(config)
+  shapes = None
+  if config.buckets is not None:
+    shapes = bucket_shapes(config, found, multiple)
+  source = reader.Source(
+    found,
+    _rates(config),
+    _planner(config, shapes, _count(found)),
+    _assembler(config),
+    lambda batch: _check_ids(batch, vocab_size, config),
+    own or (lambda rows: (0, rows)),
+  )
+  stream = BatchStream(source, position, config.num_workers)
+  stream.about = _tell(config, found, shapes)
+  return stream
 
-  def stream(shard):
-    dataset = _dataset(config, None, shard, num_shards)
-    dataset = dataset.batch(share, drop_remainder=True).skip(skip)
-    return tfds.as_numpy(dataset.prefetch(tf.data.AUTOTUNE))
 
-  wanted = slice(first - shards[0] * share, end - shards[0] * share)
+def first_batch(config: DatasetConfig, vocab_size: int) -> Batch:
+  """A batch of the first rows, in their order; nothing is prepared."""
+  config = dataclasses.replace(config, buckets=None)
+  sized, found = _sized(config), []
+  for part, _ in mixtures.drawn(config.task(), config.split):
+    rows = examples.cut_to(part, config.split, config.lengths())
+    found += itertools.islice(rows, 8 * config.batch_size)
+  sizes = ([len(example[name]) for name in sized] for example in found)
   with seqio_source.reraise():
-    for parts in zip(*map(stream, shards)):
-      batch = {
-        key: np.concatenate([part[key] for part in parts])[wanted]
-        for key in parts[0]
-      }
-      _check_ids(batch, vocab_size, config)
-      yield batch
+    plan = next(_plans_once(config, sizes))
+  rows = [[found[place[2]] for place in row] for row in plan.rows]
+  batch = _assembler(config)(rows, plan.lengths)
+  _check_ids(batch, vocab_size, config)
+  return fill_rows(batch, config.batch_size)
+
+
+def _pass(config: DatasetConfig) -> Iterator[Example]:
+  """Every example of a split once, in order, cut."""
+  lengths = config.lengths()
+  for part, _ in mixtures.drawn(config.task(), config.split):
+    is_ours = isinstance(part.source, seqio_source.SeqioSource)
+    if config.stream or is_stream(part):
+      yield from examples.cut_to(part, config.split, lengths)
+    elif not is_ours and not seqio_tasks.is_plain(part):
+      yield from seqio_tasks.cut_to(part, config.split, lengths, config.seed)
+    else:
+      store = prepare.prepared(
+        part, config.split, config.cache_dir, lengths, config.use_cached
+      )
+      for start in range(0, len(store), _BLOCK):
+        numbers = np.arange(start, min(start + _BLOCK, len(store)))
+        for example in store.read(numbers):
+          yield streams.cut(part, example, lengths)
+
+
+def _plans_once(
+  config: DatasetConfig,
+  sizes: Iterator[Sequence[int]],
+  shapes: Sequence[buckets.Shape] | None = None,
+) -> Iterator[packing.Plan]:
+  """Plans of numbered examples, each once; the last ones as they are left."""
+  planner = _planner(config, shapes)()
+  for number, size in enumerate(sizes):
+    planner.add((0, 0, number), size)
+    while (plan := planner.take()) is not None:
+      yield plan
+  yield from planner.rest()
 
 
 def eval_batches(
   config: DatasetConfig,
   vocab_size: int,
   max_batches: int | None,
-  rows: int | None = None,
+  multiple: int = 1,
 ) -> Iterator[Batch]:
   """One pass over a split, the same on every host.
 
-  The last batch is filled with empty rows, and all up to `rows` where given.
+  A batch is filled with empty rows to the size of the others of its lengths, a
+  number that `multiple` divides.
   """
+  build, sized = _assembler(config), _sized(config)
+  rows = {(): -(-config.batch_size // multiple) * multiple}
+  shapes = None
+  if config.buckets is not None:
+    shapes = bucket_shapes(config, _streams(config), multiple)
+    rows = dict(shapes)
+  waiting: dict[int, Example] = {}
+
+  def sizes():
+    for number, example in enumerate(_pass(config)):
+      waiting[number] = example
+      yield [len(example[name]) for name in sized]
+
   with seqio_source.reraise():
-    dataset = _dataset(config, num_epochs=1).batch(config.batch_size)
-    if max_batches is not None:
-      dataset = dataset.take(max_batches)
-    for batch in tfds.as_numpy(dataset):
+    plans = _plans_once(config, sizes(), shapes)
+    for plan in itertools.islice(plans, max_batches):
+      examples_of = [[waiting.pop(p[2]) for p in row] for row in plan.rows]
+      batch = build(examples_of, plan.lengths)
       _check_ids(batch, vocab_size, config)
-      yield fill_rows(batch, rows or config.batch_size)
+      yield fill_rows(batch, rows[plan.lengths if shapes else ()])
 
 
 def count_rows(config: DatasetConfig) -> int:
-  """Rows of one pass over a split, as they are packed; reads all of it."""
-  with seqio_source.reraise():
-    dataset = _dataset(config, num_epochs=1)
-    return sum(1 for _ in dataset)
+  """Rows of one pass over a split, as they are packed."""
+  (store,) = _stores(config)
+  if not config.pack:
+    return len(store)
+  limits = _sized(config)
+  lengths = np.stack(
+    [np.minimum(store.lengths[name], most) for name, most in limits.items()], 1
+  )
+  return sum(len(plan.rows) for plan in _plans_once(config, iter(lengths)))
 
 
 def fill_rows(batch: Batch, rows: int) -> Batch:

@@ -412,4 +412,9 @@ def all_answers(text: str, example=None, is_target: bool = False, **unused):
   """Every accepted answer of a target; a prediction as it is."""
   if not is_target:
     return text
-  return [answer.decode("utf-8") for answer in example["answers"]]
+  return [as_text(answer) for answer in example["answers"]]
+
+
+def as_text(value: Any) -> str:
+  """Text as SeqIO has it, bytes, or as we do."""
+  return value.decode("utf-8") if isinstance(value, bytes) else str(value)

@@ -213,6 +213,44 @@ def _compared(record: Mapping[str, Any]) -> dict[str, Any]:
   }
 
 
+# Sources whose record tells what their rows are.
+_KNOWN = (
+  *("Files", "ParallelFiles", "Conll", "SquadFiles"),
+  *("HuggingFace", "Tfds", "Rows", "PronounFiles"),
+)
+
+
+def is_known(record: Mapping[str, Any]) -> bool:
+  """Whether the record of a task tells all that decides its examples.
+
+  What a function of a person's own makes is known to nobody.
+  """
+  return _source_is_known(record["source"])
+
+
+def _source_is_known(source: Mapping[str, Any]) -> bool:
+  if "seqio" in source:
+    return "files" in source or "tfds" in source
+  kind = source.get("kind")
+  if kind == "Joined":
+    return all(map(_source_is_known, source["parts"].values()))
+  if kind == "Function":
+    names = source["functions"].values()
+    return all(name.startswith("fat5_jax.data.") for name in names)
+  return kind in _KNOWN
+
+
+def content_of_split(record: Mapping[str, Any], split: str) -> dict[str, Any]:
+  """What decides the examples of a split: the record without other splits."""
+  found = dict(record)
+  source = dict(found["source"])
+  for key in ("files", "functions", "parts"):
+    if key in source:
+      source[key] = source[key].get(split)
+  found["source"] = source
+  return {k: v for k, v in _compared(found).items() if k != "metrics"}
+
+
 def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
   items: Iterable[tuple[Any, Any]]
   if isinstance(value, Mapping):

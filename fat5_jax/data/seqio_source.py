@@ -111,17 +111,21 @@ class SeqioSource(seqio.DataSource):
     source,
     row_fn: RowFn,
     signature: Mapping[str, tf.TensorSpec],
+    layout: Any,
     skip_bad_rows: bool = False,
     columns: Sequence[str] = (),
     unanswered: Callable[[Row], Row] = lambda row: row,
   ):
-    """`unanswered` puts something in the place of a row's answer."""
+    """`layout`: of layouts.py, what becomes of what the row function gives.
+
+    `unanswered` puts something in the place of a row's answer.
+    """
     if getattr(source, "weights", {}):
       raise UserError(
         "this task takes no weights of files: mix two tasks of them with"
         " tasks.mixture()"
       )
-    self._source, self._row_fn = source, row_fn
+    self._source, self._row_fn, self.layout = source, row_fn, layout
     self._skip_bad_rows = skip_bad_rows
     self._signature = dict(signature)
     self._unanswered = unanswered
@@ -157,7 +161,9 @@ class SeqioSource(seqio.DataSource):
 
   def asking(self, rows: Callable[[], Iterable[LocatedRow]]) -> SeqioSource:
     """This source with questions in the place of its rows, in split ROWS."""
-    return SeqioSource(Located(rows), self.question, self._signature)
+    return SeqioSource(
+      Located(rows), self.question, self._signature, self.layout
+    )
 
   @property
   def supports_arbitrary_sharding(self) -> bool:
@@ -166,8 +172,10 @@ class SeqioSource(seqio.DataSource):
   def list_shards(self, split: str) -> Sequence[str]:
     return [self._source.describe(split)]
 
-  def examples(self, split: str) -> Iterator[Row]:
-    """Every row as the task's features, checked.
+  def examples(self, split: str, counts: Any = None) -> Iterator[Row]:
+    """Every row as what the row function gives, checked.
+
+    `counts.skipped` counts the rows that are left out.
 
     Raises:
       UserError: naming the place, for a bad row; or if there is no row.
@@ -192,6 +200,8 @@ class SeqioSource(seqio.DataSource):
           hint = "" if split == ROWS else _SKIP
           raise UserError(f"{where}: {reason}{hint}") from None
         skipped.add(where, reason)
+        if counts is not None:
+          counts.skipped += 1
         continue
       count += 1
       yield {key: example[key] for key in self._signature}
@@ -252,3 +262,73 @@ class SeqioSource(seqio.DataSource):
         found = count(split)
       self._counts[split] = found
     return self._counts[split]
+
+
+# ---- A layout as a preprocessor of SeqIO's -----------------------------------
+
+
+def preprocessor(
+  layout: Any, added: Mapping[str, tf.TensorSpec]
+) -> Callable[..., tf.data.Dataset]:
+  """What SeqIO calls to make examples of rows; the same functions as ours.
+
+  Args:
+    layout: of layouts.py.
+    added: the features that it adds to those that it leaves as they are.
+  """
+
+  def preprocess(dataset, output_features, sequence_length=None):
+    given = dataset.element_spec
+    removed = layout.removed
+    spec = {k: v for k, v in given.items() if k not in removed} | dict(added)
+    names = sorted(spec)
+
+    def run(*values):
+      row = {
+        key: _to_python(value, given[key].dtype)
+        for key, value in zip(given, values)
+      }
+      prepared = layout.prepare([row], output_features, sequence_length)
+      rows = [layout.cut(example, sequence_length) for example in prepared]
+      found = []
+      for name in names:
+        dtype = spec[name].dtype.as_numpy_dtype
+        values = [row[name] for row in rows]
+        if spec[name].shape.rank == 0:
+          found.append(np.array(values, dtype))
+        else:
+          flat = [np.asarray(value, dtype) for value in values]
+          sizes = np.array([len(value) for value in flat], np.int64)
+          found += [np.concatenate([*flat, np.zeros(0, dtype)]), sizes]
+      return found
+
+    def types():
+      for name in names:
+        yield spec[name].dtype
+        if spec[name].shape.rank:
+          yield tf.int64
+
+    def split(row):
+      found = iter(tf.numpy_function(run, list(row.values()), list(types())))
+      columns = {}
+      for name in names:
+        column = next(found)
+        column.set_shape([None])
+        if spec[name].shape.rank:
+          sizes = next(found)
+          sizes.set_shape([None])
+          column = tf.RaggedTensor.from_row_lengths(column, sizes)
+        columns[name] = column
+      return tf.data.Dataset.from_tensor_slices(columns)
+
+    return dataset.flat_map(split)
+
+  return preprocess
+
+
+def _to_python(value: np.ndarray | bytes, dtype: tf.DType) -> Any:
+  if dtype != tf.string:
+    return value
+  if isinstance(value, bytes):
+    return value.decode("utf-8")
+  return [item.decode("utf-8") for item in value.tolist()]

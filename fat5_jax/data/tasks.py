@@ -17,6 +17,7 @@ import tensorflow as tf
 from fat5_jax.data import (
   features,
   folders,
+  layouts,
   mixtures,
   preprocessors,
   records,
@@ -28,6 +29,15 @@ from fat5_jax.data import glue as glue_lib
 from fat5_jax.data import metrics as metrics_lib
 from fat5_jax.data import squad as squad_lib
 from fat5_jax.errors import UserError, nearest
+
+# What SeqIO sees of a text besides the row.
+_TOKENS = {
+  **dict.fromkeys(("inputs", "targets"), tf.TensorSpec([None], tf.int32)),
+  **dict.fromkeys(
+    ("inputs_pretokenized", "targets_pretokenized"),
+    tf.TensorSpec([], tf.string),
+  ),
+}
 
 
 def add_text_task(
@@ -56,16 +66,12 @@ def add_text_task(
       source,
       row_fn,
       seqio_source.TEXT_TO_TEXT | (extra_features or {}),
+      layouts.Text(),
       skip_bad_rows,
       columns,
       unanswered,
     ),
-    preprocessors=[
-      seqio.preprocessors.tokenize,
-      features.shorten_text,
-      functools.partial(features.count_cut, name=name),
-      seqio.preprocessors.append_eos_after_trim,
-    ],
+    preprocessors=[seqio_source.preprocessor(layouts.Text(), _TOKENS)],
     output_features={
       "inputs": seqio.Feature(vocabulary, add_eos=True),
       "targets": seqio.Feature(output_vocabulary or vocabulary, add_eos=True),

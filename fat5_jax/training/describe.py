@@ -65,7 +65,7 @@ def dry_run(run: Run) -> None:
 
 
 def _tell_batch(dataset_cfg: pipeline.DatasetConfig, vocab_size: int) -> None:
-  batch = next(pipeline.train_batches(dataset_cfg, vocab_size))
+  batch = pipeline.first_batch(dataset_cfg, vocab_size)
   task_features = dataset_cfg.task().output_features
   console.say("one batch:")
   for key, array in batch.items():

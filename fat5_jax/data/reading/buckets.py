@@ -1,0 +1,103 @@
+"""A few shapes for rows of many lengths, chosen from the lengths themselves."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from fat5_jax.errors import UserError
+
+# Examples that are looked at, lengths that come into question of each feature,
+# and what they are a multiple of.
+_SAMPLE, _CANDIDATES, _STEP = 20_000, 24, 8
+
+Shape = tuple[tuple[int, ...], int]
+
+
+def choose(
+  sizes: np.ndarray, limits: Sequence[int], count: int
+) -> list[tuple[int, ...]]:
+  """At most `count` lengths that leave little padding; the last one fits all.
+
+  Greedy: each time the shape that saves most, then each in turn is moved to
+  where it saves more, until none does.
+
+  Args:
+    sizes: (N, features), tokens of examples, as cut.
+    limits: the greatest length of each feature.
+    count: shapes.
+  """
+  sizes = np.asarray(sizes)
+  if len(sizes) > _SAMPLE:
+    rng = np.random.default_rng(0)
+    sizes = sizes[rng.choice(len(sizes), _SAMPLE, replace=False)]
+  axes = []
+  for column, limit in zip(sizes.T, limits):
+    shares = np.linspace(0, 1, _CANDIDATES + 1)[1:]
+    found = np.quantile(column, shares, method="higher")
+    found = np.minimum(-(-np.maximum(found, 1) // _STEP) * _STEP, limit)
+    axes.append(np.unique([*found, limit]).astype(np.int64))
+  grid = np.stack(np.meshgrid(*axes, indexing="ij"), -1).reshape(-1, len(axes))
+  whole = np.asarray(limits, np.int64)
+  grid = grid[(grid != whole).any(axis=1)]
+  cost = grid.sum(axis=1)
+  # Equal sizes count together.
+  sizes, weights = np.unique(sizes, axis=0, return_counts=True)
+  # (candidates, sizes): what an example costs in a shape; the whole's where it
+  # does not fit.
+  most = int(whole.sum())
+  table = np.where(
+    (grid[:, None] >= sizes[None]).all(axis=2), cost[:, None], most
+  ).astype(np.float32)
+
+  def best_with(chosen):
+    rest = np.full(len(sizes), most, np.float32)
+    if chosen:
+      rest = table[chosen].min(axis=0)
+    totals = np.minimum(table, rest) @ weights
+    return int(totals.argmin()), float(totals.min())
+
+  chosen: list[int] = []
+  total = float(most * weights.sum())
+  while len(chosen) < min(count - 1, len(grid)):
+    number, found = best_with(chosen)
+    if found >= total:
+      break
+    chosen.append(number)
+    total = found
+  improved = bool(chosen)
+  while improved:
+    improved = False
+    for place in range(len(chosen)):
+      others = chosen[:place] + chosen[place + 1 :]
+      number, found = best_with(others)
+      if found < total - 0.5:
+        chosen, total, improved = [*others, number], found, True
+  shapes = {tuple(map(int, grid[number])) for number in chosen}
+  return [*sorted(shapes), tuple(map(int, limits))]
+
+
+def with_rows(
+  lengths: Sequence[tuple[int, ...]], tokens: int, multiple: int
+) -> list[Shape]:
+  """(lengths, rows) of batches of about so many tokens.
+
+  Args:
+    lengths: of the shapes.
+    tokens: of a batch.
+    multiple: that the rows of a batch must be one of.
+
+  Raises:
+    UserError: if the longest rows are more than that.
+  """
+  found = []
+  for shape in lengths:
+    rows = tokens // sum(shape) // multiple * multiple
+    if rows < multiple:
+      raise UserError(
+        f"BUCKETS: {tokens:,} tokens a batch are less than {multiple} rows"
+        f" of {sum(shape):,}: raise BATCH_SIZE"
+      )
+    found.append((shape, rows))
+  return found

@@ -1,0 +1,178 @@
+"""Which examples share a row, and which rows a batch, known from sizes alone.
+
+A planner takes examples one by one and gives batches of places. Its state is
+plain data: a run goes on from it exactly, and nothing is read twice.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+import dataclasses
+from typing import Any
+
+import numpy as np
+
+# (stream, chunk, number in it), and the tokens of each feature.
+Place = tuple[int, ...]
+Row = list[Place]
+
+# Rows that wait for an example that fits.
+_OPEN_ROWS = 64
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+  """A batch before it is read.
+
+  Attributes:
+    lengths: of its rows, by feature.
+    rows: the examples of each.
+  """
+
+  lengths: tuple[int, ...]
+  rows: list[Row]
+
+
+class Padding:
+  """An example a row; the last batch of all may be smaller."""
+
+  def __init__(self, lengths: Sequence[int], rows: int):
+    self._lengths, self._count = tuple(lengths), rows
+    self._ready: list[Row] = []
+
+  def add(self, place: Place, sizes: Sequence[int]) -> None:
+    self._ready.append([(*place, *sizes)])
+
+  def take(self) -> Plan | None:
+    """A batch, where one is full."""
+    if len(self._ready) < self._count:
+      return None
+    rows = self._ready[: self._count]
+    self._ready = self._ready[self._count :]
+    return Plan(self._lengths, rows)
+
+  def rest(self) -> list[Plan]:
+    """What is left at the end of the data."""
+    rows, self._ready = self._ready, []
+    return [
+      Plan(self._lengths, rows[i : i + self._count])
+      for i in range(0, len(rows), self._count)
+    ]
+
+  def state(self) -> dict[str, Any]:
+    return {"ready": list(self._ready)}
+
+  def restore(self, state: dict[str, Any]) -> None:
+    self._ready = [list(map(tuple, row)) for row in state["ready"]]
+
+
+class Packing(Padding):
+  """Best fit: an example goes into the open row that it fills most.
+
+  Where it fits in none, a new row is opened, and of too many the fullest is
+  closed; so is one that has waited for `patience` examples.
+  """
+
+  def __init__(
+    self, lengths: Sequence[int], rows: int, patience: int = 1 << 13
+  ):
+    super().__init__(lengths, rows)
+    self._patience = patience
+    self._open: list[Row] = []
+    self._opened: list[int] = []
+    self._seen = 0
+    self._room = np.zeros((_OPEN_ROWS + 1, len(self._lengths)), np.int64)
+
+  def add(self, place: Place, sizes: Sequence[int]) -> None:
+    self._seen += 1
+    if self._open and self._seen - self._opened[0] > self._patience:
+      self._close(0)
+    count = len(self._open)
+    sizes = np.asarray(sizes)
+    left = self._room[:count] - sizes
+    # The room that is scarcest decides, as a share of the row.
+    tightness = np.where(
+      (left >= 0).all(axis=1), (left / self._lengths).min(axis=1), np.inf
+    )
+    best = int(tightness.argmin()) if count else 0
+    if count and np.isfinite(tightness[best]):
+      self._open[best].append((*place, *map(int, sizes)))
+      self._room[best] = left[best]
+      if not self._room[best].all():
+        self._close(best)
+      return
+    self._open.append([(*place, *map(int, sizes))])
+    self._opened.append(self._seen)
+    self._room[count] = np.asarray(self._lengths) - sizes
+    if len(self._open) > _OPEN_ROWS:
+      share = self._room[: count + 1] / self._lengths
+      self._close(int(share.min(axis=1).argmin()))
+
+  def rest(self) -> list[Plan]:
+    while self._open:
+      self._close(0)
+    return super().rest()
+
+  def _close(self, number: int) -> None:
+    self._ready.append(self._open.pop(number))
+    self._opened.pop(number)
+    self._room[number:-1] = self._room[number + 1 :]
+
+  def state(self) -> dict[str, Any]:
+    return super().state() | {
+      "open": [list(row) for row in self._open],
+      "ages": [self._seen - opened for opened in self._opened],
+    }
+
+  def restore(self, state: dict[str, Any]) -> None:
+    super().restore(state)
+    self._open = [list(map(tuple, row)) for row in state["open"]]
+    self._opened = [-age for age in state["ages"]]
+    for number, row in enumerate(self._open):
+      used = np.sum([place[3:] for place in row], axis=0)
+      self._room[number] = np.asarray(self._lengths) - used
+
+
+class Buckets:
+  """An example a row, beside others of about its lengths.
+
+  Every batch holds about as many tokens: the shorter its rows, the more.
+  """
+
+  def __init__(self, shapes: Sequence[tuple[tuple[int, ...], int]]):
+    """`shapes`: (lengths, rows) of the batches; the last one fits all."""
+    self._shapes = [(tuple(lengths), rows) for lengths, rows in shapes]
+    self._lengths = np.array([lengths for lengths, _ in self._shapes])
+    self._cost = self._lengths.sum(axis=1)
+    self._waiting: list[list[Row]] = [[] for _ in self._shapes]
+    self._full: list[int] = []
+
+  def add(self, place: Place, sizes: Sequence[int]) -> None:
+    fits = (self._lengths >= np.asarray(sizes)).all(axis=1)
+    best = int(np.where(fits, self._cost, np.iinfo(np.int64).max).argmin())
+    self._waiting[best].append([(*place, *map(int, sizes))])
+    if len(self._waiting[best]) == self._shapes[best][1]:
+      self._full.append(best)
+
+  def take(self) -> Plan | None:
+    if not self._full:
+      return None
+    number = self._full.pop(0)
+    rows, self._waiting[number] = self._waiting[number], []
+    return Plan(self._shapes[number][0], rows)
+
+  def rest(self) -> list[Plan]:
+    waiting, self._waiting = self._waiting, [[] for _ in self._shapes]
+    return [
+      Plan(lengths, rows)
+      for (lengths, _), rows in zip(self._shapes, waiting)
+      if rows
+    ]
+
+  def state(self) -> dict[str, Any]:
+    return {"waiting": [list(rows) for rows in self._waiting]}
+
+  def restore(self, state: dict[str, Any]) -> None:
+    self._waiting = [
+      [list(map(tuple, row)) for row in rows] for rows in state["waiting"]
+    ]

@@ -1,0 +1,213 @@
+"""A task's split as a store: prepared by the first run, read by all others.
+
+Stores lie in a cache folder, each under a hash of what decides its content:
+files, templates and other code, preprocessors, vocabulary, split. Preparation
+writes beside the place and renames: a store is complete or absent.
+"""
+
+from __future__ import annotations
+
+import atexit
+from collections.abc import Iterable, Iterator, Mapping
+import contextlib
+import fcntl
+import hashlib
+import inspect
+import json
+import os
+import shutil
+import tempfile
+from typing import Any
+
+import seqio
+
+from fat5_jax import console
+from fat5_jax.data import examples as examples_lib
+from fat5_jax.data import records, seqio_source
+from fat5_jax.data.reading.store import INDEX, Store, Writer
+from fat5_jax.errors import UserError
+
+# Names the folder where nothing else does.
+VARIABLE = "FAT5_JAX_CACHE"
+_DEFAULT = os.path.join("~", ".cache", "fat5_jax")
+# Raise it when a store of before cannot be read as one of now.
+_VERSION = 1
+
+
+def cache_folder(given: str | None = None) -> str:
+  """The folder of the stores: given, of the environment, or in ~/.cache.
+
+  Raises:
+    UserError: if nothing can be written there.
+  """
+  path = os.path.expanduser(given or os.environ.get(VARIABLE) or _DEFAULT)
+  path = os.path.abspath(path)
+  try:
+    os.makedirs(path, exist_ok=True)
+    with tempfile.TemporaryFile(dir=path):
+      pass
+  except OSError as e:
+    raise UserError(
+      f"{path}: prepared data cannot be written there ({e.strerror}):"
+      f" --gin.CACHE_DIR=... or {VARIABLE} names another folder"
+    ) from None
+  return path
+
+
+def prepared(
+  task: seqio.Task,
+  split: str,
+  cache_dir: str | None,
+  limits: Mapping[str, int] | None,
+  use_cached: bool = False,
+) -> Store:
+  """The store of a split, made now unless it is there.
+
+  What a function of a person's own makes cannot be known by a hash of files: it
+  is prepared for this process alone.
+
+  Args:
+    task: no mixture.
+    split: of it.
+    cache_dir: see cache_folder.
+    limits: tokens by feature; they decide the store of a task whose long texts
+      come in windows, and no other.
+    use_cached: from SeqIO's own offline cache.
+
+  Raises:
+    UserError: for bad data, or a disk that is full.
+  """
+  root = cache_folder(cache_dir)
+  key = _key(task, split, limits, use_cached)
+  make = lambda folder: _write(task, split, limits, use_cached, folder, key)
+  if key is None:
+    folder = tempfile.mkdtemp(prefix=".own-", dir=root)
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    make(folder)
+    return Store(folder)
+  path = os.path.join(root, f"{_plain_name(task.name)}-{split}-{key}")
+  if not os.path.exists(os.path.join(path, INDEX)):
+    with _alone(path):
+      if not os.path.exists(os.path.join(path, INDEX)):
+        _remove_halves(path)
+        folder = tempfile.mkdtemp(
+          prefix=f".half-{os.path.basename(path)}-", dir=root
+        )
+        try:
+          make(folder)
+          shutil.rmtree(path, ignore_errors=True)  # Never a whole one.
+          os.rename(folder, path)
+        except BaseException:
+          shutil.rmtree(folder, ignore_errors=True)
+          raise
+  return Store(path)
+
+
+def _plain_name(name: str) -> str:
+  return "".join(c if c.isalnum() or c in "-_." else "_" for c in name)[:80]
+
+
+@contextlib.contextmanager
+def _alone(path: str) -> Iterator[None]:
+  """Holds the lock of a store; says so where it must wait for another."""
+  folder, name = os.path.split(path)
+  with open(os.path.join(folder, f".lock-{name}"), "a") as file:
+    try:
+      fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+      console.say(f"waiting for another process that prepares {path}")
+      fcntl.flock(file, fcntl.LOCK_EX)
+    except OSError:
+      pass  # A file system without locks: the rename decides.
+    yield
+
+
+def _remove_halves(path: str) -> None:
+  """Removes what killed preparations left; the lock is held."""
+  folder, name = os.path.split(path)
+  for entry in os.listdir(folder):
+    if entry.startswith(f".half-{name}-"):
+      shutil.rmtree(os.path.join(folder, entry), ignore_errors=True)
+
+
+# ---- What decides the content of a store -------------------------------------
+
+
+def _key(
+  task: seqio.Task,
+  split: str,
+  limits: Mapping[str, int] | None,
+  use_cached: bool,
+) -> str | None:
+  """A hash of it; None where it cannot be known."""
+  record = records.describe(task)
+  if not records.is_known(record):
+    return None
+  if use_cached:
+    record = record | {"seqio_cache": _stamp_of_folder(task.cache_dir)}
+  layout = getattr(task.source, "layout", None)
+  windows = None
+  if layout is not None and layout.is_windowed:
+    windows = dict(limits or {})
+  content = [
+    _VERSION,
+    records.content_of_split(record, split),
+    split,
+    windows,
+    _code(task),
+  ]
+  text = json.dumps(content, sort_keys=True, default=str)
+  return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def _code(task: seqio.Task) -> list[str]:
+  """Hashes of the files that hold the task's code, ours among them."""
+  files = {inspect.getsourcefile(m) for m in examples_lib.code_modules()}
+  for step in task.preprocessors:
+    step = getattr(step, "func", step)
+    with contextlib.suppress(TypeError):
+      files.add(inspect.getsourcefile(step))
+  found = []
+  for path in sorted(filter(None, files)):
+    with open(path, "rb") as file:
+      found.append(hashlib.sha256(file.read()).hexdigest()[:16])
+  return found
+
+
+def _stamp_of_folder(path: str) -> list[Any]:
+  found = []
+  for name in sorted(os.listdir(path)):
+    status = os.stat(os.path.join(path, name))
+    found.append([name, status.st_size, status.st_mtime_ns])
+  return found
+
+
+# ---- Preparation -------------------------------------------------------------
+
+
+def _write(
+  task: seqio.Task,
+  split: str,
+  limits: Mapping[str, int] | None,
+  use_cached: bool,
+  folder: str,
+  key: str | None,
+) -> None:
+  counts = examples_lib.Counts()
+  small = examples_lib.small_features(task)
+  writer = Writer(folder, small)
+  rows: Iterable[dict[str, Any]] = examples_lib.whole(
+    task, split, limits, counts, use_cached
+  )
+  what = f"preparing {task.name}, {split}"
+  try:
+    with seqio_source.reraise():
+      for example in console.counted(rows, what, "examples"):
+        writer.add(example)
+    if not writer.count:
+      raise UserError(f"task {task.name!r}, split {split!r}: no rows")
+    writer.close(
+      {"key": key, "task": task.name, "split": split} | counts.facts()
+    )
+  except OSError as e:
+    raise UserError(f"{folder}: {e.strerror or e}") from None
