@@ -74,6 +74,28 @@ def test_what_is_no_text_is_told_with_its_row(tmp_path, row, told):
   ]
 
 
+def test_what_is_left_out_is_counted_by_what_is_wrong(caplog):
+  rows = [
+    {"a": "x", "b": 0},
+    *({"a": "", "b": 1} for _ in range(3)),
+    *({"a": "x", "b": 10 + i} for i in range(2)),
+    {"b": 1},
+    {"a": "half \ud800", "b": 1},
+    {"a": ["x"], "b": 1},
+  ]
+  words = {"b": ("no", "yes")}
+  task = text_task(rows, label_names=words, skip_bad_rows=True)
+  assert len(rows_of(task)) == 1
+  (said,) = {record.getMessage() for record in caplog.records}
+  assert said == (
+    "split train: left out 8 bad rows of 9: 3 x column 'a' is empty (first"
+    " split train, row 2); 2 x column 'b': class 10 of 2 (no, yes) (first split"
+    " train, row 5); 1 x no column 'a'. Columns: b (first split train, row 7);"
+    " 1 x half a character (a lone surrogate) (first split train, row 8); 1"
+    " others"
+  )
+
+
 @pytest.mark.parametrize("inputs", ["{a", "{} x", "a}"])
 def test_what_is_no_template_is_told(inputs):
   with pytest.raises(UserError, match="template"):

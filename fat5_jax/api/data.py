@@ -218,7 +218,7 @@ class _Numbered:
   def __init__(self, source: Any):
     self._source = source
     self.splits = source.splits
-    for name in ("record", "describe", "size_bytes"):
+    for name in ("record", "describe", "size_bytes", "num_rows"):
       setattr(self, name, getattr(source, name))
 
   def rows(self, split: str):
@@ -235,8 +235,14 @@ def longest(task: seqio.Task | seqio.Mixture) -> tuple[int, dict[str, int]]:
   """(training rows, the most tokens of each feature), in one pass.
 
   Raises:
-    UserError: for a mixture, which has no end.
+    UserError: for a mixture and a stream, which have no end.
   """
+  rows = getattr(getattr(task, "source", None), "rows_source", None)
+  if getattr(rows, "is_stream", False):
+    raise UserError(
+      f"{task.name!r} streams, and may have no end: give steps, batch_size,"
+      " max_input_tokens and max_target_tokens"
+    )
   if isinstance(task, seqio.Mixture):
     raise UserError(
       f"{task.name!r} is a mixture, without an end: give steps, batch_size,"

@@ -38,9 +38,20 @@ class Counts:
 
 def code_modules() -> tuple[ModuleType, ...]:
   """Those whose code decides what an example is."""
-  from fat5_jax.data import glue, head_tasks, tasks
+  from fat5_jax.data import (
+    formats,
+    glue,
+    head_tasks,
+    nli,
+    pronouns,
+    renamed,
+    super_glue,
+    super_glue_tasks,
+    tasks,
+  )
 
-  return preprocessors, layouts, tasks, head_tasks, glue
+  ours = (preprocessors, layouts, formats, renamed, tasks, head_tasks)
+  return *ours, glue, super_glue, super_glue_tasks, pronouns, nli
 
 
 def small_features(task: seqio.Task) -> set[str]:

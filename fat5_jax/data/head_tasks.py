@@ -19,6 +19,7 @@ from fat5_jax.data import (
   features,
   labels,
   layouts,
+  mixtures,
   preprocessors,
   records,
   seqio_source,
@@ -71,6 +72,7 @@ def _register(
 # ---- Sequences ---------------------------------------------------------------
 
 
+@mixtures.weighted
 @records.recorded
 def classification(
   source,
@@ -85,6 +87,7 @@ def classification(
   num_labels: int | None = None,
   skip_bad_rows: bool = False,
   rename: Callable[[sources.RowFn], sources.RowFn] | None = None,
+  group: str | None = None,
 ) -> seqio.Task:
   """Labels, or numbers, of texts or pairs of texts.
 
@@ -106,6 +109,8 @@ def classification(
     num_labels: numbers a row, in regression; 1 by default.
     skip_bad_rows: leave out rows that would be an error.
     rename: wraps the row function, to give it other columns than the source's.
+    group: column of what belongs together (MultiRC's answers of a question);
+      metrics then compare {"value": ..., "group": ...}.
 
   Raises:
     UserError: for a setting that fits no problem.
@@ -153,7 +158,9 @@ def classification(
   def format_row(row):
     texts = [f(row) for f in fill]
     ids = [vocabulary.encode(text) for text in texts]
-    return {
+    # A row that somebody asks about is in no group.
+    more = {} if group is None else {"group": str(row.get(group, ""))}
+    return more | {
       "inputs_pretokenized": " </s> ".join(texts),
       "first": ids[0],
       "second": ids[1] if len(ids) > 1 else [],
@@ -171,6 +178,7 @@ def classification(
       "first": _INTS,
       "second": _INTS,
       "targets": tf.TensorSpec([None], dtype),
+      **({} if group is None else {"group": _TEXT}),
     },
     {"inputs": _INTS},
     {
@@ -180,7 +188,7 @@ def classification(
       "names": tuple(label_names),
     },
     layouts.Pair(),
-    functools.partial(_sequence_value, problem_type),
+    functools.partial(_sequence_value, problem_type, group is not None),
     _SEQUENCE_METRICS[problem_type] if metrics is None else metrics,
     skip_bad_rows,
     asked,
@@ -206,8 +214,11 @@ _SEQUENCE_METRICS = {
 }
 
 
-def _sequence_value(problem_type, values, is_target=False, **unused):
+def _sequence_value(problem_type, grouped, values, example=None, **unused):
   """What metrics compare: a class, a number, or a list of 0 and 1."""
+  if grouped:
+    value = _sequence_value(problem_type, False, values)
+    return {"value": value, "group": preprocessors.as_text(example["group"])}
   if problem_type == "multi_label_classification":
     return [int(value > 0.5) for value in values]
   if problem_type == "regression":
@@ -265,6 +276,7 @@ def _check_length(length: int, most: int, what: str) -> None:
 # ---- Tags --------------------------------------------------------------------
 
 
+@mixtures.weighted
 @records.recorded
 def tagging(
   source,
@@ -390,6 +402,7 @@ def _tags(tag_names, values, example=None, is_target=False, **unused):
 # ---- Spans -------------------------------------------------------------------
 
 
+@mixtures.weighted
 @records.recorded
 def spans(
   source,

@@ -22,6 +22,8 @@ import tensorflow as tf
 from fat5_jax.data import (
   examples,
   features,
+  mixtures,
+  ready,
   records,
   seqio_source,
   seqio_tasks,
@@ -58,7 +60,7 @@ class DatasetConfig:
   """One split of a task, cut to lengths and batched. Names are T5X's.
 
   Attributes:
-    mixture_or_task_name: a registered name, one of tasks.BUILTIN_TASKS, or a
+    mixture_or_task_name: a registered name, one of ready.TASKS, or a
       task.
     task_feature_lengths: {"inputs": ..., "targets": ...} in tokens, the end of
       sequence included; None (evaluation only) takes the longest of the split.
@@ -256,7 +258,7 @@ def _stores(config: DatasetConfig) -> list[Store]:
     prepare.prepared(
       part, config.split, config.cache_dir, config.lengths(), config.use_cached
     )
-    for part in seqio.get_subtasks(config.task())
+    for part, _ in mixtures.drawn(config.task(), config.split)
   ]
 
 
@@ -277,7 +279,7 @@ def _sized(config: DatasetConfig) -> dict[str, int]:
 def _streams(config: DatasetConfig) -> list[Any]:
   seed = config.seed if config.shuffle else None
   sized, found = _sized(config), []
-  for part in seqio.get_subtasks(config.task()):
+  for part, _ in mixtures.drawn(config.task(), config.split):
     if config.stream or is_stream(part):
       found.append(streams.Endless(part, config.split, sized, seed))
       continue
@@ -298,10 +300,8 @@ def is_stream(task: seqio.Task) -> bool:
   return bool(getattr(source, "is_stream", False))
 
 
-def _rates(task: seqio.Task | seqio.Mixture) -> list[float]:
-  if isinstance(task, seqio.Task):
-    return [1.0]
-  return [float(task.get_rate(part)) for part in seqio.get_subtasks(task)]
+def _rates(config: DatasetConfig) -> list[float]:
+  return [rate for _, rate in mixtures.drawn(config.task(), config.split)]
 
 
 def bucket_shapes(
@@ -426,7 +426,7 @@ def train_batches(
     shapes = bucket_shapes(config, found, multiple)
   source = reader.Source(
     found,
-    _rates(config.task()),
+    _rates(config),
     _planner(config, shapes, _count(found)),
     _assembler(config),
     lambda batch: _check_ids(batch, vocab_size, config),
@@ -441,7 +441,7 @@ def first_batch(config: DatasetConfig, vocab_size: int) -> Batch:
   """A batch of the first rows, in their order; nothing is prepared."""
   config = dataclasses.replace(config, buckets=None)
   sized, found = _sized(config), []
-  for part in seqio.get_subtasks(config.task()):
+  for part, _ in mixtures.drawn(config.task(), config.split):
     rows = examples.cut_to(part, config.split, config.lengths())
     found += itertools.islice(rows, 8 * config.batch_size)
   sizes = ([len(example[name]) for name in sized] for example in found)
@@ -474,7 +474,7 @@ def _through_seqio(config: DatasetConfig, task: seqio.Task) -> bool:
 def one_pass(config: DatasetConfig) -> Iterator[Example]:
   """Every example of a split once, in order, cut, with all its features."""
   lengths = config.lengths()
-  for part in seqio.get_subtasks(config.task()):
+  for part, _ in mixtures.drawn(config.task(), config.split):
     if _through_seqio(config, part):
       yield from examples.cut_to(
         part,
@@ -600,7 +600,7 @@ def _text_recipe(name: str) -> str:
   """What to do with a text task where labels are wanted."""
   labelled = name.replace("_v002", "_classes")
   found = "train it with --gin_file=recipes/glue.gin"
-  if labelled != name and labelled in tasks.BUILTIN_TASKS:
+  if labelled != name and labelled in ready.TASKS:
     found += f", or take --gin.MIXTURE_OR_TASK_NAME={labelled}"
   return f"{found}, or bind a task with labels (@head_tasks.classification())"
 

@@ -13,6 +13,7 @@ import numpy as np
 import seqio
 import tensorflow as tf
 
+from fat5_jax.data.skipped import Skipped
 from fat5_jax.data.sources import LocatedRow, Row, RowFn, column
 from fat5_jax.errors import UserError
 
@@ -119,10 +120,16 @@ class SeqioSource(seqio.DataSource):
 
     `unanswered` puts something in the place of a row's answer.
     """
+    if getattr(source, "weights", {}):
+      raise UserError(
+        "this task takes no weights of files: mix two tasks of them with"
+        " tasks.mixture()"
+      )
     self._source, self._row_fn, self.layout = source, row_fn, layout
     self._skip_bad_rows = skip_bad_rows
     self._signature = dict(signature)
     self._unanswered = unanswered
+    self._counts: dict[str, int] = {}
     self.columns = tuple(columns)
     self.record: dict[str, Any] = {}
     self.read_like: dict[str, Any] = {}
@@ -139,8 +146,12 @@ class SeqioSource(seqio.DataSource):
     Raises:
       UserError: if it has not the columns that a question needs.
     """
+    row = dict(row)
+    if hasattr(self._source, "rename"):
+      # A person's row has the names of the data set, or the task's.
+      row = self._source.rename(row, whole=False)
     try:
-      return self._row_fn(self._unanswered(dict(row)))
+      return self._row_fn(self._unanswered(row))
     except UserError as e:
       if str(e).startswith("no column"):
         # Told with the columns that are there, not with a stand-in's.
@@ -169,7 +180,7 @@ class SeqioSource(seqio.DataSource):
     Raises:
       UserError: naming the place, for a bad row; or if there is no row.
     """
-    count = skipped = 0
+    count, skipped = 0, Skipped()
     for where, row in self._source.rows(split):
       try:
         example = self._row_fn(row)
@@ -182,24 +193,21 @@ class SeqioSource(seqio.DataSource):
           if isinstance(text, str):
             text.encode("utf-8")
       except (UserError, UnicodeEncodeError) as e:
+        reason = str(e)
+        if isinstance(e, UnicodeEncodeError):
+          reason = "half a character (a lone surrogate)"
         if not self._skip_bad_rows:
-          reason = str(e)
-          if isinstance(e, UnicodeEncodeError):
-            reason = "half a character (a lone surrogate)"
           hint = "" if split == ROWS else _SKIP
           raise UserError(f"{where}: {reason}{hint}") from None
-        skipped += 1
+        skipped.add(where, reason)
         if counts is not None:
           counts.skipped += 1
         continue
       count += 1
       yield {key: example[key] for key in self._signature}
-    if skipped:
+    if skipped.rows:
       logger.warning(
-        "%s: left out %d bad rows of %d",
-        self._source.describe(split),
-        skipped,
-        skipped + count,
+        "%s: %s", self._source.describe(split), skipped.describe(count)
       )
     if not count:
       raise UserError(
@@ -240,7 +248,20 @@ class SeqioSource(seqio.DataSource):
     return dataset if num_epochs == 1 else dataset.repeat(num_epochs)
 
   def num_input_examples(self, split: str) -> int | None:
-    return None
+    """Rows of a split, counted once; None of a stream that nobody counted."""
+    count = getattr(self._source, "num_rows", None)
+    if getattr(self._source, "is_stream", False):
+      return None if count is None else count(split)
+    if split not in self._counts:
+      if self._skip_bad_rows:
+        # Which rows are bad shows when they are made.
+        found = sum(1 for _ in self.examples(split))
+      elif count is None:
+        found = sum(1 for _ in self._source.rows(split))
+      else:
+        found = count(split)
+      self._counts[split] = found
+    return self._counts[split]
 
 
 # ---- A layout as a preprocessor of SeqIO's -----------------------------------

@@ -32,6 +32,8 @@ def describe(value: Any, head: HeadConfig) -> str:
   if isinstance(value, dict):
     if "tags" in value:
       return " ".join(value["tags"])
+    if "value" in value:
+      return describe(value["value"], head)
     answers = [value["text"]] if "text" in value else value["answers"]
     return str(answers[0] if answers else "(no answer)")
   if isinstance(value, list) and names:

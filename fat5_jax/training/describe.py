@@ -6,10 +6,11 @@ import os
 from typing import Any
 
 import jax
+import seqio
 
 from fat5_jax import console
 from fat5_jax.checkpoints import history, load
-from fat5_jax.data import pipeline
+from fat5_jax.data import mixtures, pipeline
 from fat5_jax.training import trainable
 from fat5_jax.training.program import Program
 from fat5_jax.training.run import Run
@@ -55,6 +56,9 @@ def dry_run(run: Run) -> None:
   console.say("\n".join(parameter_lines(run.program)))
   if run.config_text is not None:
     console.say(run.config_text())
+  task = run.train_dataset_cfg.task()
+  if isinstance(task, seqio.Mixture):
+    console.say(mixtures.describe(task))
   _tell_batch(run.train_dataset_cfg, run.model.config.vocab_size)
   _tell_start(run)
   console.say("dry run: nothing was trained or written")

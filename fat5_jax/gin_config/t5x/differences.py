@@ -148,10 +148,10 @@ def restoring(run: Translation, scope: str) -> None:
 
 def dataset(run: Translation, scope: str) -> None:
   """Tasks that are built by name have no cache, and may have a folder."""
-  from fat5_jax.data import tasks
+  from fat5_jax.data import ready
 
   task = run.get(_DATASET, "mixture_or_task_name", scope)
-  if not isinstance(task, str) or task not in tasks.BUILTIN_TASKS:
+  if not isinstance(task, str) or task not in ready.TASKS:
     return
   if run.get(_DATASET, "use_cached", scope) is True:
     run.ours[scope, f"{OURS[_DATASET]}.use_cached"] = False
@@ -161,7 +161,7 @@ def dataset(run: Translation, scope: str) -> None:
   folder = run.macro("DATA_DIR")
   files = (
     f"FOLDER, or FOLDER/{task}, has files named after the splits:"
-    f" {_files(tasks.BUILTIN_TASKS[task])}"
+    f" {_files(ready.TASKS[task])}"
   )
   if not isinstance(folder, str):
     run.note(
@@ -172,7 +172,7 @@ def dataset(run: Translation, scope: str) -> None:
   inside = os.path.join(folder, task)
   if os.path.isdir(inside):
     run.ours[scope, f"{OURS[_DATASET]}.data_dir"] = folder = inside
-  if not _columns(tasks.BUILTIN_TASKS[task]) or run.is_plan:
+  if not _columns(ready.TASKS[task]) or run.is_plan:
     return
   names = os.listdir(folder) if os.path.isdir(folder) else []
   if not any(
