@@ -162,6 +162,8 @@ def test_record_counts_the_best_of_all_answers(folder):
     ("Potato", "potato", 1),
     ("my potato", "a potato", 1),
     ("fuzzy hungry bunny", "fuzzy bunny", 1),
+    ("bunny", "the", -1),
+    ("bunny", "", -1),
   ],
 )
 def test_wsc_compares_nouns_as_t5_does(noun, answer, same):
