@@ -21,6 +21,8 @@ from fat5_jax.data import (
   tasks,
 )
 from fat5_jax.errors import UserError
+from fat5_jax.inference import heads
+from fat5_jax.models.config import HeadConfig
 
 BYTES = seqio.ByteVocabulary(0)
 
@@ -160,6 +162,8 @@ def test_record_counts_the_best_of_all_answers(folder):
     ("Potato", "potato", 1),
     ("my potato", "a potato", 1),
     ("fuzzy hungry bunny", "fuzzy bunny", 1),
+    ("bunny", "the", -1),
+    ("bunny", "", -1),
   ],
 )
 def test_wsc_compares_nouns_as_t5_does(noun, answer, same):
@@ -227,6 +231,25 @@ def test_classes_of_multirc_are_scored_by_question(folder):
   ]
   (metric,) = task.metric_fns
   assert metric(values([1, 0, 1]), values([1, 1, 1]))["exact_match"] == 50
+
+
+def test_classes_of_multirc_are_predicted_like_others(folder):
+  task = super_glue_tasks.classes("multirc", BYTES, folder)
+  dataset = task.get_dataset({"inputs": 64}, "validation", shuffle=False)
+  # A class, and the probability of each.
+  values = [np.array([1, 0.2, 0.8]), np.array([0, 0.9, 0.1])]
+  head = HeadConfig(
+    "sequence_classification", label_names=("False", "True"), num_labels=2
+  )
+  found = list(
+    heads._records(zip(tfds.as_numpy(dataset), values), task, head, True)
+  )
+  assert [(r["prediction"], r["targets"]) for r in found] == [
+    ("True", "True"),
+    ("False", "False"),
+  ]
+  assert found[0]["probability"] == 0.8
+  assert heads.describe({"value": 1, "group": "0-0"}, head) == "True"
 
 
 def test_record_has_no_classes():

@@ -430,11 +430,14 @@ def same_referent(text: str, example=None, is_target: bool = False, **unused):
   """Whether a prediction names WSC's noun; of a target, whether it should.
 
   One may leave out words of the other, but no possessive ("Bob", "Bob's hat").
+  No answer is neither: -1, which is right for no label.
   """
   if is_target:
     return int(example["label"])
   noun = _bare(_as_text(example["targets_pretokenized"]))
   answer = _bare(text)
+  if not answer:
+    return -1
   if ("'" in answer) != ("'" in noun):
     return 0
   answers, nouns = set(answer.split(" ")), set(noun.split(" "))

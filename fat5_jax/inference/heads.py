@@ -196,6 +196,8 @@ def _records(
     example, values = window
     classes = values[:, 0] if has_tags else values
     found = postprocess(classes, example=example, is_target=False)
+    if isinstance(found, dict) and "value" in found:
+      found = found["value"]  # Of a group, which only metrics want.
     if has_tags:
       found["probabilities"] = _of_words(values[:, 1], example["targets"])
     elif head.kind == "question_answering":
