@@ -50,6 +50,7 @@ def train(run: Run) -> TrainState | None:
     def save():
       position = begin.position_at(step)
       everyone.agree("step and data position", [step, position])
+      log.flush()
       home.checkpoints.save(
         step, state.params, state.opt_state, position | {"sums": meter.sums}
       )

@@ -12,7 +12,6 @@ import dataclasses
 import functools
 import importlib
 import itertools
-import os
 from typing import Any
 
 import numpy as np
@@ -20,6 +19,7 @@ import seqio
 import tensorflow as tf
 import tensorflow_datasets as tfds
 
+from fat5_jax import storage
 from fat5_jax.data import features, records, seqio_source, tasks
 from fat5_jax.errors import UserError, nearest
 from fat5_jax.models.config import HeadConfig, T5Config
@@ -130,7 +130,7 @@ class DatasetConfig:
     """The task as plain data, to be written beside a run; see records.py."""
     return records.describe(self.task()) | {
       "module": self.module,
-      "data_dir": self.data_dir and os.path.abspath(self.data_dir),
+      "data_dir": self.data_dir and storage.absolute(self.data_dir),
       "use_cached": self.use_cached,
       "lengths": dict(self.task_feature_lengths or {}),
     }

@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 
+from fat5_jax import fetched
 from fat5_jax.data.files import (
   LocatedRow,
   Row,
@@ -149,6 +150,7 @@ def named_splits(
   """
   if data_dir is None:
     return HuggingFace(hf_path, hf_name)
+  data_dir = fetched.local(data_dir)
   found = {}
   for split, names in SPLIT_STEMS.items():
     for stem in names:
@@ -231,7 +233,7 @@ class HuggingFace:
     name: str | None = None,
     splits: Mapping[str, str] | None = None,
   ):
-    self._path, self._name = path, name
+    self._given, self._path, self._name = path, fetched.local(path), name
     self.splits = dict(
       splits or {s: s for s in ("train", "validation", "test")}
     )
@@ -273,7 +275,7 @@ class HuggingFace:
     found = {
       "kind": "HuggingFace",
       "arguments": {
-        "path": self._path,
+        "path": self._given,
         "name": self._name,
         "splits": self.splits,
       },

@@ -16,6 +16,7 @@ from typing import Any
 import seqio
 import tensorflow as tf
 
+from fat5_jax import fetched
 from fat5_jax.data import (
   features,
   head_tasks,
@@ -230,6 +231,7 @@ def translation(
     source: of rows, instead of both.
   """
   pair = (source_language, target_language)
+  data_dir = data_dir and fetched.local(data_dir)
   parallel = {}
   for split, stems in sources.SPLIT_STEMS.items() if data_dir else ():
     for stem in (*stems, "val") if split == "validation" else stems:

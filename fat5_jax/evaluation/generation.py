@@ -15,6 +15,7 @@ import seqio
 import tensorflow as tf
 import tensorflow_datasets as tfds
 
+from fat5_jax import staging
 from fat5_jax.data import features, pipeline, seqio_source, tasks
 from fat5_jax.data import metrics as metrics_lib
 from fat5_jax.distributed.sharding import Partitioner
@@ -39,7 +40,9 @@ class InferenceEvaluator:
     self._config, self._model = config, model
     head = model.config.head
     self._has_tags = head is not None and head.kind == "token_classification"
-    self._folder = os.path.join(output_dir, "inference_eval")
+    # SeqIO writes it on a disk.
+    self._mirror = staging.Mirror(os.path.join(output_dir, "inference_eval"))
+    self._folder = self._mirror.path
     task = config.task()
     # SeqIO's evaluator takes a name.
     tasks.register(task)
@@ -92,6 +95,7 @@ class InferenceEvaluator:
     """Metrics by task name."""
     if not self._evaluator.eval_tasks:
       return {}
+    self._mirror.pull(lambda name: name.endswith("-metrics.jsonl"))
     with seqio_source.reraise(), self._disk_errors():
       results, _ = self._evaluator.evaluate(
         compute_metrics=True,
@@ -100,6 +104,8 @@ class InferenceEvaluator:
       )
     if hasattr(results, "result"):
       results = results.result()
+    if jax.process_index() == 0:
+      self._mirror.push()
     return {
       task: {name: _number(value) for name, value in values.items()}
       for task, values in results.items()
