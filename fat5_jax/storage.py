@@ -331,24 +331,15 @@ def kvstore(folder: str) -> dict[str, Any]:
     raise UserError(
       f"{folder}: arrays are read and written on a disk, gs:// and s3://"
     )
-  _quiet_aws()
+  if "AWS_ACCESS_KEY_ID" in os.environ:
+    # Where they are: in search of others Amazon's library prints errors.
+    store["aws_credentials"] = {"type": "environment"}
   region = os.environ.get("AWS_REGION", os.environ.get("AWS_DEFAULT_REGION"))
   if endpoint := (
     os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
   ):
     store |= {"endpoint": endpoint, "aws_region": region or "us-east-1"}
   return {"driver": "s3", **store}
-
-
-def _quiet_aws() -> None:
-  """Amazon's library prints an error for each of its files that is missing."""
-  for variable, name in (
-    ("AWS_CONFIG_FILE", "config"),
-    ("AWS_SHARED_CREDENTIALS_FILE", "credentials"),
-  ):
-    path = os.path.expanduser(f"~/.aws/{name}")
-    if variable not in os.environ and not os.path.exists(path):
-      os.environ[variable] = os.devnull
 
 
 @functools.cache
