@@ -114,7 +114,7 @@ def pinned(address: str) -> str:
 def _fetched(place: _Place) -> str:
   """The folder of the commit, with what is wanted of it."""
   import huggingface_hub
-  from huggingface_hub import errors
+  from huggingface_hub import constants, errors
 
   address = f"hf://{'datasets/' * (place.kind == 'dataset')}{place.repo}"
 
@@ -122,7 +122,7 @@ def _fetched(place: _Place) -> str:
     wanted: tuple[str, ...] = (place.file,)
   else:
     wanted = _MODEL_FILES if place.kind == "model" else _DATA_FILES
-  is_offline = huggingface_hub.constants.HF_HUB_OFFLINE
+  is_offline = constants.HF_HUB_OFFLINE
   begin, pause = time.monotonic(), 1.0
   while True:
     try:

@@ -112,8 +112,15 @@ def environment(kind: str, port: int) -> dict[str, str]:
   """What points every library to the emulator."""
   address = f"http://127.0.0.1:{port}"
   if kind == "gs":
-    # The second is tensorstore's, which fat5_jax sets.
-    return {"STORAGE_EMULATOR_HOST": address}
+    nobody = "127.0.0.1:9"
+    return {
+      "STORAGE_EMULATOR_HOST": address,
+      # Nobody looks for the accounts of a machine of Google's.
+      "NO_GCE_CHECK": "true",
+      **dict.fromkeys(
+        ("GCE_METADATA_HOST", "GCE_METADATA_IP", "GCE_METADATA_ROOT"), nobody
+      ),
+    }
   return {
     "AWS_ENDPOINT_URL": address,
     "AWS_ACCESS_KEY_ID": "key",

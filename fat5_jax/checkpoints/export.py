@@ -77,9 +77,8 @@ def export(path: str, dest: str, how: Export = Export()) -> None:
       for a folder that may not be replaced, and if anything differs.
   """
   source = reference.find(path)
-  source = dataclasses.replace(
-    source, overrides=how.overrides, base=how.base or source.base
-  )
+  base = fetched.local(how.base) if how.base else source.base
+  source = dataclasses.replace(source, overrides=how.overrides, base=base)
   to = how.to or ("hf" if source.kind == "fat5" else "fat5")
   dest = storage.absolute(dest)
   if _same_folder(source.run_dir, dest):
