@@ -59,6 +59,13 @@ def _parse(address: str) -> _Place:
   return _Place(match["repo"], kind, match["revision"], match["file"])
 
 
+def name(path: str) -> str:
+  """The name that other programs know a model of the hub by; any other path is
+  itself.
+  """
+  return _parse(path).repo if is_there(path) else path
+
+
 def snapshot(address: str) -> str:
   """The folder of a model or a data set on this machine, or one of its files.
 

@@ -142,19 +142,30 @@ def exists(path: str) -> bool:
   """Whether there is a file, or a folder with something in it."""
   if not is_remote(path):
     return os.path.exists(path)
-  return _asked(path, lambda fs, p: fs.exists(p))
+  return _kind(path) is not None
 
 
 def is_file(path: str) -> bool:
   if not is_remote(path):
     return os.path.isfile(path)
-  return _asked(path, lambda fs, p: fs.isfile(p))
+  return _kind(path) == "file"
 
 
 def is_folder(path: str) -> bool:
   if not is_remote(path):
     return os.path.isdir(path)
-  return _asked(path, lambda fs, p: fs.isdir(p))
+  return _kind(path) == "directory"
+
+
+def _kind(address: str) -> str | None:
+  """ "file" or "directory"; None where there is nothing.
+
+  fsspec's own questions answer no, too, where a store does not answer.
+  """
+  try:
+    return _asked(address, lambda fs, p: fs.info(p))["type"]
+  except FileNotFoundError:
+    return None
 
 
 def names(folder: str) -> list[str]:
@@ -320,7 +331,8 @@ def kvstore(folder: str) -> dict[str, Any]:
     return {"driver": "file", "path": os.path.abspath(folder) + "/"}
   kind = scheme(folder)
   bucket, _, path = _ADDRESS.match(folder)[2].partition("/")
-  store: dict[str, Any] = {"bucket": bucket, "path": f"{path.strip('/')}/"}
+  path = path.strip("/")
+  store: dict[str, Any] = {"bucket": bucket, "path": f"{path}/" * bool(path)}
   if kind in ("gs", "gcs"):
     # The libraries of Python know an emulator by the first, tensorstore by
     # the second.

@@ -71,11 +71,13 @@ def _serve_gs(port: int) -> None:
     if whole and response.status == http.HTTPStatus.OK:
       data = storage.get_file(BUCKET, name)
       digest = xxhash.xxh3_128_hexdigest(data)
-      print(json.dumps([name, digest, len(data)]), file=log, flush=True)
+      # Of the sums of a step, what they say.
+      said = data.decode() if name.endswith("/checksums.json") else ""
+      print(json.dumps([name, digest, len(data), said]), file=log, flush=True)
     return answer
 
   def noted_delete(request, response, storage, *args, **kwargs):
-    gone = [request.params["object_id"], None, 0]
+    gone = [request.params["object_id"], None, 0, ""]
     print(json.dumps(gone), file=log, flush=True)
     return delete(request, response, storage, *args, **kwargs)
 
@@ -183,8 +185,10 @@ def read(kind: str, port: int, name: str) -> bytes:
     return answer.read()
 
 
-def changes(port: int) -> list[tuple[str, str | None, int]]:
-  """What Google's was told, in order: (name, xxh3_128 or None, bytes)."""
+def changes(port: int) -> list[tuple[str, str | None, int, str]]:
+  """What Google's was told, in order: (name, xxh3_128 or None, bytes, what a
+  step's sums say).
+  """
   with open(os.path.join(tempfile.gettempdir(), f"bucket-{port}")) as file:
     return [tuple(json.loads(line)) for line in file]
 

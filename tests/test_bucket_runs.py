@@ -54,7 +54,7 @@ def test_a_whole_run_in_a_bucket_is_that_of_a_shared_disk(world):
 
   # Killed at once with kill -9, the other host sees it; then it goes on.
   killed = run("train", *flags)
-  while "checkpoint_3/checksums.json" not in found("run/"):
+  while not found("run/checkpoint_3/checksums.json"):
     assert all(p.poll() is None for p in killed.processes), killed.said(0)
     time.sleep(0.1)
   killed.processes[1].send_signal(signal.SIGKILL)

@@ -333,7 +333,7 @@ def test_a_revision_is_that_of_then(hub, ask, tmp_path):
     ("hf://org/bins@v9", "org/bins has no revision 'v9'"),
     ("hf://org/gated", "its authors give access on request"),
     ("hf://org/bins/none.model", "has no such file"),
-    ("hf://org//x", "no address of the hub"),
+    ("hf://@main", "no address of the hub"),
   ],
 )
 def test_what_the_hub_refuses_is_a_line(hub, ask, address, message):

@@ -194,10 +194,11 @@ def _base_of(source) -> str:
       # A folder is found again from anywhere; a name stays one. PEFT knows a
       # model of the hub by its name.
       if hub.is_there(found[1]):
-        return found[1].removeprefix("hf://").split("@")[0]
+        return hub.name(found[1])
       path = os.path.abspath(os.path.expanduser(found[1]))
       return path if os.path.isdir(path) else found[1]
-  return (run_record.read_or_none(source.run_dir) or {}).get("base") or ""
+  record = run_record.read_or_none(source.run_dir) or {}
+  return hub.name(record.get("base") or "")
 
 
 def _has_tokenizer(folder: str) -> bool:

@@ -12,7 +12,7 @@ import os
 import re
 from typing import Any
 
-from fat5_jax import storage
+from fat5_jax import hub, storage
 from fat5_jax.convert import hf_heads, plain_files, tensor_files
 from fat5_jax.errors import UserError
 from fat5_jax.models.config import HeadConfig, T5Config
@@ -66,6 +66,8 @@ def facts_of_run(run_dir: str) -> dict[str, Any]:
     "settings", {}
   ):
     facts["base"] = facts["settings"]["INITIAL_CHECKPOINT_PATH"].strip("'\"")
+  if isinstance(facts.get("base"), str):
+    facts["base"] = hub.name(facts["base"])
   return facts
 
 
