@@ -80,8 +80,9 @@ def _file_system(kind: str):
   """
   import fsspec
 
-  # Notes for its own developers.
-  logging.getLogger("gcsfs").setLevel(logging.CRITICAL)
+  # Notes for their own developers.
+  for name in ("gcsfs", "google.auth"):
+    logging.getLogger(name).setLevel(logging.CRITICAL)
   try:
     # What other processes write is seen: nothing listed is kept.
     return fsspec.filesystem(kind, use_listings_cache=False)
