@@ -13,7 +13,7 @@ from typing import Any
 
 import seqio
 
-from fat5_jax import console
+from fat5_jax import console, fetched
 from fat5_jax.data import features, pipeline, seqio_source, sources
 from fat5_jax.distributed import hosts
 from fat5_jax.distributed.sharding import Partitioner
@@ -81,8 +81,8 @@ class Inference:
 
   @property
   def path(self) -> str:
-    """What is read, where it is no task."""
-    return self.input or "-"
+    """What is read, where it is no task; of an address a copy."""
+    return fetched.local(self.input or "-")
 
   @property
   def predicts_task(self) -> bool:

@@ -51,6 +51,7 @@ def train(run: Run) -> TrainState | None:
     def save():
       place = begin.data | {"position": data.position}
       everyone.agree("step and data position", [step, place])
+      log.flush()
       home.checkpoints.save(
         step,
         state.params,

@@ -153,9 +153,12 @@ def folder(tmp_path):
 
 
 class Run:
-  """A command on several processes of this machine, two devices each."""
+  """A command on several processes of this machine, two devices each.
 
-  def __init__(self, folder, name, count, *flags):
+  They share `folder`, but where `apart` says that each works in its own.
+  """
+
+  def __init__(self, folder, name, count, *flags, apart=False, env=None):
     address = free_address()
     self.logs = [folder / f"{name}.{count}.{i}.log" for i in range(count)]
     self.processes = [
@@ -165,8 +168,8 @@ class Run:
           *(f"--coordinator_address={address}", f"--process_count={count}"),
           *(f"--process_index={i}", *flags),
         ],
-        cwd=folder,
-        env=with_devices(2),
+        cwd=folder / f"host{i}" if apart else folder,
+        env=with_devices(2) | (env or {}),
         stdout=subprocess.DEVNULL,
         stderr=log.open("w"),
       )

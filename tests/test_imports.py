@@ -10,7 +10,10 @@ import pytest
 
 GROUND = {
   f"fat5_jax.{name}"
-  for name in ("console", "errors", "interrupts", "macros", "trees")
+  for name in (
+    *("console", "errors", "fetched", "hub", "interrupts", "macros"),
+    *("staging", "storage", "trees"),
+  )
 }
 # What each room may import besides the standard library, itself and the ground,
 # from the lowest to the highest. No room is named above the line that it has.
@@ -35,7 +38,7 @@ ALLOWED = {
   "fat5_jax/distributed": {"jax", "numpy", "fat5_jax", "fat5_jax.models"},
   "fat5_jax/optimizers": {"jax", "optax", "fat5_jax.distributed"},
   "fat5_jax/checkpoints": {
-    *("jax", "numpy", "orbax", "seqio", "xxhash"),
+    *("jax", "numpy", "orbax", "seqio", "tensorstore", "xxhash"),
     *("fat5_jax.convert", "fat5_jax.distributed", "fat5_jax.models"),
     "fat5_jax.optimizers",
     # Where a vocabulary is asked for.

@@ -293,11 +293,11 @@ def test_buckets_that_t5_cannot_have(buckets, distance, layers, fits):
 def test_a_name_of_the_hub_is_told_from_a_path(tmp_path, monkeypatch):
   monkeypatch.chdir(tmp_path)
   for name in ("google/flan-t5-small", "t5-small"):
-    with pytest.raises(UserError, match=f"hf download {name}"):
+    with pytest.raises(UserError, match=f"hf://{name} is fetched"):
       reference.find(name)
   with pytest.raises(UserError) as e:
     reference.find("/no/such/folder")
-  assert "download" not in str(e.value)
+  assert "hf://" not in str(e.value)
 
 
 # ---- Vocabularies ------------------------------------------------------------

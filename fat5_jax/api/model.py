@@ -11,7 +11,7 @@ import flax.linen as nn
 import optax
 import seqio
 
-from fat5_jax import console, trees
+from fat5_jax import console, storage, trees
 from fat5_jax import train as train_command
 from fat5_jax.api import data, training
 from fat5_jax.api.asking import CLASSIFIERS, Asks
@@ -445,7 +445,7 @@ class Model(Asks):
         say=console.say,
       )
       export_lib.export(self.path, os.fspath(folder), how)
-      return os.path.abspath(os.path.expanduser(os.fspath(folder)))
+      return storage.absolute(os.fspath(folder))
 
 
 def _folder(run_folder: Any) -> tuple[str, Any]:
@@ -460,4 +460,4 @@ def _folder(run_folder: Any) -> tuple[str, Any]:
     raise UserError(
       f"run_folder is a {type(run_folder).__name__}, and must name a folder"
     )
-  return os.path.abspath(os.path.expanduser(os.fspath(run_folder))), None
+  return storage.absolute(os.fspath(run_folder)), None

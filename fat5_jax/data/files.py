@@ -20,6 +20,7 @@ import stat
 from typing import Any
 import zlib
 
+from fat5_jax import fetched, storage
 from fat5_jax.errors import UserError
 
 Row = dict[str, Any]
@@ -87,6 +88,8 @@ def check_file(path: str) -> None:
 def expand(patterns: str | Sequence[str]) -> list[str]:
   """The files of one or more paths or glob patterns, sorted.
 
+  Of an address there is a copy on this machine then.
+
   Raises:
     UserError: if a pattern matches no file, or something that is none.
   """
@@ -102,6 +105,9 @@ def expand(patterns: str | Sequence[str]) -> list[str]:
     )
   files = []
   for pattern in patterns:
+    if storage.is_remote(pattern):
+      files += fetched.matching(pattern)
+      continue
     path = os.path.expanduser(pattern)
     matches = []
     # A path is a path first: `data[1].tsv` is also a pattern.
@@ -125,7 +131,7 @@ def file_record(path: str) -> dict[str, Any]:
   path = os.path.abspath(path)
   status = os.stat(path)
   return {
-    "path": path,
+    "path": fetched.address_of(path),
     "bytes": status.st_size,
     "sha256": _hash(path, status.st_size, status.st_mtime_ns),
   }

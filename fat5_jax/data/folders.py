@@ -7,6 +7,7 @@ import glob
 import os
 from typing import Any
 
+from fat5_jax import fetched
 from fat5_jax.data import sources
 from fat5_jax.errors import UserError
 
@@ -27,6 +28,7 @@ def named_splits(
   """
   if data_dir is None:
     return sources.HuggingFace(hf_path, hf_name)
+  data_dir = fetched.local(data_dir)
   found = {}
   for split, names in SPLIT_STEMS.items():
     for stem in names:
@@ -49,14 +51,15 @@ def aligned_files(
 
   `endings`: of each column's files; `val.en` is a validation split too.
   """
+  if data_dir is None:
+    return None
+  data_dir = fetched.local(data_dir)
   found: dict[str, dict[str, str]] = {}
-  for split, stems in SPLIT_STEMS.items() if data_dir else ():
+  for split, stems in SPLIT_STEMS.items():
     for stem in (*stems, "val") if split == "validation" else stems:
       files = {
         column: sorted(
-          glob.glob(
-            os.path.join(glob.escape(data_dir or ""), f"{stem}*.{ending}*")
-          )
+          glob.glob(os.path.join(glob.escape(data_dir), f"{stem}*.{ending}*"))
         )
         for column, ending in endings.items()
       }

@@ -12,13 +12,13 @@ import functools
 import importlib
 import itertools
 import json
-import os
 from typing import Any
 
 import numpy as np
 import seqio
 import tensorflow as tf
 
+from fat5_jax import storage
 from fat5_jax.data import (
   examples,
   features,
@@ -168,7 +168,7 @@ class DatasetConfig:
     """The task as plain data, to be written beside a run; see records.py."""
     return records.describe(self.task()) | {
       "module": self.module,
-      "data_dir": self.data_dir and os.path.abspath(self.data_dir),
+      "data_dir": self.data_dir and storage.absolute(self.data_dir),
       "use_cached": self.use_cached,
       "lengths": dict(self.task_feature_lengths or {}),
     }

@@ -10,6 +10,7 @@ import os
 import re
 from typing import Any
 
+from fat5_jax import fetched
 from fat5_jax.data import preprocessors, sources
 from fat5_jax.data.sources import Row, column, listed, shown
 from fat5_jax.errors import UserError
@@ -88,12 +89,12 @@ def source(data_dir: str | None) -> Any:
       "community-datasets/definite_pronoun_resolution",
       splits={split: split for split in splits},
     )
-  paths = {s: os.path.join(data_dir, "DPR", f"{s}.c.txt") for s in splits}
+  folder = fetched.local(os.path.join(data_dir, "DPR"))
+  paths = {s: os.path.join(folder, f"{s}.c.txt") for s in splits}
   found = {s: path for s, path in paths.items() if os.path.exists(path)}
   if not found:
     raise UserError(
-      f"{os.path.join(data_dir, 'DPR')}: none of the data files train.c.txt,"
-      " test.c.txt is there"
+      f"{folder}: none of the data files train.c.txt, test.c.txt is there"
     )
   return PronounFiles(found)
 

@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 
+from fat5_jax import fetched
 from fat5_jax.data.files import (
   LocatedRow,
   Row,
@@ -269,7 +270,7 @@ class HuggingFace:
     streaming: bool = False,
   ):
     """`streaming` reads rows as they come, in their order, and keeps none."""
-    self._path, self._name = path, name
+    self._given, self._path, self._name = path, fetched.local(path), name
     self.is_stream = streaming
     self.splits = dict(
       splits or {s: s for s in ("train", "validation", "test")}
@@ -326,7 +327,7 @@ class HuggingFace:
     found = {
       "kind": "HuggingFace",
       "arguments": {
-        "path": self._path,
+        "path": self._given,
         "name": self._name,
         "splits": self.splits,
         **({"streaming": True} if self.is_stream else {}),

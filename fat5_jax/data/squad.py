@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 import os
 from typing import Any
 
+from fat5_jax import fetched
 from fat5_jax.data import folders, formats, sources
 from fat5_jax.errors import UserError
 
@@ -90,6 +91,7 @@ def source(data_dir: str | None) -> Any:
   """SQuAD 1.1: `train-v1.1.json` and `dev-v1.1.json` in a folder, files of a
   question a row named after their split, or (None) HF's `squad`.
   """
+  data_dir = data_dir and fetched.local(data_dir)
   official = {
     split: os.path.join(data_dir or "", f"{stem}-v1.1.json")
     for split, stem in (("train", "train"), ("validation", "dev"))

@@ -15,6 +15,7 @@ from typing import Any
 
 import tensorflow as tf
 
+from fat5_jax import fetched
 from fat5_jax.data import preprocessors, sources
 from fat5_jax.data.sources import Row, RowFn, column, shown
 from fat5_jax.errors import UserError, nearest
@@ -139,7 +140,7 @@ def source(name: str, data_dir: str | None, only: Sequence[str] = ()) -> Any:
     return sources.HuggingFace(
       "aps/super_glue", task.config or name, {s: s for s in wanted}
     )
-  folder = os.path.join(data_dir, task.folder)
+  folder = fetched.local(os.path.join(data_dir, task.folder))
   paths = {s: os.path.join(folder, file) for s, file in wanted.items()}
   found = {s: path for s, path in paths.items() if os.path.exists(path)}
   if not found:

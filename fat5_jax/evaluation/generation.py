@@ -14,6 +14,7 @@ import numpy as np
 import seqio
 import tensorflow as tf
 
+from fat5_jax import staging
 from fat5_jax.data import metrics as metrics_lib
 from fat5_jax.data import pipeline, seqio_source, tasks
 from fat5_jax.distributed.sharding import Partitioner
@@ -44,7 +45,9 @@ class InferenceEvaluator:
     self._model = model
     head = model.config.head
     self._has_tags = head is not None and head.kind == "token_classification"
-    self._folder = os.path.join(output_dir, "inference_eval")
+    # Its writers know a disk alone.
+    self._mirror = staging.Mirror(os.path.join(output_dir, "inference_eval"))
+    self._folder = self._mirror.path
     tasks.register(config.task())
     for part in seqio.get_subtasks(config.task()):
       metrics_lib.check(part.metric_fns, part.name)
@@ -79,11 +82,16 @@ class InferenceEvaluator:
 
   def evaluate(self, params, step: int) -> dict[str, dict[str, float]]:
     """Metrics by task name."""
-    results = {}
+    results: dict[str, dict[str, float]] = {}
+    if not self._parts:
+      return results
+    self._mirror.pull(lambda name: name.endswith("-metrics.jsonl"))
     for part in self._parts:
       with seqio_source.reraise(), self._disk_errors():
         name = part.task().name
         results[name] = self._score(part, params, step)
+    if self._loggers:
+      self._mirror.push()
     return results
 
   def _score(

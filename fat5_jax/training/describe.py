@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import os
 from typing import Any
 
 import jax
 import seqio
 
-from fat5_jax import console
+from fat5_jax import console, storage
 from fat5_jax.checkpoints import history, load
 from fat5_jax.data import mixtures, pipeline
 from fat5_jax.training import trainable
@@ -111,7 +110,7 @@ def _tell_batch(dataset_cfg: pipeline.DatasetConfig, vocab_size: int) -> None:
 def _tell_start(run: Run) -> None:
   """Says which parameters come from a checkpoint, and which are new."""
   restore = run.checkpoint_cfg.restore
-  folder = os.path.abspath(os.path.expanduser(run.model_dir))
+  folder = storage.absolute(run.model_dir)
   own_step, _ = history.latest_whole(folder)
   if own_step is not None:
     console.say(f"going on from step {own_step} of {folder}")

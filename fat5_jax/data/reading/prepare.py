@@ -21,27 +21,23 @@ from typing import Any
 
 import seqio
 
-from fat5_jax import console
+from fat5_jax import console, fetched, staging, storage
 from fat5_jax.data import examples as examples_lib
 from fat5_jax.data import records, seqio_source
 from fat5_jax.data.reading.store import INDEX, Store, Writer
 from fat5_jax.errors import UserError
 
-# Names the folder where nothing else does.
-VARIABLE = "FAT5_JAX_CACHE"
-_DEFAULT = os.path.join("~", ".cache", "fat5_jax")
 # Raise it when a store of before cannot be read as one of now.
 _VERSION = 1
 
 
 def cache_folder(given: str | None = None) -> str:
-  """The folder of the stores: given, of the environment, or in ~/.cache.
+  """The folder of the stores: given, or that of all copies.
 
   Raises:
     UserError: if nothing can be written there.
   """
-  path = os.path.expanduser(given or os.environ.get(VARIABLE) or _DEFAULT)
-  path = os.path.abspath(path)
+  path = os.path.abspath(os.path.expanduser(given or fetched.cache_folder()))
   try:
     os.makedirs(path, exist_ok=True)
     with tempfile.TemporaryFile(dir=path):
@@ -49,7 +45,7 @@ def cache_folder(given: str | None = None) -> str:
   except OSError as e:
     raise UserError(
       f"{path}: prepared data cannot be written there ({e.strerror}):"
-      f" --gin.CACHE_DIR=... or {VARIABLE} names another folder"
+      " --gin.CACHE_DIR=... or FAT5_JAX_CACHE names another folder"
     ) from None
   return path
 
@@ -69,7 +65,7 @@ def prepared(
   Args:
     task: no mixture.
     split: of it.
-    cache_dir: see cache_folder.
+    cache_dir: see cache_folder; at an address, stores are copied from and to.
     limits: tokens by feature; they decide the store of a task whose long texts
       come in windows, and no other.
     use_cached: from SeqIO's own offline cache.
@@ -77,7 +73,8 @@ def prepared(
   Raises:
     UserError: for bad data, or a disk that is full.
   """
-  root = cache_folder(cache_dir)
+  is_remote = cache_dir is not None and storage.is_remote(cache_dir)
+  root = cache_folder(None if is_remote else cache_dir)
   key = _key(task, split, limits, use_cached)
   make = lambda folder: _write(task, split, limits, use_cached, folder, key)
   if key is None:
@@ -85,7 +82,12 @@ def prepared(
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
     make(folder)
     return Store(folder)
-  path = os.path.join(root, f"{_plain_name(task.name)}-{split}-{key}")
+  name = f"{_plain_name(task.name)}-{split}-{key}"
+  path = os.path.join(root, name)
+  if is_remote:
+    address = f"{cache_dir.rstrip('/')}/{name}"
+    if storage.exists(f"{address}/{INDEX}"):
+      return Store(fetched.local(address))
   if not os.path.exists(os.path.join(path, INDEX)):
     with _alone(path):
       if not os.path.exists(os.path.join(path, INDEX)):
@@ -100,6 +102,8 @@ def prepared(
         except BaseException:
           shutil.rmtree(folder, ignore_errors=True)
           raise
+  if is_remote and not storage.exists(f"{address}/{INDEX}"):
+    staging.upload_folder(path, address, last=[INDEX])
   return Store(path)
 
 
