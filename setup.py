@@ -37,11 +37,13 @@ setup(
     "fat5_jax.gin_config.t5x": ["files/**/*.gin"],
   },
   install_requires=[
+    "array_record>=0.7",
     "clu>=0.0.12",
     "datasets>=3.0",
     "flax>=0.12",
     "fsspec",
     "gin-config>=0.5.0",
+    "grain>=0.2.15",
     "huggingface_hub>=1.0",
     "jax>=0.10.2,<0.13",
     "matplotlib>=3.8",
