@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 import dataclasses
 from typing import Any
 
+from absl import flags
 import grain
 import numpy as np
 
@@ -198,6 +199,9 @@ class BatchStream:
     self.epochs, self.rows = dict[str, float](), 0
     batches: grain.IterDataset = _Batches(source, position)
     if num_workers:
+      if not flags.FLAGS.is_parsed():
+        # Grain asks absl for settings that nobody gives here.
+        flags.FLAGS.mark_as_parsed()
       options = grain.MultiprocessingOptions(
         num_workers=num_workers, per_worker_buffer_size=_AHEAD
       )

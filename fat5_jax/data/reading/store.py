@@ -191,6 +191,9 @@ class Store:
   def __len__(self) -> int:
     return int(self._ends[-1])
 
+  def __reduce__(self):
+    return Store, (self.path,)
+
   def read(
     self,
     numbers: Sequence[int] | np.ndarray,

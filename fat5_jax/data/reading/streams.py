@@ -51,7 +51,19 @@ class Stream(Protocol):
     """For a person."""
 
 
-class Stored:
+class _Portable:
+  """Made again of its arguments in another process."""
+
+  def __new__(cls, *args):
+    made = super().__new__(cls)
+    made._arguments = args
+    return made
+
+  def __reduce__(self):
+    return type(self), self._arguments
+
+
+class Stored(_Portable):
   """A store, in a new order every epoch."""
 
   def __init__(
@@ -119,7 +131,7 @@ def cut(task: seqio.Task, example: Example, limits: Limits) -> Example:
   return layout.cut(example, limits)
 
 
-class _Blocks:
+class _Blocks(_Portable):
   """Chunks that must be made whole before anything of them is known."""
 
   def __init__(self, limits: dict[str, int]):
