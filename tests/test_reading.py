@@ -3,6 +3,7 @@
 The oracles are SeqIO's own tokeniser and feature converter, and counting.
 """
 
+import dataclasses
 import itertools
 import json
 import os
@@ -25,6 +26,7 @@ from fat5_jax.errors import UserError
 
 BYTES = seqio.ByteVocabulary(0)
 LENGTHS = {"inputs": 48, "targets": 12}
+SHARD = "examples-00000.array_record"
 
 
 def rows(count, seed=0, most=40):
@@ -340,6 +342,42 @@ def test_a_run_goes_on_where_it_was(name, tmp_path):
       assert json.dumps(again.position) == positions[number]
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["packed", "mixture", "head in buckets"])
+def test_worker_processes_prepare_and_read_the_same(name, tmp_path):
+  """Two processes against a thread of this one: stores, batches, positions."""
+  one = configs(tmp_path)[name]
+  one = dataclasses.replace(one, cache_dir=str(tmp_path / "one"))
+  two = dataclasses.replace(one, cache_dir=str(tmp_path / "two"), num_workers=2)
+  batches = [pipeline.train_batches(config, 384) for config in (one, two)]
+  for _ in range(30):
+    a, b = map(next, batches)
+    equal(a, b)
+    assert batches[0].position == batches[1].position
+    assert batches[0].epochs == batches[1].epochs
+  batches[1].close()
+  names = stores(tmp_path / "one")
+  assert names == stores(tmp_path / "two")
+  for folder, file in itertools.product(names, ("index.json", SHARD)):
+    paths = [tmp_path / where / folder / file for where in ("one", "two")]
+    assert paths[0].read_bytes() == paths[1].read_bytes()
+
+
+@pytest.mark.slow
+def test_a_bad_row_in_a_worker_process_is_the_same_line(tmp_path):
+  path = tmp_path / "bad.jsonl"
+  lines = [json.dumps(row) + "\n" for row in rows(3000)]
+  lines[2100] = '{"text": "", "label": "x"}\n'
+  path.write_text("".join(lines))
+  task = tasks.text_to_text(
+    sources.Files({"train": str(path)}), "{text}", "{label}", BYTES, name="bad"
+  )
+  config = dataset(task, num_workers=2, cache_dir=str(tmp_path / "cache"))
+  with pytest.raises(UserError, match="bad.jsonl, row 2101: column 'text' is"):
+    pipeline.train_batches(config, 384)
+  assert stores(tmp_path / "cache") == []
+
+
 @pytest.mark.parametrize("name", ["packed", "padded", "bucketed"])
 def test_every_example_is_read_once_an_epoch(name, tmp_path):
   """But for the few that wait for their row when the epoch ends."""
@@ -521,7 +559,7 @@ def test_a_damaged_store_is_a_line(tmp_path):
   config = dataset(text_task(tmp_path), cache_dir=str(cache))
   next(pipeline.train_batches(config, 384))
   (name,) = stores(cache)
-  shard = cache / name / "examples-00000.array_record"
+  shard = cache / name / SHARD
   data = bytearray(shard.read_bytes())
   shard.write_bytes(data[:-10])
   with pytest.raises(UserError, match=r"delete the folder"):

@@ -14,9 +14,7 @@ import seqio
 
 from fat5_jax.data import features, layouts, preprocessors, seqio_source
 from fat5_jax.data.layouts import Example, Limits
-
-# Rows that are tokenised at once, and characters, if that is less.
-_ROWS, _CHARACTERS = 512, 1 << 20
+from fat5_jax.data.skipped import Skipped
 
 
 class Counts:
@@ -24,16 +22,32 @@ class Counts:
 
   Attributes:
     rows: that gave an example.
-    skipped: bad ones, left out.
+    left_out: bad ones.
     unknown: tokens of the inputs that the vocabulary has not.
     tokens: of the inputs.
   """
 
   def __init__(self):
-    self.rows = self.skipped = self.unknown = self.tokens = 0
+    self.reset()
+
+  def reset(self) -> None:
+    self.rows = self.unknown = self.tokens = 0
+    self.left_out = Skipped()
+
+  def merge(self, other: Counts) -> None:
+    """Adds what was seen of another part of the split."""
+    self.rows += other.rows
+    self.unknown += other.unknown
+    self.tokens += other.tokens
+    self.left_out.merge(other.left_out)
 
   def facts(self) -> dict[str, int]:
-    return dict(vars(self))
+    return {
+      "rows": self.rows,
+      "skipped": self.left_out.rows,
+      "unknown": self.unknown,
+      "tokens": self.tokens,
+    }
 
 
 def code_modules() -> tuple[ModuleType, ...]:
@@ -86,35 +100,44 @@ def whole(
   Raises:
     UserError: naming the place, for a bad row.
   """
-  source, counts = task.source, counts or Counts()
-  if not isinstance(source, seqio_source.SeqioSource):
+  counts = counts or Counts()
+  if not isinstance(task.source, seqio_source.SeqioSource):
     from fat5_jax.data import seqio_tasks
 
     yield from seqio_tasks.whole(task, split, counts, use_cached)
     return
-  vocabulary = task.output_features["inputs"].vocabulary
-  unknown = vocabulary.unk_id
-  for rows in _blocks(source.examples(split, counts)):
+  for block in blocks(task, split, limits, counts):
+    yield from block
+  task.source.tell(split, counts.rows, counts.left_out)
+
+
+def blocks(
+  task: seqio.Task,
+  split: str,
+  limits: Limits,
+  counts: Counts,
+  part: tuple[int, int] = (0, 1),
+) -> Iterator[list[Example]]:
+  """The examples of each block of rows of a task of ours, in order.
+
+  Args:
+    task: of ours.
+    split: of it.
+    limits: lengths that windows have.
+    counts: counts on the way.
+    part: (i, n) makes the i-th of every n blocks alone.
+  """
+  unknown = task.output_features["inputs"].vocabulary.unk_id
+  layout, output = task.source.layout, task.output_features
+  for rows in task.source.blocks(split, counts.left_out, part):
     counts.rows += len(rows)
-    for example in source.layout.prepare(rows, task.output_features, limits):
+    found = list(layout.prepare(rows, output, limits)) if rows else []
+    for example in found:
       tokens = example["inputs"]
       counts.tokens += len(tokens)
       if unknown is not None:
         counts.unknown += int(np.count_nonzero(tokens == unknown))
-      yield example
-
-
-def _blocks(rows: Iterator[Example]) -> Iterator[list[Example]]:
-  block: list[Example] = []
-  characters = 0
-  for row in rows:
-    block.append(row)
-    characters += sum(len(v) for v in row.values() if isinstance(v, str))
-    if len(block) == _ROWS or characters > _CHARACTERS:
-      yield block
-      block, characters = [], 0
-  if block:
-    yield block
+    yield found
 
 
 def cut_to(

@@ -252,12 +252,21 @@ def _check_ids(batch: Batch, vocab_size: int, config: DatasetConfig) -> None:
       )
 
 
+def _store(config: DatasetConfig, task: seqio.Task) -> Store:
+  """A task's store, prepared now where it is not there."""
+  return prepare.prepared(
+    task,
+    config.split,
+    config.cache_dir,
+    config.lengths(),
+    config.use_cached,
+    config.num_workers,
+  )
+
+
 def _stores(config: DatasetConfig) -> list[Store]:
-  """The store of every task, prepared now where it is not there."""
   return [
-    prepare.prepared(
-      part, config.split, config.cache_dir, config.lengths(), config.use_cached
-    )
+    _store(config, part)
     for part, _ in mixtures.drawn(config.task(), config.split)
   ]
 
@@ -283,9 +292,7 @@ def _streams(config: DatasetConfig) -> list[Any]:
     if config.stream or is_stream(part):
       found.append(streams.Endless(part, config.split, sized, seed))
       continue
-    store = prepare.prepared(
-      part, config.split, config.cache_dir, config.lengths(), config.use_cached
-    )
+    store = _store(config, part)
     is_ours = isinstance(part.source, seqio_source.SeqioSource)
     kind = streams.Stored
     if not is_ours and not seqio_tasks.is_plain(part):
@@ -484,9 +491,7 @@ def one_pass(config: DatasetConfig) -> Iterator[Example]:
         use_cached=config.use_cached,
       )
     else:
-      store = prepare.prepared(
-        part, config.split, config.cache_dir, lengths, config.use_cached
-      )
+      store = _store(config, part)
       for start in range(0, len(store), _BLOCK):
         numbers = np.arange(start, min(start + _BLOCK, len(store)))
         for example in store.read(numbers):

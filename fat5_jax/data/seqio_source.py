@@ -62,7 +62,24 @@ TEXT_TO_TEXT = {
 }
 
 
+# Rows that are made at once, and characters, if that is less.
+_BLOCK, _CHARACTERS = 512, 1 << 20
 _SKIP = ". (skip_bad_rows = True leaves such rows out)"
+
+
+def _blocks(
+  rows: Iterable[LocatedRow], most: int
+) -> Iterator[list[LocatedRow]]:
+  block: list[LocatedRow] = []
+  characters = 0
+  for row in rows:
+    block.append(row)
+    characters += sum(len(v) for v in row[1].values() if isinstance(v, str))
+    if len(block) == most or characters > _CHARACTERS:
+      yield block
+      block, characters = [], 0
+  if block:
+    yield block
 
 
 def files_of(task: seqio.Task | seqio.Mixture) -> list[str]:
@@ -172,39 +189,67 @@ class SeqioSource(seqio.DataSource):
   def list_shards(self, split: str) -> Sequence[str]:
     return [self._source.describe(split)]
 
-  def examples(self, split: str, counts: Any = None) -> Iterator[Row]:
+  def examples(self, split: str) -> Iterator[Row]:
     """Every row as what the row function gives, checked.
-
-    `counts.skipped` counts the rows that are left out.
 
     Raises:
       UserError: naming the place, for a bad row; or if there is no row.
     """
     count, skipped = 0, Skipped()
-    for where, row in self._source.rows(split):
-      try:
-        example = self._row_fn(row)
-        if example is None:
-          continue
-        for key in ("inputs", "targets"):
-          text = example.get(key)
-          if isinstance(text, str) and not text.strip():
-            raise UserError(f"{key} is empty")
-          if isinstance(text, str):
-            text.encode("utf-8")
-      except (UserError, UnicodeEncodeError) as e:
-        reason = str(e)
-        if isinstance(e, UnicodeEncodeError):
-          reason = "half a character (a lone surrogate)"
-        if not self._skip_bad_rows:
-          hint = "" if split == ROWS else _SKIP
-          raise UserError(f"{where}: {reason}{hint}") from None
-        skipped.add(where, reason)
-        if counts is not None:
-          counts.skipped += 1
-        continue
-      count += 1
-      yield {key: example[key] for key in self._signature}
+    for block in self.blocks(split, skipped):
+      count += len(block)
+      yield from block
+    self.tell(split, count, skipped)
+
+  def blocks(
+    self, split: str, skipped: Skipped, part: tuple[int, int] = (0, 1)
+  ) -> Iterator[list[Row]]:
+    """The examples of each block of rows, in order.
+
+    Args:
+      split: of the task.
+      skipped: counts bad rows, where they are left out.
+      part: (i, n) makes the i-th of every n blocks alone.
+
+    Raises:
+      UserError: naming the place, for a bad row.
+    """
+    rows = _blocks(self._source.rows(split), 1 if split == ROWS else _BLOCK)
+    for number, block in enumerate(rows):
+      if number % part[1] == part[0]:
+        made = (self._example(split, *row, skipped) for row in block)
+        yield [example for example in made if example is not None]
+
+  def _example(
+    self, split: str, where: str, row: Row, skipped: Skipped
+  ) -> Row | None:
+    try:
+      example = self._row_fn(row)
+      if example is None:
+        return None
+      for key in ("inputs", "targets"):
+        text = example.get(key)
+        if isinstance(text, str) and not text.strip():
+          raise UserError(f"{key} is empty")
+        if isinstance(text, str):
+          text.encode("utf-8")
+    except (UserError, UnicodeEncodeError) as e:
+      reason = str(e)
+      if isinstance(e, UnicodeEncodeError):
+        reason = "half a character (a lone surrogate)"
+      if not self._skip_bad_rows:
+        hint = "" if split == ROWS else _SKIP
+        raise UserError(f"{where}: {reason}{hint}") from None
+      skipped.add(where, reason)
+      return None
+    return {key: example[key] for key in self._signature}
+
+  def tell(self, split: str, count: int, skipped: Skipped) -> None:
+    """Says what was left out of a split that gave so many examples.
+
+    Raises:
+      UserError: if it gave none.
+    """
     if skipped.rows:
       logger.warning(
         "%s: %s", self._source.describe(split), skipped.describe(count)

@@ -39,3 +39,10 @@ class Skipped:
       f"left out {self.rows:,} bad rows of {self.rows + kept:,}:"
       f" {'; '.join(parts)}"
     )
+
+  def merge(self, other: Skipped) -> None:
+    """Adds what another part of the split left out."""
+    self.rows += other.rows
+    for kind, count in other._counts.items():
+      self._counts[kind] += count
+      self._first.setdefault(kind, other._first[kind])

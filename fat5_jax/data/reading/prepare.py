@@ -24,6 +24,7 @@ import seqio
 from fat5_jax import console, fetched, staging, storage
 from fat5_jax.data import examples as examples_lib
 from fat5_jax.data import records, seqio_source
+from fat5_jax.data.reading import workers
 from fat5_jax.data.reading.store import INDEX, Store, Writer
 from fat5_jax.errors import UserError
 
@@ -56,6 +57,7 @@ def prepared(
   cache_dir: str | None,
   limits: Mapping[str, int] | None,
   use_cached: bool = False,
+  num_workers: int = 0,
 ) -> Store:
   """The store of a split, made now unless it is there.
 
@@ -69,6 +71,7 @@ def prepared(
     limits: tokens by feature; they decide the store of a task whose long texts
       come in windows, and no other.
     use_cached: from SeqIO's own offline cache.
+    num_workers: processes that tokenise; 0 is this one. The store is the same.
 
   Raises:
     UserError: for bad data, or a disk that is full.
@@ -76,7 +79,9 @@ def prepared(
   is_remote = cache_dir is not None and storage.is_remote(cache_dir)
   root = cache_folder(None if is_remote else cache_dir)
   key = _key(task, split, limits, use_cached)
-  make = lambda folder: _write(task, split, limits, use_cached, folder, key)
+  make = lambda folder: _write(
+    task, split, limits, use_cached, folder, key, num_workers
+  )
   if key is None:
     folder = tempfile.mkdtemp(prefix=".own-", dir=root)
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
@@ -196,13 +201,17 @@ def _write(
   use_cached: bool,
   folder: str,
   key: str | None,
+  num_workers: int,
 ) -> None:
   counts = examples_lib.Counts()
   small = examples_lib.small_features(task)
   writer = Writer(folder, small)
-  rows: Iterable[dict[str, Any]] = examples_lib.whole(
-    task, split, limits, counts, use_cached
-  )
+  is_ours = isinstance(task.source, seqio_source.SeqioSource)
+  rows: Iterable[dict[str, Any]]
+  if num_workers and is_ours:
+    rows = workers.whole(task, split, limits, counts, num_workers)
+  else:
+    rows = examples_lib.whole(task, split, limits, counts, use_cached)
   what = f"preparing {task.name}, {split}"
   try:
     with seqio_source.reraise():

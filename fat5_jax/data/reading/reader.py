@@ -11,11 +11,11 @@ from collections.abc import Callable, Iterator, Sequence
 import dataclasses
 from typing import Any
 
-from absl import flags
 import grain
 import numpy as np
 
 from fat5_jax.data.layouts import Example
+from fat5_jax.data.reading import workers
 from fat5_jax.data.reading.assemble import Batch
 from fat5_jax.data.reading.order import CHUNK, Turns
 from fat5_jax.data.reading.packing import Place, Plan, Row
@@ -199,13 +199,7 @@ class BatchStream:
     self.epochs, self.rows = dict[str, float](), 0
     batches: grain.IterDataset = _Batches(source, position)
     if num_workers:
-      if not flags.FLAGS.is_parsed():
-        # Grain asks absl for settings that nobody gives here.
-        flags.FLAGS.mark_as_parsed()
-      options = grain.MultiprocessingOptions(
-        num_workers=num_workers, per_worker_buffer_size=_AHEAD
-      )
-      batches = batches.mp_prefetch(options)
+      batches = workers.prefetched(batches, num_workers, _AHEAD)
     else:
       batches = grain.experimental.ThreadPrefetchIterDataset(
         batches, prefetch_buffer_size=_AHEAD
