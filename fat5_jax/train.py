@@ -87,5 +87,6 @@ def train(run: Run) -> TrainState | None:
       state = None
     else:
       words.closing_words(run, log, evaluations.generation, home.path, step)
+    data.close()
     log.close()
     return state

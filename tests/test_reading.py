@@ -4,6 +4,7 @@ The oracles are SeqIO's own tokeniser and feature converter, and counting.
 """
 
 import dataclasses
+import importlib
 import itertools
 import json
 import os
@@ -18,6 +19,7 @@ from fat5_jax.data import (
   head_tasks,
   pipeline,
   seqio_source,
+  seqio_tasks,
   sources,
   tasks,
 )
@@ -407,6 +409,60 @@ def test_noise_is_another_in_every_epoch(tmp_path):
   assert sorted(map(tuple, first[key])) == sorted(map(tuple, second[key]))
   key = "encoder_input_tokens"
   assert sorted(map(tuple, first[key])) != sorted(map(tuple, second[key]))
+
+
+def test_without_a_placeholder_random_steps_are_done_again(tmp_path):
+  """SeqIO would cache none of it; we keep what is the same in every epoch."""
+  task = random_task(tmp_path, 20)
+  steps = [s for s in task.preprocessors if not hasattr(s, "required")]
+  assert len(steps) == len(task.preprocessors) - 1
+  seqio.TaskRegistry.remove("reading_bare")
+  bare = seqio.TaskRegistry.add(
+    "reading_bare",
+    source=task.source,
+    preprocessors=steps,
+    output_features=task.output_features,
+  )
+  once, again = seqio_tasks.split_steps(bare)
+  assert (once, again) == (steps[:2], steps[2:])
+  batches = [
+    next(pipeline.train_batches(dataset(t, batch_size=4), 384))
+    for t in (task, bare)
+  ]
+  equal(*batches)
+
+
+def test_a_step_that_is_changed_prepares_again(tmp_path, monkeypatch):
+  """Its module's text counts, of what a decorator wraps too."""
+  (tmp_path / "lines.txt").write_text("one\ntwo\n")
+  monkeypatch.syspath_prepend(str(tmp_path))
+  found = []
+  for number, helper in enumerate(["x + 'a'", "x + 'b'"]):
+    name = f"reading_steps_{number}"
+    (tmp_path / f"{name}.py").write_text(
+      "import seqio\n"
+      f"def helper(x):\n  return {helper}\n"
+      "@seqio.map_over_dataset\n"
+      "def step(x):\n  return {'inputs': helper(x), 'targets': x}\n"
+    )
+    seqio.TaskRegistry.remove("reading_steps")
+    task = seqio.TaskRegistry.add(
+      "reading_steps",
+      source=seqio.TextLineDataSource({"train": str(tmp_path / "lines.txt")}),
+      preprocessors=[
+        importlib.import_module(name).step,
+        seqio.preprocessors.tokenize,
+        seqio.preprocessors.append_eos,
+      ],
+      output_features={
+        n: seqio.Feature(BYTES, add_eos=True) for n in ("inputs", "targets")
+      },
+    )
+    config = dataset(task, pack=False, shuffle=False, batch_size=2)
+    batch = next(pipeline.train_batches(config, 384))
+    row = batch["encoder_input_tokens"][0]
+    found.append(BYTES.decode(row[row > 1].tolist()))
+  assert found == ["onea", "oneb"]
 
 
 # ---- What goes together ------------------------------------------------------

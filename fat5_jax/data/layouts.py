@@ -112,7 +112,7 @@ class Pair:
     keep = max((room + 1) // 2, room - len(second))
     first = first[:keep]
     second = second[: room - min(len(first), room)]
-    return example | {"inputs": _ids(first, end, second, end)}
+    return example | {"inputs": _ids(first, end, second, end)[:limit]}
 
 
 class Tags:

@@ -56,10 +56,7 @@ def _varies(step: Any) -> bool:
     names = set(inspect.signature(step).parameters)
   except (TypeError, ValueError):
     return True
-  if names & {"sequence_length", "seed", "seeds"}:
-    return True
-  # seqio.map_over_dataset leaves how many seeds a row takes.
-  return bool(getattr(step, "num_seeds", 0))
+  return bool(names & {"sequence_length", "seed", "seeds"})
 
 
 def _as_numpy(dataset: tf.data.Dataset) -> Iterator[Example]:

@@ -82,7 +82,7 @@ def labels(
   for number, row in enumerate(rows):
     for example in row:
       for key, name in shapes.items():
-        values = example[name]
+        values = example[name][: lengths[name]]
         batch[key][number, : len(values)] = values
       batch["label_weights"][number, : len(example["targets"])] = 1
   return batch

@@ -173,7 +173,7 @@ def _code(task: seqio.Task) -> list[str]:
   """Hashes of the files that hold the task's code, ours among them."""
   files = {inspect.getsourcefile(m) for m in examples_lib.code_modules()}
   for step in task.preprocessors:
-    step = getattr(step, "func", step)
+    step = inspect.unwrap(getattr(step, "func", step))
     with contextlib.suppress(TypeError):
       files.add(inspect.getsourcefile(step))
   found = []
