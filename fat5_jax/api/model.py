@@ -275,6 +275,7 @@ class Model(Asks):
     dropout: float = 0.1,
     seed: int = 42,
     pack: bool | None = None,
+    buckets: int | Sequence[Any] | None = None,
     skip_bad_rows: bool = False,
     scan_layers: bool = False,
     remat_policy: str | tuple[str, ...] = "none",
@@ -316,7 +317,9 @@ class Model(Asks):
       max_target_tokens: likewise.
       dropout: of the model.
       seed: of fresh parameters, order and dropout.
-      pack: several examples a row; None is True for language models.
+      pack: several examples a row; None is True for language models, where
+        there are no buckets.
+      buckets: rows of about one length together: how many lengths, or which.
       skip_bad_rows: leaves out rows that would be an error.
       scan_layers: compiles one layer, not all of them.
       remat_policy: what is computed again in the backward pass, to save memory:
@@ -348,6 +351,7 @@ class Model(Asks):
         optimizer=optimizer,
         seed=seed,
         pack=pack,
+        buckets=buckets,
         checkpoint_period=checkpoint_period,
         keep=keep,
       )

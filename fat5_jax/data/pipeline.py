@@ -545,16 +545,23 @@ def eval_batches(
       yield fill_rows(batch, rows[plan.lengths if shapes else ()])
 
 
-def count_rows(config: DatasetConfig) -> int:
-  """Rows of one pass over a split, as they are packed."""
+def count_batches(config: DatasetConfig) -> float:
+  """Batches of one pass over a split, the last one in part."""
   (store,) = _stores(config)
-  if not config.pack:
-    return len(store)
-  limits = _sized(config)
-  lengths = np.stack(
-    [np.minimum(store.lengths[name], most) for name, most in limits.items()], 1
+  if not config.pack and config.buckets is None:
+    return len(store) / config.batch_size
+  shapes, rows = None, {(): config.batch_size}
+  if config.buckets is not None:
+    shapes = bucket_shapes(config, _streams(config), 1)
+    rows = dict(shapes)
+  sizes = np.stack(
+    [np.minimum(store.lengths[n], most) for n, most in _sized(config).items()],
+    axis=1,
   )
-  return sum(len(plan.rows) for plan in _plans_once(config, iter(lengths)))
+  return sum(
+    len(plan.rows) / rows[plan.lengths if shapes else ()]
+    for plan in _plans_once(config, iter(sizes), shapes)
+  )
 
 
 def fill_rows(batch: Batch, rows: int) -> Batch:
