@@ -37,6 +37,7 @@ setup(
     "fat5_jax.gin_config.t5x": ["files/**/*.gin"],
   },
   install_requires=[
+    "absl-py",
     "array_record>=0.7",
     "clu>=0.0.12",
     "datasets>=3.0",

@@ -7,7 +7,14 @@ import numpy as np
 import pytest
 import seqio
 
-from fat5_jax.data import pipeline, sources, spoken_values, tasks, vocabularies
+from fat5_jax.data import (
+  checks,
+  pipeline,
+  sources,
+  spoken_values,
+  tasks,
+  vocabularies,
+)
 from fat5_jax.errors import UserError
 from fat5_jax.models.config import T5Config
 
@@ -173,13 +180,13 @@ def test_a_token_beyond_the_embedding_is_an_error(tmp_path):
   with pytest.raises(UserError, match="vocab_size = 100"):
     next(pipeline.train_batches(config, 100))
   with pytest.raises(UserError, match="259 ids"):
-    pipeline.check_task(config, T5Config(vocab_size=100))
+    checks.check_task(config, T5Config(vocab_size=100))
 
 
 def test_a_model_that_pads_with_another_id_is_refused(tmp_path):
   model = T5Config(vocab_size=384, pad_token_id=1)
   with pytest.raises(UserError, match="pad_token_id = 1"):
-    pipeline.check_task(make_config(make_task(tmp_path)), model)
+    checks.check_task(make_config(make_task(tmp_path)), model)
 
 
 def test_an_unknown_task_names_the_nearest():

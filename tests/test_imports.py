@@ -30,7 +30,8 @@ ALLOWED = {
   "fat5_jax/data": {
     *("numpy", "seqio", "tensorflow", "tensorflow_datasets", "datasets"),
     *("pyarrow", "sklearn", "scipy", "sacrebleu", "rouge_score"),
-    *("array_record", "grain", "msgpack", "sentencepiece", "tokenizers"),
+    *("absl", "array_record", "grain", "msgpack", "sentencepiece"),
+    "tokenizers",
     "fat5_jax.convert.plain_files",
     "fat5_jax.convert.sentencepiece_file",
     "fat5_jax.models.config",

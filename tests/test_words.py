@@ -14,6 +14,7 @@ from fat5_jax import checkpoints
 from fat5_jax.checkpoints import reference
 from fat5_jax.convert import tokenizers
 from fat5_jax.data import (
+  checks,
   head_tasks,
   pipeline,
   sources,
@@ -230,12 +231,12 @@ def test_a_recipe_that_fits_the_task_is_named():
   config = T5Config(vocab_size=384, emb_dim=8)
   labels = classes([{"a": "x", "label": "y"}])
   with pytest.raises(UserError, match="--gin_file=recipes/classify.gin"):
-    pipeline.check_task(data(labels, lengths={"inputs": 8}), config)
+    checks.check_task(data(labels, lengths={"inputs": 8}), config)
   with pytest.raises(UserError, match="--gin_file=recipes/glue.gin"):
     pipeline.head_config(data(text_task([])), "sequence_classification")
   head = config.with_head(HeadConfig("sequence_classification"))
   with pytest.raises(UserError, match="--gin_file=recipes/glue.gin"):
-    pipeline.check_task(data(text_task([])), head)
+    checks.check_task(data(text_task([])), head)
 
 
 def test_a_batch_above_the_data_is_told_with_the_number_of_rows():

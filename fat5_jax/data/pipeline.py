@@ -20,37 +20,30 @@ import tensorflow as tf
 
 from fat5_jax import storage
 from fat5_jax.data import (
+  checks,
   examples,
   features,
   mixtures,
-  ready,
+  opening,
   records,
   seqio_source,
-  seqio_tasks,
   tasks,
 )
 from fat5_jax.data.layouts import Example
 from fat5_jax.data.reading import (
-  assemble,
-  buckets,
-  packing,
-  prepare,
   reader,
   streams,
 )
 from fat5_jax.data.reading.assemble import Batch
 from fat5_jax.data.reading.reader import BatchStream
-from fat5_jax.data.reading.store import Store
 from fat5_jax.errors import UserError, nearest
-from fat5_jax.models.config import HeadConfig, T5Config
+from fat5_jax.models.config import HeadConfig
 
 # TensorFlow reads data; the accelerator is JAX's.
 tf.config.set_visible_devices([], "GPU")
 
 # Raise it when a position of before means another place now.
 _ORDER = 2
-# Examples that a packed row waits for at most.
-_PATIENCE = 1 << 13
 # Examples that one pass over a split reads at a time.
 _BLOCK = 256
 
@@ -252,149 +245,10 @@ def _check_ids(batch: Batch, vocab_size: int, config: DatasetConfig) -> None:
       )
 
 
-def _store(config: DatasetConfig, task: seqio.Task) -> Store:
-  """A task's store, prepared now where it is not there."""
-  return prepare.prepared(
-    task,
-    config.split,
-    config.cache_dir,
-    config.lengths(),
-    config.use_cached,
-    config.num_workers,
-  )
-
-
-def _stores(config: DatasetConfig) -> list[Store]:
-  return [
-    _store(config, part)
-    for part, _ in mixtures.drawn(config.task(), config.split)
-  ]
-
-
 def prepare_all(config: DatasetConfig) -> Iterator[tuple[str, str]]:
   """(place, what is in it) of every store, prepared where it is not there."""
-  for store in _stores(config):
+  for store in opening.stores(config):
     yield store.path, streams.describe(store, config.lengths() or {})
-
-
-def _sized(config: DatasetConfig) -> dict[str, int]:
-  """The features that decide what goes together, and their lengths."""
-  lengths = config.lengths()
-  if features.label_feature(config.task()) is not None:
-    return {"inputs": lengths["inputs"]}  # The others follow from it.
-  return {name: lengths[name] for name in ("inputs", "targets")}
-
-
-def _streams(config: DatasetConfig) -> list[Any]:
-  seed = config.seed if config.shuffle else None
-  sized, found = _sized(config), []
-  for part, _ in mixtures.drawn(config.task(), config.split):
-    if config.stream or is_stream(part):
-      found.append(streams.Endless(part, config.split, sized, seed))
-      continue
-    store = _store(config, part)
-    is_ours = isinstance(part.source, seqio_source.SeqioSource)
-    kind = streams.Stored
-    if not is_ours and not seqio_tasks.is_plain(part):
-      kind = streams.Remade
-    found.append(kind(part, store, sized, seed))
-  return found
-
-
-def is_stream(task: seqio.Task) -> bool:
-  """Whether a task's rows can only be read one after the other."""
-  source = getattr(task.source, "rows_source", None)
-  return bool(getattr(source, "is_stream", False))
-
-
-def _rates(config: DatasetConfig) -> list[float]:
-  return [rate for _, rate in mixtures.drawn(config.task(), config.split)]
-
-
-def bucket_shapes(
-  config: DatasetConfig, found: Sequence[Any], multiple: int
-) -> list[buckets.Shape]:
-  """(lengths, rows) of the batches that BUCKETS makes.
-
-  As many tokens as BATCH_SIZE rows of TASK_FEATURE_LENGTHS hold.
-
-  Args:
-    config: with `buckets`.
-    found: streams, whose first examples decide where only a number is given.
-    multiple: that the rows of every batch must be one of.
-  """
-  limits = tuple(_sized(config).values())
-  if isinstance(config.buckets, int):
-    sizes = [
-      stream.sizes(chunk)
-      for stream in found
-      for chunk in range(1 if stream.length is None else 16)
-    ]
-    shapes = buckets.choose(np.concatenate(sizes), limits, config.buckets)
-  else:
-    given = [
-      tuple(shape) if isinstance(shape, (tuple, list)) else (shape, *limits[1:])
-      for shape in config.buckets
-    ]
-    shapes = [*sorted(s for s in given if s != limits), limits]
-  return buckets.with_rows(shapes, config.batch_size * sum(limits), multiple)
-
-
-def _planner(
-  config: DatasetConfig,
-  shapes: Sequence[buckets.Shape] | None,
-  count: int | None = None,
-) -> Callable[[], Any]:
-  """`count`: examples of an epoch, None where nobody knows."""
-  if shapes is not None:
-    return lambda: packing.Buckets(shapes)
-  lengths, rows = tuple(_sized(config).values()), config.batch_size
-  if not config.pack:
-    return lambda: packing.Padding(lengths, rows)
-  # None of a small data set waits for epochs.
-  patience = _PATIENCE if count is None else min(_PATIENCE, 1 + count // 8)
-  return lambda: packing.Packing(lengths, rows, patience)
-
-
-def _count(found: Sequence[Any]) -> int | None:
-  """Examples of an epoch of all streams."""
-  lengths = [stream.length for stream in found]
-  return None if None in lengths else sum(lengths)
-
-
-def _assembler(config: DatasetConfig) -> Callable[..., Batch]:
-  """(rows of examples, lengths of a plan) to the model's arrays."""
-  task = config.task()
-  label = features.label_feature(task)
-  names = list(_sized(config))
-  if label is None:
-    return lambda rows, lengths: assemble.text(
-      rows, dict(zip(names, lengths)), config.pack
-    )
-  dtype = label.dtype.as_numpy_dtype
-
-  def labels(rows, lengths):
-    sized = dict(zip(names, lengths))
-    return assemble.labels(rows, features.complete_lengths(sized, task), dtype)
-
-  return labels
-
-
-def _tell(
-  config: DatasetConfig,
-  found: Sequence[Any],
-  shapes: Sequence[buckets.Shape] | None,
-) -> list[str]:
-  """What a person should know of the data, a line each."""
-  lines = [f"{stream.name}: {stream.describe()}" for stream in found]
-  if shapes is not None:
-    sizes = ", ".join(
-      f"{rows} x {'/'.join(map(str, lengths))}" for lengths, rows in shapes
-    )
-    lines.append(
-      f"batches of {len(shapes)} shapes, each compiled once: {sizes}"
-    )
-  return lines
 
 
 def train_batches(
@@ -427,35 +281,35 @@ def train_batches(
       "training needs TASK_FEATURE_LENGTHS, for example"
       " {'inputs': 512, 'targets': 114}"
     )
-  found = _streams(config)
+  found = opening.open_streams(config)
   shapes = None
   if config.buckets is not None:
-    shapes = bucket_shapes(config, found, multiple)
+    shapes = opening.bucket_shapes(config, found, multiple)
   source = reader.Source(
     found,
-    _rates(config),
-    _planner(config, shapes, _count(found)),
-    _assembler(config),
+    opening.rates(config),
+    opening.make_planner(config, shapes, opening.count(found)),
+    opening.make_assembler(config),
     lambda batch: _check_ids(batch, vocab_size, config),
     own or (lambda rows: (0, rows)),
   )
   stream = BatchStream(source, position, config.num_workers)
-  stream.about = _tell(config, found, shapes)
+  stream.about = opening.tell(config, found, shapes)
   return stream
 
 
 def first_batch(config: DatasetConfig, vocab_size: int) -> Batch:
   """A batch of the first rows, in their order; nothing is prepared."""
   config = dataclasses.replace(config, buckets=None)
-  sized, found = _sized(config), []
+  sized, found = opening.sized_features(config), []
   for part, _ in mixtures.drawn(config.task(), config.split):
     rows = examples.cut_to(part, config.split, config.lengths())
     found += itertools.islice(rows, 8 * config.batch_size)
   sizes = ([len(example[name]) for name in sized] for example in found)
   with seqio_source.reraise():
-    plan = next(_plans_once(config, sizes))
+    plan = next(opening.plans_once(config, sizes))
   rows = [[found[place[2]] for place in row] for row in plan.rows]
-  batch = _assembler(config)(rows, plan.lengths)
+  batch = opening.make_assembler(config)(rows, plan.lengths)
   _check_ids(batch, vocab_size, config)
   return fill_rows(batch, config.batch_size)
 
@@ -466,23 +320,19 @@ def longest_target(config: DatasetConfig) -> int:
   if lengths is not None:
     return lengths["targets"]
   task = config.task()
-  if not isinstance(task, seqio.Mixture) and not _through_seqio(config, task):
-    (store,) = _stores(config)
+  if not isinstance(task, seqio.Mixture) and not opening.goes_through_seqio(
+    config, task
+  ):
+    (store,) = opening.stores(config)
     return int(store.lengths["targets"].max())
   return max(len(example["targets"]) for example in one_pass(config))
-
-
-def _through_seqio(config: DatasetConfig, task: seqio.Task) -> bool:
-  """Whether a pass over a split is no pass over a store."""
-  is_ours = isinstance(task.source, seqio_source.SeqioSource)
-  return config.stream or is_stream(task) or not is_ours
 
 
 def one_pass(config: DatasetConfig) -> Iterator[Example]:
   """Every example of a split once, in order, cut, with all its features."""
   lengths = config.lengths()
   for part, _ in mixtures.drawn(config.task(), config.split):
-    if _through_seqio(config, part):
+    if opening.goes_through_seqio(config, part):
       yield from examples.cut_to(
         part,
         config.split,
@@ -491,25 +341,11 @@ def one_pass(config: DatasetConfig) -> Iterator[Example]:
         use_cached=config.use_cached,
       )
     else:
-      store = _store(config, part)
+      store = opening.store_of(config, part)
       for start in range(0, len(store), _BLOCK):
         numbers = np.arange(start, min(start + _BLOCK, len(store)))
         for example in store.read(numbers):
           yield streams.cut(part, example, lengths)
-
-
-def _plans_once(
-  config: DatasetConfig,
-  sizes: Iterator[Sequence[int]],
-  shapes: Sequence[buckets.Shape] | None = None,
-) -> Iterator[packing.Plan]:
-  """Plans of numbered examples, each once; the last ones as they are left."""
-  planner = _planner(config, shapes)()
-  for number, size in enumerate(sizes):
-    planner.add((0, 0, number), size)
-    while (plan := planner.take()) is not None:
-      yield plan
-  yield from planner.rest()
 
 
 def eval_batches(
@@ -523,11 +359,13 @@ def eval_batches(
   A batch is filled with empty rows to the size of the others of its lengths, a
   number that `multiple` divides.
   """
-  build, sized = _assembler(config), _sized(config)
+  build, sized = opening.make_assembler(config), opening.sized_features(config)
   rows = {(): -(-config.batch_size // multiple) * multiple}
   shapes = None
   if config.buckets is not None:
-    shapes = bucket_shapes(config, _streams(config), multiple)
+    shapes = opening.bucket_shapes(
+      config, opening.open_streams(config), multiple
+    )
     rows = dict(shapes)
   waiting: dict[int, Example] = {}
 
@@ -537,7 +375,7 @@ def eval_batches(
       yield [len(example[name]) for name in sized]
 
   with seqio_source.reraise():
-    plans = _plans_once(config, sizes(), shapes)
+    plans = opening.plans_once(config, sizes(), shapes)
     for plan in itertools.islice(plans, max_batches):
       examples_of = [[waiting.pop(p[2]) for p in row] for row in plan.rows]
       batch = build(examples_of, plan.lengths)
@@ -547,20 +385,23 @@ def eval_batches(
 
 def count_batches(config: DatasetConfig) -> float:
   """Batches of one pass over a split, the last one in part."""
-  (store,) = _stores(config)
+  (store,) = opening.stores(config)
   if not config.pack and config.buckets is None:
     return len(store) / config.batch_size
   shapes, rows = None, {(): config.batch_size}
   if config.buckets is not None:
-    shapes = bucket_shapes(config, _streams(config), 1)
+    shapes = opening.bucket_shapes(config, opening.open_streams(config), 1)
     rows = dict(shapes)
   sizes = np.stack(
-    [np.minimum(store.lengths[n], most) for n, most in _sized(config).items()],
+    [
+      np.minimum(store.lengths[n], most)
+      for n, most in opening.sized_features(config).items()
+    ],
     axis=1,
   )
   return sum(
     len(plan.rows) / rows[plan.lengths if shapes else ()]
-    for plan in _plans_once(config, iter(sizes), shapes)
+    for plan in opening.plans_once(config, iter(sizes), shapes)
   )
 
 
@@ -570,85 +411,6 @@ def fill_rows(batch: Batch, rows: int) -> Batch:
     key: np.pad(x, [(0, rows - len(x))] + [(0, 0)] * (x.ndim - 1))
     for key, x in batch.items()
   }
-
-
-def check_task(config: DatasetConfig, model_config: T5Config) -> None:
-  """Raises UserError unless the task is one for the model.
-
-  Its labels must be the head's. It may have no more token ids than the
-  embedding, and SeqIO pads rows and starts decoder inputs with 0.
-  """
-  task = config.task()
-  _check_labels(task, model_config)
-  rows = model_config.vocab_size
-  for name in ("inputs", "targets"):
-    feature = task.output_features[name]
-    if isinstance(feature, features.LabelFeature):
-      continue
-    if feature.vocabulary.vocab_size > rows:
-      raise UserError(
-        f"task {task.name!r}: the vocabulary of {name!r} has"
-        f" {feature.vocabulary.vocab_size} ids, the model's embedding"
-        f" {rows} rows; token ids beyond it would have no embedding."
-        " Set T5Config.vocab_size or use the model's own vocabulary"
-      )
-  for key in ("pad_token_id", "decoder_start_token_id"):
-    if getattr(model_config, key) != 0:
-      raise UserError(
-        f"the model has {key} = {getattr(model_config, key)}; SeqIO's batches"
-        " have 0 there, so it cannot be trained or scored on a task"
-      )
-
-
-# Which recipe learns which labels.
-_RECIPES = {
-  "sequence_classification": "recipes/classify.gin",
-  "token_classification": "recipes/tag.gin",
-  "question_answering": "recipes/answer.gin",
-}
-
-
-def _text_recipe(name: str) -> str:
-  """What to do with a text task where labels are wanted."""
-  labelled = name.replace("_v002", "_classes")
-  found = "train it with --gin_file=recipes/glue.gin"
-  if labelled != name and labelled in ready.TASKS:
-    found += f", or take --gin.MIXTURE_OR_TASK_NAME={labelled}"
-  return f"{found}, or bind a task with labels (@head_tasks.classification())"
-
-
-def _check_labels(task, model_config: T5Config) -> None:
-  label, head = features.label_feature(task), model_config.head
-  kind = "language_model" if head is None else head.kind
-  if label is None:
-    if kind not in ("language_model", "embedding"):
-      raise UserError(
-        f"task {task.name!r} has text as targets, and the model's head is"
-        f" {kind}: {_text_recipe(task.name)}"
-      )
-    return
-  fits = kind == label.kind or (
-    kind == "enct5" and label.kind == "sequence_classification"
-  )
-  if not fits:
-    recipe = _RECIPES[label.kind]
-    raise UserError(
-      f"task {task.name!r} is one for a head of kind {label.kind}, the model's"
-      f" is {kind}: train it with --gin_file={recipe}, or include"
-      f" 'heads/{label.kind}.gin' after the model's file"
-    )
-  if kind == "question_answering":
-    return
-  if (head.problem_type, head.num_labels) != (label.problem_type, label.size):
-    raise UserError(
-      f"task {task.name!r} has {label.size} labels, {label.problem_type}; the"
-      f" head has {head.num_labels}, {head.problem_type}"
-    )
-  if head.label_names and label.names and head.label_names != label.names:
-    raise UserError(
-      f"task {task.name!r} names its labels {', '.join(label.names)}, the head"
-      f" {', '.join(head.label_names)}"
-    )
 
 
 def head_config(
@@ -672,7 +434,7 @@ def head_config(
   if label is None:
     raise UserError(
       f"task {task.name!r} has text as targets, and a head of kind {kind} needs"
-      f" labels: {_text_recipe(task.name)}"
+      f" labels: {checks.text_recipe(task.name)}"
     )
   return HeadConfig(
     kind,

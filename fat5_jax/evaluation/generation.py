@@ -15,8 +15,8 @@ import seqio
 import tensorflow as tf
 
 from fat5_jax import staging
+from fat5_jax.data import checks, pipeline, seqio_source, tasks
 from fat5_jax.data import metrics as metrics_lib
-from fat5_jax.data import pipeline, seqio_source, tasks
 from fat5_jax.distributed.sharding import Partitioner
 from fat5_jax.errors import UserError
 from fat5_jax.inference import heads
@@ -68,7 +68,7 @@ class InferenceEvaluator:
         seqio.TensorBoardLogger(self._folder),
       ]
     if self._parts:
-      pipeline.check_task(config, model.config)
+      checks.check_task(config, model.config)
       max_length = None
       if model.config.is_language_model:
         max_length = max(map(pipeline.longest_target, self._parts))

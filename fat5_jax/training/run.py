@@ -11,7 +11,7 @@ from flax import linen as nn
 import optax
 
 from fat5_jax.checkpoints import CheckpointConfig
-from fat5_jax.data import pipeline
+from fat5_jax.data import checks, pipeline
 from fat5_jax.distributed import hosts
 from fat5_jax.distributed.sharding import Partitioner
 from fat5_jax.errors import UserError
@@ -156,7 +156,7 @@ class Run:
       self.infer_eval_dataset_cfg,
     ):
       if cfg is not None:
-        pipeline.check_task(cfg, config)
+        checks.check_task(cfg, config)
         pipeline.check_rows(cfg, cfg is not self.train_dataset_cfg)
     self.partitioner.check(
       config,
