@@ -304,9 +304,9 @@ OWN_MACROS = {
   "TRAINABLE": f"{ours.TRAIN}.trainable",
   "FROZEN": f"{ours.TRAIN}.frozen",
   "CACHE_DIR": f"{ours.DATA}.cache_dir",
-  "BUCKETS": f"train/{ours.DATA}.buckets",
+  "BUCKETS": f"{ours.DATA}.buckets",
   "STREAM": f"{ours.DATA}.stream",
-  "NUM_WORKERS": f"train/{ours.DATA}.num_workers",
+  "NUM_WORKERS": f"{ours.DATA}.num_workers",
   "REINITIALIZE": f"{ours.CHECKPOINTS}.RestoreCheckpointConfig.reinitialize",
 }
 
