@@ -8,7 +8,11 @@ import importlib
 import itertools
 import json
 import os
+import subprocess
+import sys
+import time
 
+from conftest import ROOT
 import numpy as np
 import pytest
 import seqio
@@ -16,6 +20,7 @@ import tensorflow as tf
 
 from fat5_jax.data import (
   examples,
+  files,
   head_tasks,
   pipeline,
   seqio_source,
@@ -41,7 +46,10 @@ def rows(count, seed=0, most=40):
 
 def text_task(folder, count=300, name="reading", seed=0, **options):
   path = folder / f"{name}.jsonl"
-  path.write_text("".join(json.dumps(r) + "\n" for r in rows(count, seed)))
+  text = "".join(json.dumps(r) + "\n" for r in rows(count, seed))
+  # Another process may be reading it.
+  if not path.exists() or path.read_text() != text:
+    path.write_text(text)
   return tasks.text_to_text(
     sources.Files({"train": str(path)}),
     "{text}",
@@ -593,6 +601,32 @@ def test_a_split_is_prepared_once_and_again_when_it_is_another(tmp_path):
   assert len(stores(cache)) == 3
 
 
+def test_a_large_file_is_hashed_once_and_again_when_it_changes(
+  tmp_path, monkeypatch
+):
+  """Its size and times may stay: another content is another file."""
+  monkeypatch.setenv("FAT5_JAX_CACHE", str(tmp_path / "cache"))
+  monkeypatch.setattr(files, "_KEPT_HASH_BYTES", 1)
+  read = []
+  content = files._hash_of_content
+  monkeypatch.setattr(
+    files, "_hash_of_content", lambda *a: read.append(a) or content(*a)
+  )
+
+  def in_another_process():
+    files._hash.cache_clear()
+    return files.file_record(str(path))["sha256"]
+
+  path = tmp_path / "rows.txt"
+  path.write_text("one")
+  first = in_another_process()
+  assert in_another_process() == first and len(read) == 1
+  state = path.stat()
+  path.write_text("two")
+  os.utime(path, ns=(state.st_atime_ns, state.st_mtime_ns))
+  assert in_another_process() != first and len(read) == 2
+
+
 def test_what_a_function_makes_is_not_taken_for_known(tmp_path):
   made = rows(40)
   task = tasks.text_to_text(
@@ -608,6 +642,75 @@ def test_what_a_function_makes_is_not_taken_for_known(tmp_path):
   second = next(pipeline.train_batches(config, 384))
   text = lambda batch: BYTES.decode(batch["encoder_input_tokens"][0].tolist())
   assert text(first) != text(second) == "changed"
+
+
+PREPARES = """
+import sys
+sys.path[:0] = [{root!r}, {tests!r}]
+import pathlib, test_reading
+from fat5_jax.data import pipeline
+folder = pathlib.Path({folder!r})
+task = test_reading.text_task(folder, 60_000)
+print("begun", flush=True)
+config = test_reading.dataset(task, cache_dir=str(folder / sys.argv[1]))
+next(pipeline.train_batches(config, 384))
+"""
+
+
+@pytest.mark.slow
+def test_a_killed_preparation_leaves_nothing_that_is_half_used(tmp_path):
+  """kill -9 at seven moments, then to the end: the bytes of an uncut one."""
+  program = PREPARES.format(
+    root=ROOT, tests=os.path.join(ROOT, "tests"), folder=str(tmp_path)
+  )
+
+  def start(cache):
+    return subprocess.Popen(
+      [sys.executable, "-c", program, cache], stdout=subprocess.PIPE
+    )
+
+  whole = start("whole")
+  whole.stdout.readline()
+  begin = time.monotonic()
+  assert whole.wait() == 0
+  seconds = time.monotonic() - begin
+  (name,) = stores(tmp_path / "whole")
+  killed = 0
+  for share in np.random.default_rng(0).uniform(0, 1, 7):
+    process = start("cut")
+    process.stdout.readline()
+    time.sleep(share * seconds)
+    process.kill()
+    killed += process.wait() != 0
+    if os.path.exists(tmp_path / "cut"):
+      for found in stores(tmp_path / "cut"):
+        assert (tmp_path / "cut" / found / "index.json").exists()
+  assert killed >= 2
+  assert start("cut").wait() == 0
+  assert stores(tmp_path / "cut") == [name]
+  halves = [n for n in os.listdir(tmp_path / "cut") if n.startswith(".half")]
+  assert not halves
+  for file in sorted(os.listdir(tmp_path / "whole" / name)):
+    paths = [tmp_path / where / name / file for where in ("whole", "cut")]
+    assert paths[0].read_bytes() == paths[1].read_bytes(), file
+
+
+@pytest.mark.slow
+def test_two_that_prepare_at_once_make_one_store(tmp_path):
+  program = PREPARES.format(
+    root=ROOT, tests=os.path.join(ROOT, "tests"), folder=str(tmp_path)
+  )
+  text_task(tmp_path, 60_000)
+  both = [
+    subprocess.Popen(
+      [sys.executable, "-c", program, "one"], stderr=subprocess.PIPE
+    )
+    for _ in range(2)
+  ]
+  said = [process.communicate()[1].decode() for process in both]
+  assert [process.returncode for process in both] == [0, 0], said
+  assert len(stores(tmp_path / "one")) == 1
+  assert sum("waiting for another process" in text for text in said) <= 1
 
 
 def test_a_damaged_store_is_a_line(tmp_path):

@@ -6,6 +6,11 @@ Rows are paragraphs of books, four fifths of each as inputs and the rest as
 targets, packed into 512 / 128. The sides run one after the other, each in a
 process of its own: preparing and reading, reading what is prepared, and, with
 --before=COMMIT, the pipeline of that commit from a worktree of this repository.
+
+  python tools/bench_data.py --resume=100000
+
+instead: the first batch of a packed mixture at step 0, nothing prepared, and in
+another process at that step, seconds and bytes read.
 """
 
 import argparse
@@ -87,8 +92,88 @@ def measure(path: str, vocabulary: str, seconds: float, batch: int) -> None:
   )
 
 
-def run_side(root: str, cache: str, args, path: str) -> dict[str, float]:
+def mixture(path: str, vocabulary: str, batch: int):
+  """A packed mixture of two tasks, and the ids of its vocabulary."""
+  import seqio
+
+  from fat5_jax.data import pipeline, sources, tasks
+
+  vocab = seqio.SentencePieceVocabulary(vocabulary, 100)
+  parts = [
+    tasks.text_to_text(
+      sources.Files({"train": path}), inputs, "{targets}", vocab, name=name
+    )
+    for name, inputs in (("go_on", "go on: {inputs}"), ("books", "{inputs}"))
+  ]
+  both = seqio.Mixture(
+    "both", [(part, 1.0 + i) for i, part in enumerate(parts)]
+  )
+  return pipeline.DatasetConfig(
+    both, LENGTHS, "train", batch, shuffle=True, pack=True
+  ), vocab.vocab_size
+
+
+def measure_resume(path: str, vocabulary: str, batch: int, place: str) -> None:
+  """The first batch from a position on ("" is the beginning), as JSON."""
+  from fat5_jax.data import pipeline
+
+  config, size = mixture(path, vocabulary, batch)
+  position = None
+  if place:
+    with open(place, encoding="utf-8") as file:
+      position = json.load(file)
+  before, begin = bytes_read(), time.monotonic()
+  found = next(pipeline.train_batches(config, size, position))
+  print(
+    json.dumps(
+      {
+        "first": time.monotonic() - begin,
+        "bytes": bytes_read() - before,
+        "sum": int(found["encoder_input_tokens"].sum()),
+      }
+    )
+  )
+
+
+def bytes_read() -> int:
+  """By this process so far, from files, the page cache counted."""
+  with open("/proc/self/io", encoding="utf-8") as file:
+    return int(file.readline().split()[1])
+
+
+def resume(args, path: str, folder: str) -> None:
+  from fat5_jax.data import pipeline
+
+  cache = os.environ["FAT5_JAX_CACHE"] = os.path.join(folder, "cache")
+  print(f"{'from step':>10} {'first batch':>12} {'bytes read':>14}")
+  first = run_side(ROOT, cache, args, path, "--place=")
+  print(f"{0:10,} {first['first']:11.2f}s {first['bytes']:14,}", flush=True)
+  config, size = mixture(path, args.vocabulary, args.batch)
+  # What every host plans; none of the rows is read.
+  batches = pipeline.train_batches(config, size, own=lambda rows: (0, 0))
+  begin = time.monotonic()
+  for _ in range(args.resume):
+    next(batches)
+  planned = time.monotonic() - begin
+  place = os.path.join(folder, "position.json")
+  with open(place, "w", encoding="utf-8") as file:
+    json.dump(batches.position, file)
+  expected = next(pipeline.train_batches(config, size, batches.position))
+  again = run_side(ROOT, cache, args, path, f"--place={place}")
+  same = again["sum"] == int(expected["encoder_input_tokens"].sum())
+  print(
+    f"{args.resume:10,} {again['first']:11.2f}s {again['bytes']:14,}\n"
+    f"the same batch: {same}; epochs {batches.epochs}; planning alone took"
+    f" {planned / args.resume * 1e3:.2f} ms a step; the position has"
+    f" {os.path.getsize(place):,} bytes"
+  )
+
+
+def run_side(
+  root: str, cache: str, args, path: str, *more: str
+) -> dict[str, float]:
   command = [sys.executable, os.path.abspath(__file__), "--measure", path]
+  command += more
   for name in ("vocabulary", "seconds", "batch"):
     command.append(f"--{name}={getattr(args, name)}")
   done = subprocess.run(
@@ -121,12 +206,28 @@ def main() -> None:
   parser.add_argument("--seconds", type=float, default=20)
   parser.add_argument("--batch", type=int, default=128)
   parser.add_argument("--before", help="a commit to measure too")
+  parser.add_argument(
+    "--resume", type=int, metavar="STEP", help="measure going on instead"
+  )
   parser.add_argument("--measure", help=argparse.SUPPRESS)
+  parser.add_argument("--place", help=argparse.SUPPRESS)
   args = parser.parse_args()
   args.vocabulary = os.path.abspath(args.vocabulary)
   if args.measure:
     sys.path.insert(0, os.getcwd())
+    if args.place is not None:
+      measure_resume(args.measure, args.vocabulary, args.batch, args.place)
+      return
     measure(args.measure, args.vocabulary, args.seconds, args.batch)
+    return
+  if args.resume:
+    os.environ.setdefault("JAX_PLATFORMS", "cpu")
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+    sys.path.insert(0, ROOT)
+    with tempfile.TemporaryDirectory() as folder:
+      path = os.path.join(folder, "books.jsonl")
+      write_rows(args.data, path, args.megabytes[0])
+      resume(args, path, folder)
     return
   print(
     f"{'MB':>6} {'side':<10} {'first batch':>11} {'tokens/s':>12} {'fill':>13}"

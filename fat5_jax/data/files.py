@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import bz2
 from collections.abc import Callable, Iterator, Sequence
+import contextlib
 import functools
 import glob
 import gzip
@@ -16,6 +17,7 @@ import io
 import itertools
 import lzma
 import os
+import re
 import stat
 from typing import Any
 import zlib
@@ -121,6 +123,9 @@ def expand(patterns: str | Sequence[str]) -> list[str]:
 
 # Larger files are known by 64 of their parts.
 _WHOLE_HASH_BYTES = 1 << 32
+# Of larger files the hash is kept beside the copies, under all that changes
+# when the file does.
+_KEPT_HASH_BYTES = 1 << 26
 
 
 def file_record(path: str) -> dict[str, Any]:
@@ -133,13 +138,36 @@ def file_record(path: str) -> dict[str, Any]:
   return {
     "path": fetched.address_of(path),
     "bytes": status.st_size,
-    "sha256": _hash(path, status.st_size, status.st_mtime_ns),
+    "sha256": _hash(
+      path,
+      status.st_size,
+      (status.st_mtime_ns, status.st_ctime_ns, status.st_dev, status.st_ino),
+    ),
   }
 
 
 @functools.lru_cache(maxsize=1024)
-def _hash(path: str, size: int, changed: int) -> str:
-  """`changed`, a time, only keeps the cache right."""
+def _hash(path: str, size: int, state: tuple[int, ...]) -> str:
+  """`state` is of the file as it was; another one is another file."""
+  if size < _KEPT_HASH_BYTES:
+    return _hash_of_content(path, size)
+  name = hashlib.sha256(repr((path, size, state)).encode()).hexdigest()[:32]
+  kept = os.path.join(fetched.cache_folder(), "hashes", name)
+  with contextlib.suppress(OSError):
+    with open(kept, encoding="ascii") as file:
+      found = file.read()
+    if re.fullmatch("[0-9a-f]{16}", found):
+      return found
+  found = _hash_of_content(path, size)
+  with contextlib.suppress(OSError):
+    os.makedirs(os.path.dirname(kept), exist_ok=True)
+    with open(f"{kept}.{os.getpid()}", "w", encoding="ascii") as file:
+      file.write(found)
+    os.replace(f"{kept}.{os.getpid()}", kept)
+  return found
+
+
+def _hash_of_content(path: str, size: int) -> str:
   found = hashlib.sha256()
   with open(path, "rb") as file:
     if size <= _WHOLE_HASH_BYTES:
