@@ -73,10 +73,14 @@ def _resident() -> int:
 
 def with_devices(count: int) -> dict[str, str]:
   """The environment of a process that sees so many devices."""
-  flags = os.environ.get("XLA_FLAGS", "")
-  count_flag = f"--xla_force_host_platform_device_count={count}"
+  flags = [
+    os.environ.get("XLA_FLAGS", ""),
+    f"--xla_force_host_platform_device_count={count}",
+    # XLA gives up where a device's thread gets no core for 40 seconds.
+    "--xla_cpu_collective_call_terminate_timeout_seconds=1200",
+  ]
   return os.environ | {
-    "XLA_FLAGS": f"{flags} {count_flag}",
+    "XLA_FLAGS": " ".join(flags),
     "PYTHONPATH": ROOT,
   }
 

@@ -3,8 +3,12 @@
 import json
 import os
 import pickle
+import re
+import subprocess
+import sys
 import zipfile
 
+from conftest import ROOT
 import hf_models
 import jax
 import jax.numpy as jnp
@@ -412,6 +416,26 @@ def test_a_peft_round_trip_loads_in_peft_with_the_same_logits(kind, tmp_path):
   )
   assert found_config.lora == config.lora
   same(found, leaves)
+
+
+def test_an_adapters_card_leads_to_the_model_wherever_its_base_is(tmp_path):
+  """The base that it names is no folder here: the card's command, its lines."""
+  config, leaves = random_leaves(CONFIG.replace(lora=LoRAConfig()))
+  plain = {k: x for k, x in leaves.items() if k[-1][:5] != "lora_"}
+  hf.to_pretrained(config.replace(lora=None), plain, tmp_path / "hf")
+  peft.to_peft(config, leaves, tmp_path / "adapter", "somebody/base")
+  card = (tmp_path / "adapter" / "README.md").read_text()
+  card = card.replace("/models/this", str(tmp_path / "adapter"))
+  card = card.replace("MODEL_DIR", str(tmp_path / "run"))
+  (command,) = re.findall(r"`python (tools/convert_checkpoint.*?)`", card)
+  command = command.replace("BASE", str(tmp_path / "hf"))
+  subprocess.run([sys.executable, *command.split()], cwd=ROOT, check=True)
+  scope = {}
+  exec(re.findall(r"```python\n(.*?)```", card, re.DOTALL)[-1], scope)
+  found = trees.flatten(scope["params"])
+  assert found.keys() == leaves.keys()
+  for path, leaf in leaves.items():
+    assert np.array_equal(found[path], leaf.read()), path
 
 
 def test_an_adapter_that_is_not_plain_lora_is_refused(tmp_path):

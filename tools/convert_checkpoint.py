@@ -20,7 +20,6 @@ import argparse
 import ast
 import os
 import resource
-import signal
 import sys
 import time
 
@@ -84,8 +83,6 @@ def _main(interrupts) -> int:
   from fat5_jax.errors import UserError
 
   begin = time.monotonic()
-  # As Ctrl-C: what is half written goes away.
-  signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
   try:
     _export(flags)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20

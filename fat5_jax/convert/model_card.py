@@ -148,7 +148,10 @@ def text(
     _labels(head),
     "## In transformers\n\n"
     + _in_words(_usage(config, head, format_name, base), task, head),
-    _OURS.format(base=" --base BASE" if format_name == "peft" else ""),
+    # An adapter's base need not be where it says; the run has both.
+    _OURS.format(base=" --base BASE", folder="MODEL_DIR")
+    if format_name == "peft"
+    else _OURS.format(base="", folder="/models/this"),
     _training(facts),
   ]
   return "\n\n".join(part.strip("\n") for part in parts if part) + "\n"
@@ -271,7 +274,7 @@ it, for `fat5_jax.infer` and `fat5_jax.eval`. From Python:
 ```python
 import fat5_jax
 
-model = fat5_jax.load("/models/this")
+model = fat5_jax.load("{folder}")
 params = model.parameters  # T5X's tree, float32
 ```"""
 
