@@ -88,7 +88,8 @@ def bucket_shapes(
 
   Args:
     config: with `buckets`.
-    found: streams, whose first examples decide where only a number is given.
+    found: streams, whose first and longest examples decide where only a number
+      is given.
     multiple: that the rows of every batch must be one of.
   """
   limits = tuple(sized_features(config).values())
@@ -98,7 +99,10 @@ def bucket_shapes(
       for stream in found
       for chunk in range(1 if stream.length is None else 16)
     ]
-    shapes = buckets.choose(np.concatenate(sizes), limits, config.buckets)
+    longest = np.max([stream.longest() for stream in found], axis=0)
+    shapes = buckets.choose(
+      np.concatenate(sizes), buckets.rounded(longest, limits), config.buckets
+    )
   else:
     given = [
       tuple(shape) if isinstance(shape, (tuple, list)) else (shape, *limits[1:])

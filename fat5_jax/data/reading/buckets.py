@@ -8,11 +8,36 @@ import numpy as np
 
 from fat5_jax.errors import UserError
 
-# Examples that are looked at, lengths that come into question of each feature,
-# and what they are a multiple of.
-_SAMPLE, _CANDIDATES, _STEP = 20_000, 24, 8
+# Examples that are looked at, and shapes that come into question.
+_SAMPLE, _CANDIDATES = 20_000, 576
 
 Shape = tuple[tuple[int, ...], int]
+
+
+def rounded(
+  lengths: np.ndarray, limits: np.ndarray | Sequence[int]
+) -> np.ndarray:
+  """Up to a multiple of 8 (4, 2 or 1 where that were much), or to the limit."""
+  lengths = np.maximum(lengths, 1)
+  steps = np.select([lengths <= 16, lengths <= 32, lengths <= 64], [1, 2, 4], 8)
+  return np.minimum(-(-lengths // steps) * steps, limits)
+
+
+def _candidates(sizes: np.ndarray, limits: Sequence[int]) -> list[np.ndarray]:
+  """The lengths of each feature that come into question, the limit included."""
+  columns = rounded(sizes, limits).T
+  axes = [np.unique([*c, limit]) for c, limit in zip(columns, limits)]
+  room = _CANDIDATES
+  # Few lengths of one feature, those of labels in words, leave more of another.
+  order = sorted(range(len(axes)), key=lambda i: len(axes[i]))
+  for done, i in enumerate(order):
+    most = int(room ** (1 / (len(order) - done)))
+    if len(axes[i]) > most:
+      shares = np.linspace(0, 1, most + 1)[1:]
+      found = np.quantile(columns[i], shares, method="higher")
+      axes[i] = np.unique([*found, limits[i]]).astype(np.int64)
+    room //= len(axes[i])
+  return axes
 
 
 def choose(
@@ -25,19 +50,14 @@ def choose(
 
   Args:
     sizes: (N, features), tokens of examples, as cut.
-    limits: the greatest length of each feature.
+    limits: the greatest length of each feature, that of the last shape.
     count: shapes.
   """
   sizes = np.asarray(sizes)
   if len(sizes) > _SAMPLE:
     rng = np.random.default_rng(0)
     sizes = sizes[rng.choice(len(sizes), _SAMPLE, replace=False)]
-  axes = []
-  for column, limit in zip(sizes.T, limits):
-    shares = np.linspace(0, 1, _CANDIDATES + 1)[1:]
-    found = np.quantile(column, shares, method="higher")
-    found = np.minimum(-(-np.maximum(found, 1) // _STEP) * _STEP, limit)
-    axes.append(np.unique([*found, limit]).astype(np.int64))
+  axes = _candidates(sizes, limits)
   grid = np.stack(np.meshgrid(*axes, indexing="ij"), -1).reshape(-1, len(axes))
   whole = np.asarray(limits, np.int64)
   grid = grid[(grid != whole).any(axis=1)]

@@ -44,6 +44,9 @@ class Stream(Protocol):
   def read(self, places: Sequence[tuple[int, int]]) -> list[Example]:
     """The examples at these (chunk, number in it)."""
 
+  def longest(self) -> list[int]:
+    """Of each feature, tokens that no example has more of, as cut."""
+
   def epochs(self, chunk: int, number: int) -> float:
     """Passes over the data up to a place, where it has a length."""
 
@@ -88,6 +91,12 @@ class Stored(_Portable):
       ],
       axis=1,
     ).astype(np.int64)
+
+  def longest(self) -> list[int]:
+    return [
+      min(int(self._store.lengths[name].max()), limit)
+      for name, limit in self._limits.items()
+    ]
 
   def read(self, places: Sequence[tuple[int, int]]) -> list[Example]:
     numbers = [int(self._chunk(k)[1][j]) for k, j in places]
@@ -147,6 +156,9 @@ class _Blocks(_Portable):
       for example in self._block(chunk)
     ]
     return np.array(found, np.int64).reshape(len(found), len(self._limits))
+
+  def longest(self) -> list[int]:
+    return list(self._limits.values())
 
   def read(self, places: Sequence[tuple[int, int]]) -> list[Example]:
     return [self._block(k)[j] for k, j in places]
