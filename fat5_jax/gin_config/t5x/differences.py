@@ -11,6 +11,7 @@ import importlib
 import os
 from typing import TYPE_CHECKING, Any
 
+from fat5_jax import storage
 from fat5_jax.errors import UserError
 from fat5_jax.gin_config.t5x import cloud, ours
 from fat5_jax.gin_config.t5x.model_rows import NETWORKS, OURS
@@ -274,11 +275,10 @@ def inferring(run: Translation) -> None:
         run.ours["", f"{ours.INFER}.max_{end}_length"] = lengths[side]
   folder = run.get(run.root, "output_dir")
   if isinstance(folder, str):
-    if cloud.is_there(folder):
-      raise UserError(f"output_dir = {folder!r}: give a folder of this machine")
     task = run.get(_DATASET, "mixture_or_task_name", scope)
     name = task if isinstance(task, str) else "task"
-    os.makedirs(folder, exist_ok=True)
+    if not storage.is_remote(folder):
+      os.makedirs(folder, exist_ok=True)
     run.ours["", f"{ours.INFER}.output"] = os.path.join(
       folder, f"{name}-predict.jsonl-00000-of-00001"
     )
