@@ -49,6 +49,27 @@ def pytest_collection_finish():
   gc.freeze()
 
 
+@pytest.fixture(scope="session")
+def _emulators():
+  """Started once in a process: the libraries remember where they were."""
+  import buckets
+
+  with buckets.emulator("gs") as gs, buckets.emulator("s3") as s3:
+    yield {"gs": gs, "s3": s3}
+
+
+@pytest.fixture(scope="module")
+def bucket_ports(_emulators):
+  """{"gs": port, "s3": port} of emulators, which every library is led to."""
+  import buckets
+
+  with pytest.MonkeyPatch.context() as patch:
+    for kind, port in _emulators.items():
+      for name, value in buckets.environment(kind, port).items():
+        patch.setenv(name, value)
+    yield _emulators
+
+
 _kept = 0
 
 

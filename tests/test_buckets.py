@@ -40,29 +40,18 @@ from fat5_jax.optimizers import AdafactorState
 pytestmark = pytest.mark.xdist_group("buckets")
 
 
-@pytest.fixture(scope="module")
-def ports():
-  with buckets.emulator("gs") as gs, buckets.emulator("s3") as s3:
-    patch = pytest.MonkeyPatch()
-    for kind, port in (("gs", gs), ("s3", s3)):
-      for name, value in buckets.environment(kind, port).items():
-        patch.setenv(name, value)
-    yield {"gs": gs, "s3": s3}
-    patch.undo()
-
-
 @pytest.fixture(params=["gs", "s3"])
 def kind(request):
   return request.param
 
 
 @pytest.fixture
-def place(ports, kind, request):
+def place(bucket_ports, kind, request):
   """(address of an empty folder, its objects as another client sees them)."""
   name = request.node.originalname.removeprefix("test_")[:40] + " [1]"
 
   def found():
-    there = buckets.objects(kind, ports[kind], f"{name}/")
+    there = buckets.objects(kind, bucket_ports[kind], f"{name}/")
     return {k.removeprefix(f"{name}/"): v for k, v in there.items()}
 
   return f"{kind}://{buckets.BUCKET}/{name}", found
@@ -212,13 +201,13 @@ def test_the_latest_are_kept_and_the_others_leave_nothing(place):
 
 
 def test_other_bytes_in_a_bucket_are_damage_and_the_step_before_goes_on(
-  place, ports, kind
+  place, bucket_ports, kind
 ):
   address, found = place
   save(address, 1, 2)
   [name, *_] = [n for n in found() if n.startswith("checkpoint_2/params/d/")]
   inside = storage._inside(f"{address}/{name}").removeprefix("bucket/")
-  buckets.put(kind, ports[kind], inside, b"\0" + found()[name][1:])
+  buckets.put(kind, bucket_ports[kind], inside, b"\0" + found()[name][1:])
   checkpoints = Checkpointer(address, SaveCheckpointConfig())
   assert checkpoints.find_latest() == 1
   assert history.steps(address) == [1]
@@ -244,15 +233,15 @@ def whole_steps(objects):
   return sorted(steps)
 
 
-def test_at_every_moment_a_step_is_whole_or_none(ports):
+def test_at_every_moment_a_step_is_whole_or_none(bucket_ports):
   # Every change that a save, and the removal of an old step, makes of a bucket
   # in turn: whatever kills a process leaves what was there after one of them.
   address = f"gs://{buckets.BUCKET}/moments"
-  begin = len(buckets.changes(ports["gs"]))
+  begin = len(buckets.changes(bucket_ports["gs"]))
   save(address, 1, 2, 3, keep=1)
   changes = [
     (name.removeprefix("moments/"), *rest)
-    for name, *rest in buckets.changes(ports["gs"])[begin:]
+    for name, *rest in buckets.changes(bucket_ports["gs"])[begin:]
     if name.startswith("moments/")
   ]
   there: dict[str, dict] = {}
@@ -417,7 +406,7 @@ def test_a_process_whose_lock_was_taken_stops(place):
   assert "on another" in said and "Traceback" not in said
 
 
-def test_a_bucket_that_is_not_there_is_a_line(ports, kind):
+def test_a_bucket_that_is_not_there_is_a_line(bucket_ports, kind):
   with pytest.raises(UserError, match="there is no such bucket"):
     run_folder.prepare_model_dir(f"{kind}://no-such-bucket/run")
 
@@ -469,7 +458,7 @@ def test_a_store_that_does_not_answer_is_not_an_empty_one(kind, monkeypatch):
       ask(f"{kind}://bucket/run")
 
 
-def test_what_passes_is_no_error(ports, kind, monkeypatch):
+def test_what_passes_is_no_error(bucket_ports, kind, monkeypatch):
   calls = []
 
   def call(fs, address):
@@ -490,7 +479,7 @@ def test_what_passes_is_no_error(ports, kind, monkeypatch):
     OSError("An error occurred (InvalidAccessKeyId): it does not exist"),
   ],
 )
-def test_no_access_is_not_tried_again(ports, kind, error):
+def test_no_access_is_not_tried_again(bucket_ports, kind, error):
   calls = []
 
   def call(fs, address):

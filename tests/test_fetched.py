@@ -23,22 +23,11 @@ from fat5_jax.data import files, glue, vocabularies
 from fat5_jax.errors import UserError
 from fat5_jax.inference import output_file
 
-pytestmark = pytest.mark.xdist_group("fetched")
-
-
-@pytest.fixture(scope="module")
-def ports():
-  with buckets.emulator("gs") as gs, buckets.emulator("s3") as s3:
-    patch = pytest.MonkeyPatch()
-    for kind, port in (("gs", gs), ("s3", s3)):
-      for name, value in buckets.environment(kind, port).items():
-        patch.setenv(name, value)
-    yield {"gs": gs, "s3": s3}
-    patch.undo()
+pytestmark = pytest.mark.xdist_group("buckets")
 
 
 @pytest.fixture(params=["gs", "s3"])
-def place(ports, request, tmp_path, monkeypatch):
+def place(bucket_ports, request, tmp_path, monkeypatch):
   """(an address, a function that puts bytes below it)."""
   kind = request.param
   folder = request.node.name.replace("[", "-").replace("]", "")
@@ -46,7 +35,7 @@ def place(ports, request, tmp_path, monkeypatch):
   fetched._copy.cache_clear()
 
   def put(name, data):
-    buckets.put(kind, ports[kind], f"{folder}/{name}", data)
+    buckets.put(kind, bucket_ports[kind], f"{folder}/{name}", data)
 
   return f"{kind}://{buckets.BUCKET}/{folder}", put
 
