@@ -373,6 +373,33 @@ def test_worker_processes_prepare_and_read_the_same(name, tmp_path):
     assert paths[0].read_bytes() == paths[1].read_bytes()
 
 
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_a_process_may_end_amid_a_stream(num_workers, tmp_path):
+  """A script that has seen enough is not aborted by a thread that reads on."""
+  text_task(tmp_path)
+  program = f"""
+import pathlib, sys
+sys.path.insert(0, {os.path.join(ROOT, "tests")!r})
+import conftest, test_reading
+if __name__ == "__main__":
+  task = test_reading.text_task(pathlib.Path({str(tmp_path)!r}))
+  batches = test_reading.pipeline.train_batches(
+    test_reading.dataset(task, num_workers={num_workers}), 384
+  )
+  print(len(next(batches)))
+"""
+  (tmp_path / "program.py").write_text(program)
+  done = subprocess.run(
+    [sys.executable, str(tmp_path / "program.py")],
+    env=os.environ | {"PYTHONPATH": ROOT},
+    capture_output=True,
+    text=True,
+    timeout=120,
+  )
+  assert done.returncode == 0 and done.stdout == "8\n", done.stderr
+  assert "Exception" not in done.stderr and "Error" not in done.stderr
+
+
 @pytest.mark.slow
 def test_a_bad_row_in_a_worker_process_is_the_same_line(tmp_path):
   path = tmp_path / "bad.jsonl"

@@ -401,7 +401,7 @@ def count_batches(config: DatasetConfig) -> float:
   )
   return sum(
     len(plan.rows) / rows[plan.lengths if shapes else ()]
-    for plan in opening.plans_once(config, iter(sizes), shapes)
+    for plan in opening.plans_once(config, iter(sizes.tolist()), shapes)
   )
 
 

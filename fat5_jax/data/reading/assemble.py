@@ -25,22 +25,11 @@ def text(
     int32 (rows, length) each: 0 is padding, and what a decoder starts with;
     segments count from 1, positions from 0 in each.
   """
-  count = len(rows)
   tokens, segments, positions = {}, {}, {}
   for name in ("inputs", "targets"):
-    shape = (count, lengths[name])
-    ids = tokens[name] = np.zeros(shape, np.int32)
-    parts = segments[name] = np.zeros(shape, np.int32)
-    places = positions[name] = np.zeros(shape, np.int32)
-    for number, row in enumerate(rows):
-      start = 0
-      for segment, example in enumerate(row, 1):
-        values = example[name]
-        end = start + len(values)
-        ids[number, start:end] = values
-        parts[number, start:end] = segment
-        places[number, start:end] = np.arange(len(values))
-        start = end
+    tokens[name], segments[name], positions[name] = _laid_out(
+      [[example[name] for example in row] for row in rows], lengths[name]
+    )
   target, part = tokens["targets"], segments["targets"]
   before = np.zeros_like(target)
   before[:, 1:] = target[:, :-1]
@@ -60,6 +49,39 @@ def text(
       "decoder_positions": positions["targets"],
     }
   return batch
+
+
+def _laid_out(
+  rows: Sequence[Sequence[np.ndarray]], length: int
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+  """(tokens, segments, positions), int32 (rows, length), all at once."""
+  shape = (len(rows), length)
+  sequences = [sequence for row in rows for sequence in row]
+  if not sequences:
+    return tuple(np.zeros(shape, np.int32) for _ in range(3))
+  sizes = np.array([len(sequence) for sequence in sequences])
+  counts = [len(row) for row in rows]
+  before = np.cumsum(sizes) - sizes
+  # Of each sequence: its number in its row, and where in the batch it begins.
+  first = np.cumsum(counts) - counts
+  number = np.arange(len(sequences)) - np.repeat(first, counts)
+  in_row = before - np.repeat(np.append(before, 0)[first], counts)
+  if (in_row + sizes > length).any():
+    raise ValueError(f"a row of more than {length} tokens")
+  start = np.repeat(np.arange(len(rows)) * length, counts) + in_row
+  # Of each token.
+  position = np.arange(sizes.sum()) - np.repeat(before, sizes)
+  place = np.repeat(start, sizes) + position
+  found = []
+  for values in (
+    np.concatenate(sequences),
+    np.repeat(number + 1, sizes),
+    position,
+  ):
+    laid = np.zeros(shape, np.int32)
+    laid.reshape(-1)[place] = values
+    found.append(laid)
+  return tuple(found)
 
 
 def labels(

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 import dataclasses
+import math
 from typing import Any
 
 import numpy as np
@@ -81,32 +82,43 @@ class Packing(Padding):
     self._open: list[Row] = []
     self._opened: list[int] = []
     self._seen = 0
-    self._room = np.zeros((_OPEN_ROWS + 1, len(self._lengths)), np.int64)
+    # The room of each open row, in shares of a row that are whole numbers: what
+    # is scarcest decides.
+    self._whole = math.lcm(*self._lengths)
+    self._shares = [self._whole // length for length in self._lengths]
+    self._room = np.zeros((len(self._lengths), _OPEN_ROWS + 1), np.int64)
 
   def add(self, place: Place, sizes: Sequence[int]) -> None:
     self._seen += 1
     if self._open and self._seen - self._opened[0] > self._patience:
       self._close(0)
     count = len(self._open)
-    sizes = np.asarray(sizes)
-    left = self._room[:count] - sizes
-    # The room that is scarcest decides, as a share of the row.
-    tightness = np.where(
-      (left >= 0).all(axis=1), (left / self._lengths).min(axis=1), np.inf
-    )
-    best = int(tightness.argmin()) if count else 0
-    if count and np.isfinite(tightness[best]):
-      self._open[best].append((*place, *map(int, sizes)))
-      self._room[best] = left[best]
-      if not self._room[best].all():
-        self._close(best)
+    taken = [size * share for size, share in zip(sizes, self._shares)]
+    best = self._tightest(taken, count)
+    if best is None:
+      self._open.append([(*place, *sizes)])
+      self._opened.append(self._seen)
+      self._room[:, count] = [self._whole - part for part in taken]
+      if count == _OPEN_ROWS:
+        self._close(int(self._room.min(axis=0).argmin()))
       return
-    self._open.append([(*place, *map(int, sizes))])
-    self._opened.append(self._seen)
-    self._room[count] = np.asarray(self._lengths) - sizes
-    if len(self._open) > _OPEN_ROWS:
-      share = self._room[: count + 1] / self._lengths
-      self._close(int(share.min(axis=1).argmin()))
+    self._open[best].append((*place, *sizes))
+    room = self._room[:, best]
+    room -= taken
+    if not room.all():
+      self._close(best)
+
+  def _tightest(self, taken: Sequence[int], count: int) -> int | None:
+    """The open row that has least room when it has taken so much too."""
+    if not count:
+      return None
+    left = None
+    for room, part in zip(self._room, taken):
+      rest = room[:count] - part
+      left = rest if left is None else np.minimum(left, rest)
+    # As unsigned numbers, those below 0 are the largest.
+    best = int(left.view(np.uint64).argmin())
+    return best if left[best] >= 0 else None
 
   def rest(self) -> list[Plan]:
     while self._open:
@@ -116,7 +128,7 @@ class Packing(Padding):
   def _close(self, number: int) -> None:
     self._ready.append(self._open.pop(number))
     self._opened.pop(number)
-    self._room[number:-1] = self._room[number + 1 :]
+    self._room[:, number:-1] = self._room[:, number + 1 :]
 
   def state(self) -> dict[str, Any]:
     return super().state() | {
@@ -130,7 +142,7 @@ class Packing(Padding):
     self._opened = [-age for age in state["ages"]]
     for number, row in enumerate(self._open):
       used = np.sum([place[3:] for place in row], axis=0)
-      self._room[number] = np.asarray(self._lengths) - used
+      self._room[:, number] = self._whole - used * self._shares
 
 
 class Buckets:
@@ -150,7 +162,7 @@ class Buckets:
   def add(self, place: Place, sizes: Sequence[int]) -> None:
     fits = (self._lengths >= np.asarray(sizes)).all(axis=1)
     best = int(np.where(fits, self._cost, np.iinfo(np.int64).max).argmin())
-    self._waiting[best].append([(*place, *map(int, sizes))])
+    self._waiting[best].append([(*place, *sizes)])
     if len(self._waiting[best]) == self._shapes[best][1]:
       self._full.append(best)
 

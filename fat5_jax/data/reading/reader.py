@@ -10,9 +10,9 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 import dataclasses
 from typing import Any
+import weakref
 
 import grain
-import numpy as np
 
 from fat5_jax.data.layouts import Example
 from fat5_jax.data.reading import workers
@@ -58,7 +58,7 @@ class _Plans:
       self._turn = position["turn"]
       self._cursors = [list(cursor) for cursor in position["cursors"]]
       self._planner.restore(position["planner"])
-    self._sizes: list[np.ndarray | None] = [None] * len(source.streams)
+    self._sizes: list[list[list[int]] | None] = [None] * len(source.streams)
 
   def position(self) -> dict[str, Any]:
     return {
@@ -74,13 +74,14 @@ class _Plans:
       if stream.length is not None
     }
 
-  def _next_place(self, number: int) -> tuple[Place, np.ndarray]:
+  def _next_place(self, number: int) -> tuple[Place, list[int]]:
     """The next example of a stream."""
     cursor, sizes = self._cursors[number], self._sizes[number]
     while sizes is None or cursor[1] >= len(sizes):
       if sizes is not None:
         cursor[0], cursor[1] = cursor[0] + 1, 0
-      sizes = self._sizes[number] = self._streams[number].sizes(cursor[0])
+      sizes = self._streams[number].sizes(cursor[0]).tolist()
+      self._sizes[number] = sizes
     place = (number, cursor[0], cursor[1])
     cursor[1] += 1
     return place, sizes[place[2]]
@@ -204,19 +205,28 @@ class BatchStream:
       batches = grain.experimental.ThreadPrefetchIterDataset(
         batches, prefetch_buffer_size=_AHEAD
       )
-    self._iterator = iter(batches)
+    # Emptied at the latest when the process ends, in which a thread that still
+    # reads would make an abort.
+    self._open = [iter(batches)]
+    self._closing = weakref.finalize(self, _close, self._open)
 
   def __iter__(self) -> BatchStream:
     return self
 
   def __next__(self) -> Batch:
-    found = next(self._iterator)
+    if not self._open:
+      raise ValueError("a stream of batches that is closed")
+    found = next(self._open[0])
     self.position, self.epochs = found.position, found.epochs
     self.rows = found.rows
     return found.batch
 
   def close(self) -> None:
     """Stops reading ahead."""
-    close = getattr(self._iterator, "close", None)
-    if close is not None:
-      close()
+    self._closing()
+
+
+def _close(iterators: list[Iterator[Any]]) -> None:
+  close = getattr(iterators.pop(), "close", None)
+  if close is not None:
+    close()
