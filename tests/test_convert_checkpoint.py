@@ -40,8 +40,6 @@ def tool():
 def convert(tool, monkeypatch, *arguments, flags=("--no_transformers",)):
   arguments = [TOOL, *map(str, arguments), *flags]
   monkeypatch.setattr(sys, "argv", arguments)
-  # A test's handlers are no command's.
-  monkeypatch.setattr(tool.signal, "signal", lambda *_: None)
   return tool.main()
 
 
@@ -167,7 +165,6 @@ def test_an_export_that_transformers_answers_otherwise_is_not_kept(
     "argv",
     [TOOL, str(tmp_path / "source"), str(tmp_path / "out"), "--to", "hf"],
   )
-  monkeypatch.setattr(tool.signal, "signal", lambda *_: None)
   assert tool.main() == 1
   assert os.listdir(tmp_path) == ["source"]
 
