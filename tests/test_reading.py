@@ -242,8 +242,12 @@ def test_a_padded_row_is_what_seqio_pads(tmp_path):
 # ---- The order ---------------------------------------------------------------
 
 
-def test_every_epoch_has_every_row_once_in_an_order_of_its_own():
+@pytest.mark.parametrize("table", [True, False])
+def test_every_epoch_has_every_row_once_in_an_order_of_its_own(
+  table, monkeypatch
+):
   count = 20_000
+  monkeypatch.setattr(order, "_TABLE", count if table else 0)
   one = order.Order(count, seed=3)
   chunks = [one.chunk(k) for k in range(3 * count // order.CHUNK + 1)]
   epochs = np.concatenate([epochs for epochs, _ in chunks])
@@ -253,8 +257,46 @@ def test_every_epoch_has_every_row_once_in_an_order_of_its_own():
     part = numbers[epochs == epoch][:count]
     assert np.array_equal(np.sort(part), np.arange(count))
     ranks.append(np.argsort(part))
+  # Of independent orders it is 1 / sqrt(count).
   for a, b in itertools.combinations([np.arange(count), *ranks], 2):
-    assert abs(np.corrcoef(a, b)[0, 1]) < 0.02
+    assert abs(np.corrcoef(a, b)[0, 1]) < 4 / np.sqrt(count)
+
+
+@pytest.mark.parametrize("count", [*range(2, 9), 63, 64, 65, 1000])
+def test_a_permutation_without_a_table_is_one(count):
+  keys = np.random.default_rng(count).integers(
+    1 << 63, size=10, dtype=np.uint64
+  )
+  found = order.shuffled(np.arange(count), count, keys)
+  assert np.array_equal(np.sort(found), np.arange(count))
+
+
+@pytest.mark.parametrize("table", [True, False])
+def test_a_row_comes_at_every_place_equally_often(table, monkeypatch):
+  """Chi-square over 500 epochs: of a row's places, and of who follows whom."""
+  count, epochs = 1 << 10, 500
+  monkeypatch.setattr(order, "_TABLE", count if table else 0)
+  one = order.Order(count, seed=1)
+  found = np.stack([one.chunk(k)[1] for k in range(epochs)])
+  places = np.argsort(found, axis=1)
+  for values in (
+    places[:, :64] * 16 // count,
+    # The distance to the row that is next in the file.
+    (places[:, 1:65] - places[:, :64]) % count * 16 // count,
+  ):
+    seen = np.bincount(values.ravel(), minlength=16)
+    expected = values.size / 16
+    # 15 degrees of freedom; 50 is passed once in 100,000.
+    assert ((seen - expected) ** 2 / expected).sum() < 50
+
+
+def test_two_tasks_of_one_length_have_orders_of_their_own(tmp_path):
+  one, two = text_task(tmp_path, 200), text_task(tmp_path, 200, "reading_2")
+  both = seqio.Mixture("reading_twice", [(one, 1.0), (two, 1.0)])
+  batches = pipeline.train_batches(dataset(both, pack=False), 384)
+  seen = [texts_of(next(batches)) for _ in range(20)]
+  pairs = np.array(seen).reshape(-1, 2)
+  assert (pairs[:, 0] == pairs[:, 1]).mean() < 0.1
 
 
 def test_without_a_seed_the_order_is_the_files():

@@ -3,12 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+import hashlib
+import json
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import seqio
 
-from fat5_jax.data import features, mixtures, seqio_source, seqio_tasks
+from fat5_jax.data import (
+  features,
+  mixtures,
+  seqio_source,
+  seqio_tasks,
+)
+from fat5_jax.data import (
+  identity as identity_lib,
+)
 from fat5_jax.data.reading import (
   assemble,
   buckets,
@@ -18,6 +28,7 @@ from fat5_jax.data.reading import (
 )
 from fat5_jax.data.reading.assemble import Batch
 from fat5_jax.data.reading.store import Store
+from fat5_jax.errors import UserError
 
 if TYPE_CHECKING:
   from fat5_jax.data.pipeline import DatasetConfig
@@ -39,10 +50,34 @@ def store_of(config: DatasetConfig, task: seqio.Task) -> Store:
 
 
 def stores(config: DatasetConfig) -> list[Store]:
-  return [
-    store_of(config, part)
-    for part, _ in mixtures.drawn(config.task(), config.split)
-  ]
+  return [store_of(config, part) for part, _ in drawn(config)]
+
+
+def drawn(config: DatasetConfig) -> list[tuple[seqio.Task, float]]:
+  """The tasks that a split draws from, and their rates.
+
+  Raises:
+    UserError: if there are none.
+  """
+  found = mixtures.drawn(config.task(), config.split)
+  if not found:
+    raise UserError(
+      f"{config.task().name!r}, split {config.split!r}: none of its tasks has a"
+      " rate above 0"
+    )
+  return found
+
+
+def identity(task: seqio.Task | seqio.Mixture, split: str) -> str:
+  """A hash of the code that makes the examples, where it is not ours."""
+  found = []
+  for part, _ in mixtures.drawn(task, split):
+    try:
+      found.append(prepare.identity_of(part))
+    except identity_lib.Unknown:
+      found.append(None)
+  text = json.dumps(found, sort_keys=True, default=str)
+  return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def sized_features(config: DatasetConfig) -> dict[str, int]:
@@ -50,13 +85,20 @@ def sized_features(config: DatasetConfig) -> dict[str, int]:
   lengths = config.lengths()
   if features.label_feature(config.task()) is not None:
     return {"inputs": lengths["inputs"]}  # The others follow from it.
+  missing = {"inputs", "targets"} - lengths.keys()
+  if missing:
+    raise UserError(
+      f"task {config.task().name!r} has no {missing.pop()}: an encoder-decoder"
+      " has both"
+    )
   return {name: lengths[name] for name in ("inputs", "targets")}
 
 
 def open_streams(config: DatasetConfig) -> list[Any]:
-  seed = config.seed if config.shuffle else None
   sized, found = sized_features(config), []
-  for part, _ in mixtures.drawn(config.task(), config.split):
+  for number, (part, _) in enumerate(drawn(config)):
+    # Tasks of one length are not to ask about the same rows side by side.
+    seed = [(config.seed or 0) % (1 << 64), number] if config.shuffle else None
     if config.stream or is_stream(part):
       found.append(streams.Endless(part, config.split, sized, seed))
       continue
@@ -76,7 +118,7 @@ def is_stream(task: seqio.Task) -> bool:
 
 
 def rates(config: DatasetConfig) -> list[float]:
-  return [rate for _, rate in mixtures.drawn(config.task(), config.split)]
+  return [rate for _, rate in drawn(config)]
 
 
 def bucket_shapes(

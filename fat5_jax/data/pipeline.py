@@ -18,7 +18,7 @@ import numpy as np
 import seqio
 import tensorflow as tf
 
-from fat5_jax import storage
+from fat5_jax import console, storage
 from fat5_jax.data import (
   checks,
   examples,
@@ -179,6 +179,7 @@ class DatasetConfig:
       "pack": self.pack,
       "buckets": json.loads(json.dumps(self.buckets)),
       "stream": self.stream,
+      "identity": opening.identity(self.task(), self.split),
       "order": _ORDER,
     }
 
@@ -267,8 +268,8 @@ def train_batches(
     config: must name task_feature_lengths.
     vocab_size: rows of the model's embedding.
     position: of an earlier stream over the same data; None is the beginning.
-    own: of a batch of so many rows, the [first, end) that are wanted; None is
-      all.
+    own: of a batch of so many rows, the [first, end) that are wanted, a
+      reader.Share for example; None is all.
     multiple: that the rows of a batch must be one of, where BUCKETS decides
       how many there are.
 
@@ -291,11 +292,31 @@ def train_batches(
     opening.make_planner(config, shapes, opening.count(found)),
     opening.make_assembler(config),
     lambda batch: _check_ids(batch, vocab_size, config),
-    own or (lambda rows: (0, rows)),
+    own or reader.Share(),
   )
+  position = _checked(position, found)
   stream = BatchStream(source, position, config.num_workers)
   stream.about = opening.tell(config, found, shapes)
   return stream
+
+
+def _checked(
+  position: dict[str, Any] | None, found: Sequence[Any]
+) -> dict[str, Any] | None:
+  """A position, unless it is one in other data: what a function makes, say."""
+  lengths = [stream.length for stream in found]
+  if position is not None and position["lengths"] != lengths:
+    console.say(
+      f"the training data had {_counted(position['lengths'])} examples when the"
+      f" checkpoint was saved, and has {_counted(lengths)}: it is read from its"
+      " beginning"
+    )
+    return None
+  return position
+
+
+def _counted(lengths: Sequence[int | None]) -> str:
+  return " + ".join("?" if n is None else f"{n:,}" for n in lengths)
 
 
 def first_batch(config: DatasetConfig, vocab_size: int) -> Batch:

@@ -17,6 +17,7 @@ import seqio
 import tensorflow as tf
 import tensorflow_datasets as tfds
 
+from fat5_jax import console
 from fat5_jax.data.layouts import Example, Limits
 from fat5_jax.errors import UserError
 
@@ -60,13 +61,56 @@ def _varies(step: Any) -> bool:
 
 
 def _as_numpy(dataset: tf.data.Dataset) -> Iterator[Example]:
+  """Rows whose numbers keep their types; text stays the bytes that it is."""
   for row in tfds.as_numpy(dataset):
     yield {
-      key: value.decode("utf-8", "replace")
-      if isinstance(value, bytes)
-      else value
+      key: np.asarray(value) if isinstance(value, np.generic) else value
       for key, value in row.items()
     }
+
+
+def _check(task: seqio.Task, dataset: tf.data.Dataset, is_last: bool) -> None:
+  """Raises UserError for what SeqIO would refuse, or no store can hold."""
+  spec = dataset.element_spec
+  for name, found in spec.items():
+    if isinstance(found, tf.RaggedTensorSpec):
+      raise UserError(
+        f"task {task.name!r}: {name} is ragged before the steps that every"
+        " epoch does, and cannot be kept: put a CacheDatasetPlaceholder before"
+        " the step that makes it so"
+      )
+  for name, feature in task.output_features.items() if is_last else ():
+    if name not in spec:
+      if not feature.required:
+        continue
+      raise UserError(
+        f"task {task.name!r}: its steps give {', '.join(sorted(spec))}, and no"
+        f" {name!r}"
+      )
+    if spec[name].dtype != feature.dtype:
+      raise UserError(
+        f"task {task.name!r}: {name} is {spec[name].dtype.name} after its"
+        f" steps, and {feature.dtype.name} in its output_features"
+      )
+
+
+# What TensorFlow calls the operations that draw without a seed of SeqIO's.
+_DRAWS = {
+  *("RandomUniform", "RandomUniformInt", "RandomStandardNormal"),
+  *("TruncatedNormal", "ParameterizedTruncatedNormal", "RandomShuffle"),
+  *("Multinomial", "RandomGamma", "RandomPoissonV2"),
+}
+
+
+def _draws(dataset: tf.data.Dataset) -> bool:
+  """Whether a step draws random numbers that are others in every pass."""
+  graph = tf.compat.v1.GraphDef.FromString(
+    dataset._as_serialized_graph().numpy()
+  )
+  nodes = [*graph.node]
+  for function in graph.library.function:
+    nodes += function.node_def
+  return any(node.op in _DRAWS for node in nodes)
 
 
 def whole(
@@ -83,8 +127,15 @@ def whole(
     dataset = task.source.get_dataset(split=split, shuffle=False)
     with seqio.utils.map_seed_manager(0):
       dataset = _steps(task, dataset, once, None)
+    if _draws(dataset):
+      console.say(
+        f"task {task.name!r} draws random numbers without a seed: what it draws"
+        " now is kept, the same in every epoch. @seqio.map_over_dataset("
+        "num_seeds=1), or a CacheDatasetPlaceholder before it, draws anew"
+      )
   if is_plain(task):
     dataset = _steps(task, dataset, again, None)
+  _check(task, dataset, is_plain(task))
   vocabulary = (
     task.output_features["inputs"].vocabulary
     if ("inputs" in task.output_features)
@@ -146,6 +197,7 @@ def again(
   with seqio.utils.map_seed_manager(seed):
     dataset = _steps(task, dataset, split_steps(task)[1], limits)
   names = set(task.output_features)
+  _check(task, dataset, True)
   found = []
   for row in tfds.as_numpy(dataset):
     found.append(
@@ -161,14 +213,15 @@ def again(
 def _spec(example: Example) -> dict[str, tf.TensorSpec]:
   found = {}
   for key, value in example.items():
-    if isinstance(value, str):
+    if isinstance(value, (str, bytes)):
       found[key] = tf.TensorSpec([], tf.string)
     elif isinstance(value, (list, tuple)):
       found[key] = tf.TensorSpec([None], tf.string)
     else:
       array = np.asarray(value)
       shape = [None] * array.ndim
-      found[key] = tf.TensorSpec(shape, tf.as_dtype(array.dtype))
+      dtype = tf.string if array.dtype == object else tf.as_dtype(array.dtype)
+      found[key] = tf.TensorSpec(shape, dtype)
   return found
 
 

@@ -12,6 +12,7 @@ import functools
 import glob
 import hashlib
 import os
+import re
 from typing import Any
 
 import numpy as np
@@ -34,6 +35,9 @@ from fat5_jax.errors import UserError, nearest
 RowFn = Callable[[Row], Row]
 # Bytes of what only streams: too many to be held as a whole.
 UNKNOWN_SIZE = 1 << 62
+
+# What `datasets` leaves beside the data of a folder.
+_LEFT_BESIDE = re.compile(r"cache-.*\.arrow|tmp[a-z0-9_]{8}")
 
 
 def files_record(
@@ -342,7 +346,7 @@ class HuggingFace:
       for file in sorted(glob.glob(inside, recursive=True))
       # The library leaves caches beside the data.
       if os.path.isfile(file)
-      and not os.path.basename(file).startswith(("cache-", "tmp"))
+      and not _LEFT_BESIDE.fullmatch(os.path.basename(file))
       and not file.endswith(".lock")
     ]
     return found | {"content": [file_record(file) for file in files]}

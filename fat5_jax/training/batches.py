@@ -7,6 +7,7 @@ from typing import Any
 
 from fat5_jax import console
 from fat5_jax.data import pipeline
+from fat5_jax.data.reading import reader
 from fat5_jax.training.run import Run
 
 
@@ -28,13 +29,14 @@ class RunBatches:
     Raises:
       UserError: for bad data, with its place.
     """
-    self._partitioner = run.partitioner
+    self._partitioner, multiple = run.partitioner, run.row_multiple
     self._stream = pipeline.train_batches(
       run.train_dataset_cfg,
       run.model.config.vocab_size,
       position,
-      own=run.partitioner.rows,
-      multiple=run.row_multiple,
+      # Worker processes have no devices.
+      own=reader.Share(*run.partitioner.rows(multiple), multiple),
+      multiple=multiple,
     )
     self.position, self.epochs = position, self._stream.epochs
     for line in self._stream.about:

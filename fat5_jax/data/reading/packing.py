@@ -157,21 +157,20 @@ class Buckets:
     self._lengths = np.array([lengths for lengths, _ in self._shapes])
     self._cost = self._lengths.sum(axis=1)
     self._waiting: list[list[Row]] = [[] for _ in self._shapes]
-    self._full: list[int] = []
 
   def add(self, place: Place, sizes: Sequence[int]) -> None:
     fits = (self._lengths >= np.asarray(sizes)).all(axis=1)
     best = int(np.where(fits, self._cost, np.iinfo(np.int64).max).argmin())
     self._waiting[best].append([(*place, *sizes)])
-    if len(self._waiting[best]) == self._shapes[best][1]:
-      self._full.append(best)
 
   def take(self) -> Plan | None:
-    if not self._full:
-      return None
-    number = self._full.pop(0)
-    rows, self._waiting[number] = self._waiting[number], []
-    return Plan(self._shapes[number][0], rows)
+    for number, (lengths, count) in enumerate(self._shapes):
+      waiting = self._waiting[number]
+      # More, where a run goes on with another number of rows a batch.
+      if len(waiting) >= count:
+        self._waiting[number] = waiting[count:]
+        return Plan(lengths, waiting[:count])
+    return None
 
   def rest(self) -> list[Plan]:
     waiting, self._waiting = self._waiting, [[] for _ in self._shapes]

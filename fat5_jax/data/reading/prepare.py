@@ -20,16 +20,19 @@ import tempfile
 from typing import Any
 
 import seqio
+import tensorflow as tf
 
 from fat5_jax import console, fetched, staging, storage
 from fat5_jax.data import examples as examples_lib
-from fat5_jax.data import records, seqio_source
+from fat5_jax.data import identity, records, seqio_source
 from fat5_jax.data.reading import workers
 from fat5_jax.data.reading.store import INDEX, Store, Writer
 from fat5_jax.errors import UserError
 
+# Of a source of SeqIO's own, what the record of its task tells.
+_TOLD = ("_split_to_filepattern", "_splits", "_num_input_examples")
 # Raise it when a store of before cannot be read as one of now.
-_VERSION = 1
+_VERSION = 2
 
 
 def cache_folder(given: str | None = None) -> str:
@@ -152,6 +155,10 @@ def _key(
   record = records.describe(task)
   if not records.is_known(record):
     return None
+  try:
+    inside = identity_of(task)
+  except identity.Unknown:
+    return None
   if use_cached:
     record = record | {"seqio_cache": _stamp_of_folder(task.cache_dir)}
   layout = getattr(task.source, "layout", None)
@@ -163,22 +170,36 @@ def _key(
     records.content_of_split(record, split),
     split,
     windows,
-    _code(task),
+    _code(),
+    inside,
   ]
   text = json.dumps(content, sort_keys=True, default=str)
   return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-def _code(task: seqio.Task) -> list[str]:
-  """Hashes of the files that hold the task's code, ours among them."""
-  files = {inspect.getsourcefile(m) for m in examples_lib.code_modules()}
-  for step in task.preprocessors:
-    step = inspect.unwrap(getattr(step, "func", step))
-    with contextlib.suppress(TypeError):
-      files.add(inspect.getsourcefile(step))
+def identity_of(task: seqio.Task) -> Any:
+  """What of a task is no plain data: vocabularies; steps that are not ours.
+
+  Raises:
+    identity.Unknown: see there.
+  """
+  found = {
+    name: [feature.add_eos, str(feature.dtype), feature.rank]
+    + [identity.of(feature.vocabulary)]
+    for name, feature in task.output_features.items()
+  }
+  if not isinstance(task.source, seqio_source.SeqioSource):
+    source = {k: v for k, v in vars(task.source).items() if k not in _TOLD}
+    found["source"] = [identity.of(type(task.source)), identity.of(source)]
+    found["steps"] = identity.of(list(task.preprocessors))
+  return found
+
+
+def _code() -> list[str]:
+  """Hashes of our modules that decide what an example is."""
   found = []
-  for path in sorted(filter(None, files)):
-    with open(path, "rb") as file:
+  for module in examples_lib.code_modules():
+    with open(inspect.getsourcefile(module), "rb") as file:
       found.append(hashlib.sha256(file.read()).hexdigest()[:16])
   return found
 
@@ -224,3 +245,10 @@ def _write(
     )
   except OSError as e:
     raise UserError(f"{folder}: {e.strerror or e}") from None
+  except tf.errors.OpError as e:
+    # A damaged file, or a step that cannot take what is in it.
+    said = str(e.message).splitlines()[0].split("}} ")[-1]
+    raise UserError(
+      f"task {task.name!r}, split {split!r}, after {writer.count:,} examples:"
+      f" {said}"
+    ) from None

@@ -20,9 +20,22 @@ from fat5_jax.data.reading.assemble import Batch
 from fat5_jax.data.reading.order import CHUNK, Turns
 from fat5_jax.data.reading.packing import Place, Plan, Row
 from fat5_jax.data.reading.streams import Stream
+from fat5_jax.errors import UserError
 
 # Batches that wait for their use.
 _AHEAD = 2
+
+
+@dataclasses.dataclass(frozen=True)
+class Share:
+  """A host's [first, end) of every `of` rows of a batch; all by default."""
+
+  first: int = 0
+  end: int = 1
+  of: int = 1
+
+  def __call__(self, rows: int) -> tuple[int, int]:
+    return rows * self.first // self.of, rows * self.end // self.of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,6 +75,7 @@ class _Plans:
 
   def position(self) -> dict[str, Any]:
     return {
+      "lengths": [stream.length for stream in self._streams],
       "turn": self._turn,
       "cursors": [list(cursor) for cursor in self._cursors],
       "planner": self._planner.state(),
@@ -77,9 +91,17 @@ class _Plans:
   def _next_place(self, number: int) -> tuple[Place, list[int]]:
     """The next example of a stream."""
     cursor, sizes = self._cursors[number], self._sizes[number]
+    empty = 0
     while sizes is None or cursor[1] >= len(sizes):
       if sizes is not None:
         cursor[0], cursor[1] = cursor[0] + 1, 0
+        empty = empty + 1 if not sizes else 0
+        stream = self._streams[number]
+        if stream.length is not None and empty * CHUNK > stream.length + CHUNK:
+          raise UserError(
+            f"task {stream.name!r}: the steps that every epoch does leave none"
+            f" of its {stream.length:,} examples"
+          )
       sizes = self._streams[number].sizes(cursor[0]).tolist()
       self._sizes[number] = sizes
     place = (number, cursor[0], cursor[1])

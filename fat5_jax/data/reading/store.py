@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import array
 from collections.abc import Collection, Iterable, Mapping, Sequence
+import contextlib
+import errno
 import json
 import os
 from typing import Any
@@ -20,37 +22,59 @@ import numpy as np
 from fat5_jax.errors import UserError
 
 INDEX = "index.json"
+# What the index of a store tells of it, in numbers.
+FACTS = ("rows", "skipped", "unknown", "tokens")
 # Bytes of a shard, so that a copy of a store moves in parts.
 _SHARD_BYTES = 1 << 28
 # Records are read one by one, in any order.
 _WRITE_OPTIONS = "group_size:1,uncompressed"
 _READ_OPTIONS = "readahead_buffer_size:0,max_parallelism:1"
-# Text for a person, beside tokens which are whole.
-_KEPT_TEXT = 1 << 16
+# What has no length that anything goes by.
+_WHOLE = ("text", "texts", "number", "array", "text array")
 
 
 def _kind(value: Any, is_small: bool) -> str:
-  """How a feature is stored: "text", "texts", "number", or an array's type."""
+  """How a feature is stored: one of _WHOLE, or a row's type."""
   if isinstance(value, (str, bytes)):
     return "text"
-  if isinstance(value, np.ndarray) and value.dtype.kind not in "OSU":
-    return "uint16" if is_small else value.dtype.name
+  if isinstance(value, np.ndarray):
+    is_text = value.dtype.kind in "OSU"
+    if value.ndim != 1:
+      return "text array" if is_text else "array"
+    if not is_text:
+      return "uint16" if is_small else value.dtype.name
   return "texts" if isinstance(value, (list, tuple, np.ndarray)) else "number"
 
 
 def _pack(kind: str, name: str, value: Any) -> Any:
   if kind == "text":
-    return value[:_KEPT_TEXT] if name.endswith("_pretokenized") else value
+    return value
   if kind == "texts":
     return list(value)
   if kind == "number":
     return value.item() if hasattr(value, "item") else value
+  if kind == "text array":
+    return [value.shape, value.ravel().tolist()]
+  if kind == "array":
+    return [value.dtype.name, value.shape, value.tobytes()]
+  if not np.can_cast(value.dtype, np.int64 if kind == "uint16" else kind):
+    raise UserError(f"{name} holds {value.dtype} where it held {kind} before")
+  if kind == "uint16" and value.size:
+    if value.min() < 0 or value.max() > 65_535:
+      worst = value.min() if value.min() < 0 else value.max()
+      raise UserError(f"{name} holds token id {worst}, which no vocabulary has")
   return np.ascontiguousarray(value, kind).tobytes()
 
 
 def _unpack(kind: str, value: Any) -> Any:
   if kind in ("text", "texts", "number"):
     return value
+  if kind == "text array":
+    shape, flat = value
+    return np.array(flat, object).reshape(shape)
+  if kind == "array":
+    dtype, shape, content = value
+    return np.frombuffer(content, dtype).reshape(shape)
   array = np.frombuffer(value, kind)
   return array.astype(np.int32) if kind == "uint16" else array
 
@@ -86,7 +110,7 @@ class Writer:
       self._lengths = {
         name: array.array("I")
         for name, kind in self._schema.items()
-        if kind not in ("text", "texts", "number")
+        if kind not in _WHOLE
       }
     if self._writer is None or self._bytes > _SHARD_BYTES:
       self._close_shard()
@@ -95,7 +119,8 @@ class Writer:
       _pack(kind, name, example[name]) for name, kind in self._schema.items()
     ]
     record = msgpack.packb(values, unicode_errors="surrogatepass")
-    self._writer.write(record)
+    with _as_os_error():
+      self._writer.write(record)
     self._bytes += len(record)
     self._shards[-1] += 1
     self.count += 1
@@ -104,7 +129,8 @@ class Writer:
 
   def _close_shard(self) -> None:
     if self._writer is not None:
-      self._writer.close()
+      with _as_os_error():
+        self._writer.close()
       self._writer = None
 
   def close(self, facts: Mapping[str, Any]) -> None:
@@ -117,6 +143,10 @@ class Writer:
     index = {
       "schema": self._schema,
       "shards": self._shards,
+      "sums": {
+        name: int(np.asarray(sizes).sum(dtype=np.int64))
+        for name, sizes in self._lengths.items()
+      },
       "bytes": [
         os.path.getsize(self._path(_shard_name(i)))
         for i in range(len(self._shards))
@@ -130,6 +160,15 @@ class Writer:
 
   def _path(self, name: str) -> str:
     return os.path.join(self._folder, name)
+
+
+@contextlib.contextmanager
+def _as_os_error():
+  """What ArrayRecord says of a disk that is full."""
+  try:
+    yield
+  except (RuntimeError, ValueError) as e:
+    raise OSError(errno.EIO, str(e).split(";")[0]) from None
 
 
 def _shard_name(number: int) -> str:
@@ -183,8 +222,15 @@ class Store:
       self.lengths = {
         name: np.load(os.path.join(path, f"{name}.lengths.npy"), mmap_mode="r")
         for name, kind in self._schema.items()
-        if kind not in ("text", "texts", "number")
+        if kind not in _WHOLE
       }
+      for name, lengths in self.lengths.items():
+        if lengths.shape != (len(self),):
+          raise ValueError(f"{name} has not as many lengths as examples")
+        if int(lengths.sum(dtype=np.int64)) != self.facts["sums"][name]:
+          raise ValueError(f"the lengths of {name} are not those of the index")
+      for name in FACTS:
+        self.facts[name] += 0
     except (OSError, ValueError, KeyError, TypeError) as e:
       raise _damaged(path, e) from None
 

@@ -74,7 +74,7 @@ class Stored(_Portable):
     task: seqio.Task,
     store: Store,
     limits: dict[str, int],
-    seed: int | None,
+    seed: Sequence[int] | None,
   ):
     self.name, self.length = task.name, len(store)
     self._task, self._store, self._limits = task, store, limits
@@ -164,8 +164,10 @@ class _Blocks(_Portable):
     return [self._block(k)[j] for k, j in places]
 
 
-def _shuffled(block: list[Example], seed: int, chunk: int) -> list[Example]:
-  rng = np.random.default_rng([seed, chunk])
+def _shuffled(
+  block: list[Example], seed: Sequence[int], chunk: int
+) -> list[Example]:
+  rng = np.random.default_rng([*seed, chunk])
   return [block[i] for i in rng.permutation(len(block))]
 
 
@@ -181,7 +183,7 @@ class Remade(_Blocks):
     task: seqio.Task,
     store: Store,
     limits: dict[str, int],
-    seed: int | None,
+    seed: Sequence[int] | None,
   ):
     super().__init__(limits)
     self.name, self.length = task.name, len(store)
@@ -191,7 +193,7 @@ class Remade(_Blocks):
   def _make(self, chunk: int) -> list[Example]:
     _, numbers = self._order.chunk(chunk)
     # SeqIO counts up from a seed.
-    seed = np.random.SeedSequence([self._seed or 0, chunk])
+    seed = np.random.SeedSequence([*(self._seed or [0]), chunk])
     found = seqio_tasks.again(
       self._task,
       self._store.read(numbers),
@@ -221,7 +223,11 @@ class Endless(_Blocks):
   length = None
 
   def __init__(
-    self, task: seqio.Task, split: str, limits: dict[str, int], seed: int | None
+    self,
+    task: seqio.Task,
+    split: str,
+    limits: dict[str, int],
+    seed: Sequence[int] | None,
   ):
     super().__init__(limits)
     self.name = task.name
