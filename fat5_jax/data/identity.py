@@ -95,10 +95,19 @@ def _function(value: types.FunctionType, within) -> list[Any]:
   file = _source_file(value)
   if file is None:
     # Of a notebook, say: what it calls lies in no file either.
-    for name in value.__code__.co_names:
+    for name in _names(value.__code__):
       if name in value.__globals__:
         found.append([name, within(value.__globals__[name])])
   return [*found, file]
+
+
+def _names(code: types.CodeType) -> list[str]:
+  """What a function refers to, the functions within it too."""
+  found = set(code.co_names)
+  for inner in code.co_consts:
+    if isinstance(inner, types.CodeType):
+      found.update(_names(inner))
+  return sorted(found)
 
 
 def _name(value: Any) -> str:

@@ -87,10 +87,11 @@ def _check(task: seqio.Task, dataset: tf.data.Dataset, is_last: bool) -> None:
         f"task {task.name!r}: its steps give {', '.join(sorted(spec))}, and no"
         f" {name!r}"
       )
-    if spec[name].dtype != feature.dtype:
+    dtype = getattr(spec[name], "dtype", None)
+    if dtype != feature.dtype:
       raise UserError(
-        f"task {task.name!r}: {name} is {spec[name].dtype.name} after its"
-        f" steps, and {feature.dtype.name} in its output_features"
+        f"task {task.name!r}: {name} is {getattr(dtype, 'name', 'no array')}"
+        f" after its steps, and {feature.dtype.name} in its output_features"
       )
 
 
