@@ -38,6 +38,7 @@ setup(
   },
   install_requires=[
     "absl-py",
+    "cloudpickle",
     "array_record>=0.7",
     "clu>=0.0.12",
     "datasets>=3.0",

@@ -30,7 +30,8 @@ ALLOWED = {
   "fat5_jax/data": {
     *("numpy", "seqio", "tensorflow", "tensorflow_datasets", "datasets"),
     *("pyarrow", "sklearn", "scipy", "sacrebleu", "rouge_score"),
-    *("absl", "array_record", "grain", "msgpack", "sentencepiece"),
+    *("absl", "array_record", "cloudpickle", "grain", "msgpack"),
+    "sentencepiece",
     "tokenizers",
     "fat5_jax.convert.plain_files",
     "fat5_jax.convert.sentencepiece_file",

@@ -10,6 +10,7 @@ import json
 import os
 import subprocess
 import sys
+import threading
 import time
 
 from conftest import ROOT
@@ -28,7 +29,7 @@ from fat5_jax.data import (
   sources,
   tasks,
 )
-from fat5_jax.data.reading import buckets, order, packing, prepare
+from fat5_jax.data.reading import buckets, order, packing, prepare, store
 from fat5_jax.errors import UserError
 
 BYTES = seqio.ByteVocabulary(0)
@@ -583,6 +584,64 @@ def test_no_row_is_too_full_and_none_is_lost(seed):
     assert sorted(seen) == list(range(3000))
 
 
+def test_buckets_of_other_sizes_go_on_and_lose_nothing():
+  """As after a mesh has changed: the rows of a batch are a multiple of it."""
+  rng = np.random.default_rng(0)
+  sizes = rng.integers(1, 41, (3000, 1))
+  lengths = [(10,), (20,), (40,)]
+  few, seen = packing.Buckets([(n, 31) for n in lengths]), []
+  for number, size in enumerate(sizes.tolist()):
+    if number in (1000, 2000):
+      state = json.loads(json.dumps(few.state()))
+      rows = 16 if number == 1000 else 64
+      few = packing.Buckets([(n, rows) for n in lengths])
+      few.restore(state)
+    few.add((0, 0, number), size)
+    while (plan := few.take()) is not None:
+      seen += [place[2] for row in plan.rows for place in row]
+  seen += [p[2] for plan in few.rest() for row in plan.rows for p in row]
+  assert sorted(seen) == list(range(3000))
+  assert few.take() is None
+
+
+@pytest.mark.parametrize(
+  "given,text",
+  [
+    (0, "from 1 to 64"),
+    (True, "from 1 to 64"),
+    (65, "from 1 to 64"),
+    (2.5, "from 1 to 64"),
+    ("4", "from 1 to 64"),
+    ([], "from 1 to 64"),
+    ([16.5], "16.5 must be a number of tokens or a pair"),
+    ([-3], "-3 must be"),
+    ([(32, 8, 4)], r"\(32, 8, 4\) must be"),
+    ([100], "100 is more than TASK_FEATURE_LENGTHS"),
+  ],
+)
+def test_buckets_that_are_none_are_told(given, text, tmp_path):
+  config = dataset(text_task(tmp_path), pack=False, buckets=given)
+  with pytest.raises(UserError, match=text):
+    pipeline.train_batches(config, 384)
+
+
+def test_a_pair_is_no_bucket_of_a_head(tmp_path):
+  config = dataset(
+    classes_task(tmp_path),
+    pack=False,
+    buckets=[(16, 4)],
+    task_feature_lengths={"inputs": 64},
+  )
+  with pytest.raises(UserError, match=r"\(16, 4\) must be a number of tokens$"):
+    pipeline.train_batches(config, 384)
+
+
+def test_a_bucket_that_is_given_twice_is_one(tmp_path):
+  config = dataset(text_task(tmp_path), pack=False, buckets=[16, (16, 12)])
+  stream = pipeline.train_batches(config, 384)
+  assert "batches of 2 shapes" in stream.about[-1]
+
+
 def test_packing_fills_rows():
   rng = np.random.default_rng(0)
   sizes = rng.integers(20, 300, 20_000)[:, None]
@@ -799,6 +858,61 @@ def test_a_damaged_store_is_a_line(tmp_path):
     batches = pipeline.train_batches(config, 384)
     for _ in range(50):
       next(batches)
+
+
+def _without_skipped(folder):
+  path = folder / "index.json"
+  index = json.loads(path.read_text())
+  del index["skipped"]
+  path.write_text(json.dumps(index))
+
+
+def _short(folder):
+  path = folder / "inputs.lengths.npy"
+  np.save(path, np.load(path)[:-1])
+
+
+def _longer(folder):
+  path = folder / "inputs.lengths.npy"
+  np.save(path, np.load(path) + 1)
+
+
+@pytest.mark.parametrize("damage", [_without_skipped, _short, _longer])
+def test_a_store_that_does_not_hold_together_is_a_line(damage, tmp_path):
+  config = dataset(text_task(tmp_path), cache_dir=str(tmp_path / "cache"))
+  next(pipeline.train_batches(config, 384))
+  (name,) = stores(tmp_path / "cache")
+  damage(tmp_path / "cache" / name)
+  with pytest.raises(UserError, match=r"delete the folder"):
+    next(pipeline.train_batches(config, 384))
+
+
+def test_a_full_disk_is_a_line_and_leaves_no_store(tmp_path, monkeypatch):
+  def full(self, record):
+    raise RuntimeError("No space left on device; writing examples-00000")
+
+  config = dataset(text_task(tmp_path), cache_dir=str(tmp_path / "cache"))
+  with monkeypatch.context() as patch:
+    patch.setattr(store.array_record_module.ArrayRecordWriter, "write", full)
+    with pytest.raises(UserError, match="cache.*: No space left on device$"):
+      next(pipeline.train_batches(config, 384))
+  assert stores(tmp_path / "cache") == []
+  next(pipeline.train_batches(config, 384))
+
+
+def test_a_task_that_no_other_process_can_have_is_a_line(tmp_path):
+  lock = threading.Lock()
+
+  def made():
+    with lock:
+      yield from rows(20)
+
+  task = tasks.text_to_text(
+    sources.Function({"train": made}), "{text}", "{label}", BYTES, name="locked"
+  )
+  next(pipeline.train_batches(dataset(task), 384))
+  with pytest.raises(UserError, match="NUM_WORKERS = 2: .*lock.*set it to 0"):
+    pipeline.train_batches(dataset(task, num_workers=2), 384)
 
 
 def test_a_bad_row_leaves_no_store(tmp_path):

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 import hashlib
 import json
+import os
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -25,6 +26,7 @@ from fat5_jax.data.reading import (
   packing,
   prepare,
   streams,
+  workers,
 )
 from fat5_jax.data.reading.assemble import Batch
 from fat5_jax.data.reading.store import Store
@@ -39,6 +41,8 @@ _PATIENCE = 1 << 13
 
 def store_of(config: DatasetConfig, task: seqio.Task) -> Store:
   """A task's store, prepared now where it is not there."""
+  if config.num_workers:
+    workers.check_process()
   return prepare.prepared(
     task,
     config.split,
@@ -135,7 +139,8 @@ def bucket_shapes(
     multiple: that the rows of every batch must be one of.
   """
   limits = tuple(sized_features(config).values())
-  if isinstance(config.buckets, int):
+  shapes = buckets.check(config.buckets, limits)
+  if isinstance(shapes, int):
     sizes = [
       stream.sizes(chunk)
       for stream in found
@@ -143,14 +148,8 @@ def bucket_shapes(
     ]
     longest = np.max([stream.longest() for stream in found], axis=0)
     shapes = buckets.choose(
-      np.concatenate(sizes), buckets.rounded(longest, limits), config.buckets
+      np.concatenate(sizes), buckets.rounded(longest, limits), shapes
     )
-  else:
-    given = [
-      tuple(shape) if isinstance(shape, (tuple, list)) else (shape, *limits[1:])
-      for shape in config.buckets
-    ]
-    shapes = [*sorted(s for s in given if s != limits), limits]
   return buckets.with_rows(shapes, config.batch_size * sum(limits), multiple)
 
 
@@ -201,6 +200,8 @@ def tell(
 ) -> list[str]:
   """What a person should know of the data, a line each."""
   lines = [f"{stream.name}: {stream.describe()}" for stream in found]
+  folders = {os.path.dirname(s.path) for s in map(_store, found) if s}
+  lines += [f"tokens are read from {folder}" for folder in sorted(folders)]
   if shapes is not None:
     sizes = ", ".join(
       f"{rows} x {'/'.join(map(str, lengths))}" for lengths, rows in shapes
@@ -209,6 +210,10 @@ def tell(
       f"batches of {len(shapes)} shapes, each compiled once: {sizes}"
     )
   return lines
+
+
+def _store(stream: Any) -> Store | None:
+  return getattr(stream, "store", None)
 
 
 def plans_once(

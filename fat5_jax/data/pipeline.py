@@ -30,10 +30,7 @@ from fat5_jax.data import (
   tasks,
 )
 from fat5_jax.data.layouts import Example
-from fat5_jax.data.reading import (
-  reader,
-  streams,
-)
+from fat5_jax.data.reading import buckets, reader, streams
 from fat5_jax.data.reading.assemble import Batch
 from fat5_jax.data.reading.reader import BatchStream
 from fat5_jax.errors import UserError, nearest
@@ -147,6 +144,10 @@ class DatasetConfig:
       )
     if self.pack and self.buckets is not None:
       raise UserError("BUCKETS takes the place of PACK: set PACK = False")
+    if self.buckets is not None and lengths is not None:
+      is_text = features.label_feature(task) is None
+      names = ("inputs", "targets") if is_text else ("inputs",)
+      buckets.check(self.buckets, [lengths[name] for name in names])
     if self.pack and features.label_feature(task) is not None:
       raise UserError(
         f"task {task.name!r} has labels, one row an example: set PACK = False"

@@ -76,6 +76,7 @@ SORTS = {
   "padded": "PACK = False",
   "bucketed": "PACK = False\nBUCKETS = 3",
   "mixture": MIXTURE,
+  "workers": "NUM_WORKERS = 2",
   "noise": "MIXTURE_OR_TASK_NAME = 'noisy'\nMIXTURE_OR_TASK_MODULE = 'noisy'",
 }
 FLAGS = (

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
@@ -10,8 +11,46 @@ from fat5_jax.errors import UserError
 
 # Examples that are looked at, and shapes that come into question.
 _SAMPLE, _CANDIDATES = 20_000, 576
+_MOST = 64
 
 Shape = tuple[tuple[int, ...], int]
+
+
+def check(given: Any, limits: Sequence[int]) -> list[tuple[int, ...]] | int:
+  """How many shapes, or which, the last of them that of all lengths.
+
+  Args:
+    given: BUCKETS.
+    limits: TASK_FEATURE_LENGTHS, of the features that have lengths.
+
+  Raises:
+    UserError: for what is neither, or fits no row.
+  """
+  is_length = lambda n: isinstance(n, int) and not isinstance(n, bool) and n > 0
+  if is_length(given) and given <= _MOST:
+    return given
+  if not isinstance(given, (list, tuple)) or not given:
+    raise UserError(
+      f"BUCKETS = {given!r} must be a number of lengths from 1 to {_MOST}, or a"
+      " list of them: [64, 128]"
+    )
+  limits, found = tuple(limits), set()
+  for shape in given:
+    lengths = (
+      shape if isinstance(shape, (list, tuple)) else (shape, *limits[1:])
+    )
+    if not all(map(is_length, lengths)) or len(lengths) != len(limits):
+      raise UserError(
+        f"BUCKETS: {shape!r} must be a number of tokens"
+        + (" or a pair, of inputs and targets" if len(limits) > 1 else "")
+      )
+    if any(length > limit for length, limit in zip(lengths, limits)):
+      raise UserError(
+        f"BUCKETS: {shape!r} is more than TASK_FEATURE_LENGTHS, {limits}, to"
+        " which rows are cut"
+      )
+    found.add(tuple(lengths))
+  return [*sorted(found - {limits}), limits]
 
 
 def rounded(

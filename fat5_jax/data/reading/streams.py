@@ -77,7 +77,7 @@ class Stored(_Portable):
     seed: Sequence[int] | None,
   ):
     self.name, self.length = task.name, len(store)
-    self._task, self._store, self._limits = task, store, limits
+    self._task, self.store, self._limits = task, store, limits
     self._order = Order(len(store), seed)
     self._chunk = functools.lru_cache(maxsize=64)(self._order.chunk)
     self._names = [*task.output_features, "first_size"]
@@ -86,7 +86,7 @@ class Stored(_Portable):
     _, numbers = self._chunk(chunk)
     return np.stack(
       [
-        np.minimum(self._store.lengths[name][numbers], limit)
+        np.minimum(self.store.lengths[name][numbers], limit)
         for name, limit in self._limits.items()
       ],
       axis=1,
@@ -94,20 +94,20 @@ class Stored(_Portable):
 
   def longest(self) -> list[int]:
     return [
-      min(int(self._store.lengths[name].max()), limit)
+      min(int(self.store.lengths[name].max()), limit)
       for name, limit in self._limits.items()
     ]
 
   def read(self, places: Sequence[tuple[int, int]]) -> list[Example]:
     numbers = [int(self._chunk(k)[1][j]) for k, j in places]
-    found = self._store.read(numbers, self._names)
+    found = self.store.read(numbers, self._names)
     return [cut(self._task, example, self._limits) for example in found]
 
   def epochs(self, chunk: int, number: int) -> float:
     return (chunk * CHUNK + number) / self.length
 
   def describe(self) -> str:
-    return describe(self._store, self._limits)
+    return describe(self.store, self._limits)
 
 
 def describe(store: Store, limits: dict[str, int]) -> str:
@@ -187,7 +187,7 @@ class Remade(_Blocks):
   ):
     super().__init__(limits)
     self.name, self.length = task.name, len(store)
-    self._task, self._store, self._seed = task, store, seed
+    self._task, self.store, self._seed = task, store, seed
     self._order = Order(len(store), seed)
 
   def _make(self, chunk: int) -> list[Example]:
@@ -196,7 +196,7 @@ class Remade(_Blocks):
     seed = np.random.SeedSequence([*(self._seed or [0]), chunk])
     found = seqio_tasks.again(
       self._task,
-      self._store.read(numbers),
+      self.store.read(numbers),
       self._limits,
       int(seed.generate_state(1)[0] >> 1),
     )
@@ -206,7 +206,7 @@ class Remade(_Blocks):
     return found
 
   def describe(self) -> str:
-    return describe(self._store, {})
+    return describe(self.store, {})
 
   def epochs(self, chunk: int, number: int) -> float:
     share = number / max(len(self._block(chunk)), 1)

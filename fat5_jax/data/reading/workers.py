@@ -9,9 +9,12 @@ from __future__ import annotations
 from collections.abc import Iterator
 import copy
 import dataclasses
+import multiprocessing
+import pickle
 from typing import Any
 
 from absl import flags
+import cloudpickle
 import grain
 import seqio
 
@@ -80,8 +83,27 @@ class _Blocks(grain.IterDataset):
       counts.reset()
 
 
+def check_process() -> None:
+  """Raises UserError in a worker that runs its parent's script again.
+
+  As multiprocessing does, but before it waits for what the parent prepares.
+  """
+  if getattr(multiprocessing.current_process(), "_inheriting", False):
+    raise UserError(
+      "NUM_WORKERS: a process that reads data runs this script again; put what"
+      ' the script does under `if __name__ == "__main__":`'
+    )
+
+
 def prefetched(dataset: grain.IterDataset, num_workers: int, ahead: int) -> Any:
   """The elements of a data set, made in processes of their own."""
+  try:
+    cloudpickle.dumps(dataset)
+  except (TypeError, pickle.PicklingError) as e:
+    raise UserError(
+      f"NUM_WORKERS = {num_workers}: the task holds what no other process can"
+      f" have ({e}); set it to 0"
+    ) from None
   if not flags.FLAGS.is_parsed():
     # Grain asks absl for settings that nobody gives here.
     flags.FLAGS.mark_as_parsed()
