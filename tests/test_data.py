@@ -15,6 +15,7 @@ from fat5_jax.data import (
   tasks,
   vocabularies,
 )
+from fat5_jax.data.renamed import Renamed
 from fat5_jax.errors import UserError
 from fat5_jax.models.config import T5Config
 
@@ -80,8 +81,45 @@ def test_csv_quotes_and_tsv_does_not(tmp_path):
 )
 def test_bad_files_name_the_place(name, text, message, tmp_path):
   path = write(tmp_path / name, text)
+  task = tasks.text_to_text(
+    sources.Files({"train": path}),
+    "{x}",
+    "{x}",
+    seqio.ByteVocabulary(0),
+    name="bad_file",
+  )
   with pytest.raises(UserError, match=message):
-    list(sources.read_file(path))
+    list(task.source.examples("train"))
+
+
+@pytest.mark.parametrize(
+  "name,text",
+  [
+    ("a.jsonl", '{"x": 1}\n{"x": \n\n[1]\n{"x": "\\ud800"}\n{"x": 2}\n'),
+    ("a.tsv", "x\ty\n1\t2\n3\n\n4\t5\t6\n2\t7\n"),
+  ],
+)
+@pytest.mark.parametrize(
+  "wrap", [lambda s: s, lambda s: Renamed(s, {"z": "x"})]
+)
+def test_lines_that_are_no_rows_are_left_out_and_counted(
+  name, text, wrap, tmp_path, caplog
+):
+  path = write(tmp_path / name, text)
+  source = wrap(sources.Files({"train": path}))
+  task = tasks.text_to_text(
+    source,
+    "{x}",
+    "{x}",
+    seqio.ByteVocabulary(0),
+    name="bad_file",
+    skip_bad_rows=True,
+  )
+  found = [row["inputs"] for row in task.source.examples("train")]
+  assert found == ["1", "2"]
+  bad = text.count("\n") - len(found) - name.endswith("tsv")
+  assert f"left out {bad} bad rows" in caplog.text
+  assert "empty line" in caplog.text
 
 
 def test_bytes_that_are_not_utf8_name_the_row(tmp_path):

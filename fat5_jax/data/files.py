@@ -7,7 +7,7 @@ names file and row. A line is bounded by LONGEST_ROW.
 from __future__ import annotations
 
 import bz2
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 import contextlib
 import functools
 import glob
@@ -27,6 +27,29 @@ from fat5_jax.errors import UserError
 
 Row = dict[str, Any]
 LocatedRow = tuple[str, Row]
+
+
+class Unread(Mapping[str, Any]):
+  """A line that is no row: whoever asks it for a column gets the reason.
+
+  Those who leave bad rows out leave it out; to all others it is an error.
+  """
+
+  def __init__(self, reason: str):
+    self.reason = reason
+
+  def __getitem__(self, name: str) -> Any:
+    raise UserError(self.reason)
+
+  def __iter__(self) -> Iterator[str]:
+    raise UserError(self.reason)
+
+  def __contains__(self, name: object) -> bool:
+    raise UserError(self.reason)
+
+  def __len__(self) -> int:
+    raise UserError(self.reason)
+
 
 # Bytes of a row of text.
 LONGEST_ROW = 1 << 26

@@ -17,6 +17,8 @@ from fat5_jax.data.files import (
   LONGEST_ROW,
   UNREADABLE,
   LocatedRow,
+  Row,
+  Unread,
   check_file,
   listed,
   located,
@@ -116,20 +118,23 @@ def read_json(path: str) -> Any:
 
 def _read_jsonl(path: str, opener) -> Iterator[LocatedRow]:
   for number, line in read_lines(path, opener):
-    where = located(path, number)
-    if not line.strip():
-      raise UserError(f"{where}: empty line")
-    try:
-      row = parse_json(line)
-    except UserError as e:
-      hint = "; a row is one object in one line" if number == 1 else ""
-      raise UserError(f"{where}: {e}{hint}") from None
-    if not isinstance(row, dict):
-      raise UserError(
-        f"{where}: expected a JSON object, found {shown(line)}; a row is one"
-        " object in one line"
-      )
-    yield where, row
+    yield located(path, number), _json_row(line, number)
+
+
+def _json_row(line: str, number: int) -> Row | Unread:
+  if not line.strip():
+    return Unread("empty line")
+  try:
+    row = parse_json(line)
+  except UserError as e:
+    hint = "; a row is one object in one line" if number == 1 else ""
+    return Unread(f"{e}{hint}")
+  if isinstance(row, dict):
+    return row
+  return Unread(
+    f"expected a JSON object, found {shown(line)}; a row is one object in one"
+    " line"
+  )
 
 
 # ---- TSV and CSV -------------------------------------------------------------
@@ -197,13 +202,12 @@ def _read_delimited(
       check_columns(columns, where)
       continue
     if not record:
-      raise UserError(f"{where}: empty line")
-    if len(record) != len(columns):
-      raise UserError(
-        f"{where}: {len(record)} columns, expected {len(columns)}"
-        f" ({listed(columns)})"
-      )
-    yield where, dict(zip(columns, record))
+      yield where, Unread("empty line")
+    elif len(record) != len(columns):
+      reason = f"{len(record)} columns, expected {len(columns)}"
+      yield where, Unread(f"{reason} ({listed(columns)})")
+    else:
+      yield where, dict(zip(columns, record))
 
 
 # ---- Parquet -----------------------------------------------------------------

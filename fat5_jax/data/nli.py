@@ -20,6 +20,7 @@ from fat5_jax.data import (
   sources,
   tasks,
 )
+from fat5_jax.data.files import Unread
 from fat5_jax.data.sources import column
 
 logger = logging.getLogger("fat5_jax")
@@ -50,7 +51,8 @@ class Pairs(renamed.Renamed):
     no_labels = ("-",) if is_blind else ("-", "-1")
     left_out = 0
     for where, row in super().rows(split):
-      if str(column(row, "label")) in no_labels:
+      is_row = not isinstance(row, Unread)
+      if is_row and str(column(row, "label")) in no_labels:
         left_out += 1
       else:
         yield where, row

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from fat5_jax.data.files import LocatedRow, Row, shown
+from fat5_jax.data.files import LocatedRow, Row, Unread, shown
 from fat5_jax.data.sources import column, has_column
 from fat5_jax.errors import UserError
 
@@ -48,7 +48,8 @@ class Renamed:
   def rows(self, split: str) -> Iterator[LocatedRow]:
     for where, row in self._source.rows(split):
       try:
-        yield where, self.rename(row)
+        is_row = not isinstance(row, Unread)
+        yield where, self.rename(row) if is_row else row
       except UserError as e:
         raise UserError(f"{where}: {e}") from None
 

@@ -13,6 +13,7 @@ import numpy as np
 import seqio
 import tensorflow as tf
 
+from fat5_jax.data.files import Unread
 from fat5_jax.data.skipped import Skipped
 from fat5_jax.data.sources import LocatedRow, Row, RowFn, column
 from fat5_jax.errors import UserError
@@ -74,7 +75,8 @@ def _blocks(
   characters = 0
   for row in rows:
     block.append(row)
-    characters += sum(len(v) for v in row[1].values() if isinstance(v, str))
+    if not isinstance(row[1], Unread):
+      characters += sum(len(v) for v in row[1].values() if isinstance(v, str))
     if len(block) == most or characters > _CHARACTERS:
       yield block
       block, characters = [], 0
@@ -224,6 +226,8 @@ class SeqioSource(seqio.DataSource):
     self, split: str, where: str, row: Row, skipped: Skipped
   ) -> Row | None:
     try:
+      if isinstance(row, Unread):
+        raise UserError(row.reason)
       example = self._row_fn(row)
       if example is None:
         return None

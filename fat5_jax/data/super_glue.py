@@ -17,6 +17,7 @@ import tensorflow as tf
 
 from fat5_jax import fetched
 from fat5_jax.data import preprocessors, sources
+from fat5_jax.data.files import Unread
 from fat5_jax.data.sources import Row, RowFn, column, shown
 from fat5_jax.errors import UserError, nearest
 
@@ -168,6 +169,9 @@ class Examples:
 
   def rows(self, split: str) -> Iterator[sources.LocatedRow]:
     for where, row in self._source.rows(split):
+      if isinstance(row, Unread):
+        yield where, row
+        continue
       try:
         for example in _examples(self._name, row, split):
           if not self._right_only or _is_right(example):
