@@ -1,9 +1,12 @@
 """The converter command: there and back, weights and tokenizer."""
 
+import gc
 import importlib.util
 import os
+import signal
 import subprocess
 import sys
+import time
 
 from conftest import ROOT
 import exports
@@ -12,7 +15,7 @@ import jax
 import numpy as np
 import pytest
 
-from fat5_jax.checkpoints import export_checks, writer
+from fat5_jax.checkpoints import export, export_checks, writer
 from fat5_jax.convert import hf
 from fat5_jax.errors import UserError
 from fat5_jax.models.config import HeadConfig, LoRAConfig
@@ -149,6 +152,30 @@ def test_a_conversion_that_fails_leaves_the_earlier_export(
   monkeypatch.undo()
   assert convert(tool, monkeypatch, *arguments) == 0
   assert "README.md" in os.listdir(tmp_path / "out")
+
+
+def test_a_signal_amid_garbage_collection_ends_a_conversion(
+  tool, monkeypatch, tmp_path
+):
+  """An exception in such a callback is swallowed, whoever raised it."""
+  went_on = []
+
+  def callback(phase, info):
+    if phase == "start":
+      gc.callbacks.remove(callback)
+      os.kill(os.getpid(), signal.SIGTERM)
+      time.sleep(0.01)
+
+  def convert_slowly(*arguments):
+    gc.callbacks.append(callback)
+    gc.collect()
+    for _ in range(100):
+      time.sleep(0.02)
+    went_on.append(True)
+
+  monkeypatch.setattr(export, "export", convert_slowly)
+  assert convert(tool, monkeypatch, tmp_path / "a", tmp_path / "b") == 143
+  assert not went_on
 
 
 @pytest.mark.parametrize("answer", ["crash", "other numbers"])
