@@ -190,6 +190,18 @@ def test_a_step_is_orbax_s_own_and_comes_back_bit_for_bit(place, tmp_path):
   same(again, opt_state)
 
 
+def test_a_step_holds_what_was_so_when_its_save_began(place):
+  """The caller goes on counting while it is written."""
+  address, _ = place
+  params, opt_state, data = state(1)
+  data["sums"] = {"steps": 1.0}
+  with Checkpointer(address, SaveCheckpointConfig()) as checkpoints:
+    checkpoints.save(1, params, opt_state, data)
+    data["sums"]["steps"] += 1
+  found = integrity.read_data(f"{address}/checkpoint_1")
+  assert found["sums"] == {"steps": 1.0}
+
+
 def test_the_latest_are_kept_and_the_others_leave_nothing(place):
   address, found = place
   save(address, 1, 2, 3, keep=2)

@@ -10,6 +10,7 @@ any number of hosts; the files beside it are written by host 0.
 from __future__ import annotations
 
 import contextlib
+import copy
 import dataclasses
 import errno
 import functools
@@ -179,6 +180,8 @@ class Checkpointer:
   def save(self, step: int, params, opt_state, data: dict[str, Any]) -> None:
     """Starts a save; waits for an earlier one first. A saved step is left.
 
+    The caller may go on with `data`: it is saved as it is now.
+
     Raises:
       UserError: if the earlier one, or this one, cannot be written.
     """
@@ -186,6 +189,7 @@ class Checkpointer:
     if self._last == step:
       return
     self._saving = step
+    data = copy.deepcopy(data)  # Written in the background.
     folder = os.path.join(self._there, f"checkpoint_{step}")
     items = {
       "params": layer_stack.unstack(params, layout.to_hosts),
