@@ -11,7 +11,8 @@ from test_reading import BYTES, classes_task, dataset, text_task
 from fat5_jax.data import pipeline
 from fat5_jax.models import factory, initial
 from fat5_jax.models.config import HeadConfig, T5Config
-from fat5_jax.objectives import losses
+from fat5_jax.objectives import losses, totals
+from fat5_jax.training import steps
 
 CONFIG = T5Config(
   vocab_size=384,
@@ -24,6 +25,8 @@ CONFIG = T5Config(
   dtype="float32",
   dropout_rate=0.0,
 )
+# A sum over real targets: the mean of a batch is over as many.
+NORM = "NUM_REAL_TARGET_TOKENS"
 HOW = {
   "padded": {"pack": False},
   "packed": {"pack": True},
@@ -111,3 +114,43 @@ def test_so_has_a_row_with_a_label(tmp_path):
   assert found.keys() == expected.keys() and len(found) == 100
   for name, logits in expected.items():
     np.testing.assert_allclose(found[name], logits, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("how", HOW)
+def test_the_loss_of_an_evaluation_is_that_of_all_its_rows(how, tmp_path):
+  """However they are put into batches, of which the last are not full."""
+  head = HeadConfig("sequence_classification", label_names=("yes", "no"))
+  cases = [(None, text_task(tmp_path, 97), {})]
+  if not HOW[how].get("pack") and how != "given buckets":
+    lengths = {"task_feature_lengths": {"inputs": 72}}
+    cases.append((head, classes_task(tmp_path, 97), lengths))
+  for kind, task, more in cases:
+    model, params = model_and_params(kind)
+    step = jax.jit(steps.make_eval_step(model, loss_normalizing_factor=NORM))
+    found = {}
+    for name in ("padded", how):
+      config = dataset(task, **HOW[name], **more)
+      total = {}
+      batches = pipeline.eval_batches(config, CONFIG.vocab_size, None)
+      for batch in batches:
+        totals.add(total, step(params, batch))
+      found[name] = totals.scalars(total)
+    mean = found["padded"]["loss_per_nonpadding_target_token"]
+    for name in found:
+      for metric in ("loss", "cross_ent_loss"):
+        np.testing.assert_allclose(found[name][metric], mean, rtol=1e-5)
+
+
+def test_an_evaluation_without_lengths_takes_the_longest(tmp_path):
+  for task, more in (
+    (text_task(tmp_path, 30), ("decoder_target_tokens",)),
+    (classes_task(tmp_path, 30), ()),
+  ):
+    config = dataset(task, pack=False, task_feature_lengths=None)
+    lengths = {name: set() for name in ("encoder_input_tokens", *more)}
+    real = dict.fromkeys(lengths, 0)
+    for batch in pipeline.eval_batches(config, CONFIG.vocab_size, None):
+      for name, seen in lengths.items():
+        seen.add(batch[name].shape[1])
+        real[name] = max(real[name], (batch[name] > 0).sum(axis=1).max())
+    assert lengths == {name: {longest} for name, longest in real.items()}

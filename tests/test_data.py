@@ -204,6 +204,26 @@ def test_a_bad_row_reaches_the_person_through_tensorflow(tmp_path):
   take(make_config(lenient), 2)
 
 
+def test_lines_that_are_no_text_are_left_out_where_bad_rows_are(tmp_path):
+  path = tmp_path / "rows.jsonl"
+  lines = [json.dumps(row).encode() for row in ROWS]
+  lines[3] = b'{"text": "\xff", "label": "x"}'
+  lines[5] = b'{"text": "a\0b", "label": "x"}'
+  path.write_bytes(b"\n".join(lines))
+
+  def config(**more):
+    source = sources.Files({"train": str(path)})
+    task = tasks.text_to_text(
+      source, "{text}", "{label}", BYTES, name="bytes", **more
+    )
+    return make_config(task, shuffle=False, pack=False)
+
+  with pytest.raises(UserError, match="rows.jsonl, row 4: not valid UTF-8"):
+    take(config(), 9)
+  found = list(pipeline.one_pass(config(skip_bad_rows=True)))
+  assert len(found) == len(ROWS) - 2
+
+
 def test_a_column_that_is_not_there_names_the_nearest(tmp_path):
   path = write_rows(tmp_path, "jsonl")
   task = tasks.text_to_text(

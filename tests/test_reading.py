@@ -8,6 +8,7 @@ import importlib
 import itertools
 import json
 import os
+import signal
 import subprocess
 import sys
 import threading
@@ -441,6 +442,69 @@ if __name__ == "__main__":
   )
   assert done.returncode == 0 and done.stdout == "8\n", done.stderr
   assert "Exception" not in done.stderr and "Error" not in done.stderr
+
+
+def processes(mark):
+  """Ids of the processes whose environment holds a text."""
+  found = []
+  for entry in os.listdir("/proc"):
+    try:
+      with open(f"/proc/{entry}/environ", "rb") as file:
+        if mark.encode() in file.read():
+          found.append(int(entry))
+    except (OSError, ValueError):
+      continue
+  return found
+
+
+@pytest.mark.slow
+def test_readers_end_with_their_parent_and_a_dead_reader_is_a_line(tmp_path):
+  text_task(tmp_path)
+  program = f"""
+import os, pathlib, signal, sys
+sys.path.insert(0, {os.path.join(ROOT, "tests")!r})
+import conftest, test_reading
+if __name__ == "__main__":
+  task = test_reading.text_task(pathlib.Path({str(tmp_path)!r}))
+  batches = test_reading.pipeline.train_batches(
+    test_reading.dataset(task, num_workers=2), 384
+  )
+  next(batches)
+  mark = os.environ["READERS"]
+  def readers():
+    found = test_reading.processes(mark)
+    return [pid for pid in found if pid != os.getpid()]
+  print(len(readers()), flush=True)
+  if sys.argv[1] == "parent":
+    os.kill(os.getpid(), signal.SIGKILL)
+  for pid in readers():
+    os.kill(pid, signal.SIGKILL)
+  try:
+    while True:
+      next(batches)
+  except test_reading.UserError as e:
+    print(e)
+"""
+  (tmp_path / "program.py").write_text(program)
+  for case in ("parent", "readers"):
+    mark = f"READERS={tmp_path}/{case}"
+    done = subprocess.run(
+      [sys.executable, str(tmp_path / "program.py"), case],
+      env=os.environ | {"PYTHONPATH": ROOT, "READERS": f"{tmp_path}/{case}"},
+      stdout=subprocess.PIPE,
+      text=True,
+      timeout=300,
+    )
+    count, _, said = done.stdout.partition("\n")
+    assert int(count) >= 2
+    if case == "parent":
+      assert done.returncode == -signal.SIGKILL
+    else:
+      assert "NUM_WORKERS = 2: a process that reads data has ended" in said
+    end = time.monotonic() + 30
+    while processes(mark) and time.monotonic() < end:
+      time.sleep(0.2)
+    assert not processes(mark), "they outlive their parent"
 
 
 @pytest.mark.slow

@@ -104,8 +104,11 @@ def test_a_damaged_tfrecord_names_its_row(tmp_path):
     read()
   with tf.io.TFRecordWriter(str(path)) as writer:
     writer.write(b"no example")
-  with pytest.raises(UserError, match="row 1: no tf.train.Example"):
-    read()
+  # The others may be rows: it is left out where bad rows are.
+  ((where, row),) = read()
+  assert where.endswith("row 1")
+  with pytest.raises(UserError, match="no tf.train.Example"):
+    row["text"]
   with gzip.open(tmp_path / "rows.tfrecord.gz", "wb") as file:
     file.write(whole)
   shutil.move(tmp_path / "rows.tfrecord.gz", path)

@@ -294,7 +294,9 @@ def unreadable(path: str, number: int, error: Exception) -> UserError:
 # ---- Lines -------------------------------------------------------------------
 
 
-def lines_of(file, name: str) -> Iterator[tuple[int, str]]:
+def lines_of(
+  file, name: str, lenient: bool = False
+) -> Iterator[tuple[int, str | Unread]]:
   """`read_lines` of an open binary file, called `name` in messages."""
   for number in itertools.count(1):
     line = file.readline(LONGEST_ROW + 1)
@@ -305,19 +307,20 @@ def lines_of(file, name: str) -> Iterator[tuple[int, str]]:
         f"{located(name, number)}: longer than {LONGEST_ROW >> 20} MiB; a row"
         " is a line of its own"
       )
+    text, wrong = "", None
     try:
       text = line.decode("utf-8-sig" if number == 1 else "utf-8")
     except UnicodeDecodeError as e:
-      raise UserError(
-        f"{located(name, number)}: not valid UTF-8 ({e.reason} at byte"
-        f" {e.start}); convert the file to UTF-8"
-      ) from None
-    text = text.rstrip("\r\n")
+      wrong = f"not valid UTF-8 ({e.reason} at byte {e.start})"
     if "\0" in text:
-      raise UserError(
-        f"{located(name, number)}: a zero byte, so this is no text, or text in"
-        " UTF-16; convert the file to UTF-8"
-      )
+      wrong = "a zero byte, so this is no text, or text in UTF-16"
+    if wrong is not None:
+      wrong += "; convert the file to UTF-8"
+      if not lenient:
+        raise UserError(f"{located(name, number)}: {wrong}")
+      yield number, Unread(wrong)
+      continue
+    text = text.rstrip("\r\n")
     if number == 1 and "\r" in text:
       raise UserError(
         f"{located(name, number)}: lines end in a carriage return alone;"
@@ -326,8 +329,12 @@ def lines_of(file, name: str) -> Iterator[tuple[int, str]]:
     yield number, text
 
 
-def read_lines(path: str, opener) -> Iterator[tuple[int, str]]:
+def read_lines(
+  path: str, opener, lenient: bool = False
+) -> Iterator[tuple[int, Any]]:
   """(1-based line number, text), without byte-order mark and line ends.
+
+  Where it is `lenient`, a line that is no text is Unread instead.
 
   Raises:
     UserError: for a file that cannot be read or decompressed, and a line that
@@ -337,7 +344,7 @@ def read_lines(path: str, opener) -> Iterator[tuple[int, str]]:
   number = 0
   try:
     with opener(path, "rb") as file:
-      for number, text in lines_of(file, path):
+      for number, text in lines_of(file, path, lenient):
         yield number, text
   except UNREADABLE as e:
     raise unreadable(path, number, e) from None

@@ -117,11 +117,13 @@ def read_json(path: str) -> Any:
 
 
 def _read_jsonl(path: str, opener) -> Iterator[LocatedRow]:
-  for number, line in read_lines(path, opener):
+  for number, line in read_lines(path, opener, lenient=True):
     yield located(path, number), _json_row(line, number)
 
 
-def _json_row(line: str, number: int) -> Row | Unread:
+def _json_row(line: str | Unread, number: int) -> Row | Unread:
+  if isinstance(line, Unread):
+    return line
   if not line.strip():
     return Unread("empty line")
   try:
@@ -277,7 +279,8 @@ def _tfrecords(path: str) -> Iterator[bytes]:
       number += 1
       yield content
   except tf.errors.OpError as e:
-    reason = printable(e.message.splitlines()[0][:120])
+    # TensorFlow puts the name of its own operation first.
+    reason = printable(e.message.splitlines()[0].split("}} ")[-1][:120])
     raise UserError(
       f"{located(path, number + 1)}: not a whole TFRecord file ({reason}); copy"
       " or write the file again"
@@ -295,10 +298,11 @@ def _read_tfrecord(path: str) -> Iterator[LocatedRow]:
     try:
       found = tf.train.Example.FromString(content).features.feature
     except Exception:  # protobuf's own type
-      raise UserError(
-        f"{where}: no tf.train.Example, which is what a row of a TFRecord file"
-        " must be"
-      ) from None
+      reason = (
+        "no tf.train.Example, which is what a row of a TFRecord file must be"
+      )
+      yield where, Unread(reason)
+      continue
     row = {}
     for name in sorted(found):
       feature = found[name]
@@ -307,9 +311,7 @@ def _read_tfrecord(path: str) -> Iterator[LocatedRow]:
       if kind == "bytes_list":
         values = [_text_or_bytes(value) for value in values]
       row[name] = values if len(values) > 1 else next(iter(values), None)
-    if not row:
-      raise UserError(f"{where}: no features")
-    yield where, row
+    yield where, row or Unread("no features")
 
 
 def _text_or_bytes(value: bytes) -> str | bytes:

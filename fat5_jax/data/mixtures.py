@@ -290,6 +290,35 @@ def _meaning(feature: Any) -> str:
 # ---- Files with weights ------------------------------------------------------
 
 
+def bound(
+  factory: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]
+) -> inspect.BoundArguments:
+  """The arguments of a task factory, its defaults among them.
+
+  Raises:
+    UserError: naming those that are missing, or that it does not take.
+  """
+  signature = inspect.signature(factory)
+  try:
+    found = signature.bind(*args, **kwargs)
+  except TypeError as e:
+    given = {*signature.bind_partial(*args).arguments, *kwargs}
+    missing = [
+      parameter.name
+      for parameter in signature.parameters.values()
+      if parameter.default is parameter.empty and parameter.name not in given
+    ]
+    name = f"{factory.__module__.rpartition('.')[2]}.{factory.__name__}"
+    what = (
+      f"needs {' and '.join(missing)}"
+      if missing
+      else f"cannot be called so: {e}"
+    )
+    raise UserError(f"{name} {what}") from None
+  found.apply_defaults()
+  return found
+
+
 def weighted(
   factory: Callable[..., seqio.Task],
 ) -> Callable[..., seqio.Task | seqio.Mixture]:
@@ -298,13 +327,10 @@ def weighted(
   What it makes of them is a mixture, `<name>_weighted`, of a task for each
   pattern (`<name>_<file>`); the other splits are those of task `<name>`.
   """
-  signature = inspect.signature(factory)
 
   @functools.wraps(factory)
   def make(*args, **kwargs):
-    given = signature.bind(*args, **kwargs)
-    given.apply_defaults()
-    given = dict(given.arguments)
+    given = dict(bound(factory, args, kwargs).arguments)
     source = given["source"]
     weights = getattr(source, "weights", {})
     if not weights:

@@ -381,6 +381,8 @@ def eval_batches(
   A batch is filled with empty rows to the size of the others of its lengths, a
   number that `multiple` divides.
   """
+  if config.task_feature_lengths is None:
+    config = _as_long_as_the_longest(config)
   build, sized = opening.make_assembler(config), opening.sized_features(config)
   rows = {(): -(-config.batch_size // multiple) * multiple}
   shapes = None
@@ -403,6 +405,17 @@ def eval_batches(
       batch = build(examples_of, plan.lengths)
       _check_ids(batch, vocab_size, config)
       yield fill_rows(batch, rows[plan.lengths if shapes else ()])
+
+
+def _as_long_as_the_longest(config: DatasetConfig) -> DatasetConfig:
+  """The data set with the lengths of its longest texts."""
+  is_labelled = features.label_feature(config.task()) is not None
+  names = ("inputs",) if is_labelled else ("inputs", "targets")
+  longest = dict.fromkeys(names, 1)
+  for example in one_pass(config):
+    for name in names:
+      longest[name] = max(longest[name], len(example[name]))
+  return dataclasses.replace(config, task_feature_lengths=longest)
 
 
 def count_batches(config: DatasetConfig) -> float:

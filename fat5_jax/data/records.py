@@ -38,13 +38,11 @@ _LISTED = 20
 def recorded(factory: Callable[..., seqio.Task]) -> Callable[..., seqio.Task]:
   """Makes a task factory leave its arguments in `task.source.record`."""
   name = f"{factory.__module__.rpartition('.')[2]}.{factory.__name__}"
-  signature = inspect.signature(factory)
 
   @functools.wraps(factory)
   def make(*args, **kwargs):
+    bound = mixtures.bound(factory, args, kwargs)
     task = factory(*args, **kwargs)
-    bound = signature.bind(*args, **kwargs)
-    bound.apply_defaults()
     own_code: list[str] = []
     arguments = {
       key: _plain(value, own_code)
@@ -65,6 +63,8 @@ def recorded(factory: Callable[..., seqio.Task]) -> Callable[..., seqio.Task]:
     found["metrics"] = [metric.__name__ for metric in task.metric_fns]
     found["own_code"] = own_code
     task.source.record = found
+    if bound.arguments.get("rename") is not None:
+      task.source.own_code = bound.arguments["rename"]
     return task
 
   _FACTORIES[name] = make

@@ -114,6 +114,35 @@ def _draws(dataset: tf.data.Dataset) -> bool:
   return any(node.op in _DRAWS for node in nodes)
 
 
+def _once(
+  task: seqio.Task, split: str, use_cached: bool
+) -> tuple[tf.data.Dataset, bool]:
+  """(a split after the steps that are done once, whether they draw what is
+  another in every pass)."""
+  once, again = split_steps(task)
+  draws = False
+  if use_cached:
+    dataset = _seqio_cache(task, split)
+  else:
+    dataset = task.source.get_dataset(split=split, shuffle=False)
+    with seqio.utils.map_seed_manager(0):
+      dataset = _steps(task, dataset, once, None)
+    draws = _draws(dataset)
+  if is_plain(task):
+    dataset = _steps(task, dataset, again, None)
+  _check(task, dataset, is_plain(task))
+  return dataset, draws
+
+
+def first(
+  task: seqio.Task, split: str, use_cached: bool, count: int
+) -> Iterator[Example]:
+  """The first of what `whole` gives; none where it is another in every pass."""
+  dataset, draws = _once(task, split, use_cached)
+  if not draws:
+    yield from _as_numpy(dataset.take(count))
+
+
 def whole(
   task: seqio.Task, split: str, counts: Any, use_cached: bool = False
 ) -> Iterator[Example]:
@@ -121,22 +150,13 @@ def whole(
 
   Where nothing but an end of sequence comes after them, it is there too.
   """
-  once, again = split_steps(task)
-  if use_cached:
-    dataset = _seqio_cache(task, split)
-  else:
-    dataset = task.source.get_dataset(split=split, shuffle=False)
-    with seqio.utils.map_seed_manager(0):
-      dataset = _steps(task, dataset, once, None)
-    if _draws(dataset):
-      console.say(
-        f"task {task.name!r} draws random numbers without a seed: what it draws"
-        " now is kept, the same in every epoch. @seqio.map_over_dataset("
-        "num_seeds=1), or a CacheDatasetPlaceholder before it, draws anew"
-      )
-  if is_plain(task):
-    dataset = _steps(task, dataset, again, None)
-  _check(task, dataset, is_plain(task))
+  dataset, draws = _once(task, split, use_cached)
+  if draws:
+    console.say(
+      f"task {task.name!r} draws random numbers without a seed: what it draws"
+      " now is kept, the same in every epoch. @seqio.map_over_dataset("
+      "num_seeds=1), or a CacheDatasetPlaceholder before it, draws anew"
+    )
   vocabulary = (
     task.output_features["inputs"].vocabulary
     if ("inputs" in task.output_features)

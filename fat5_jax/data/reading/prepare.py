@@ -19,6 +19,7 @@ import shutil
 import tempfile
 from typing import Any
 
+import numpy as np
 import seqio
 import tensorflow as tf
 
@@ -29,6 +30,8 @@ from fat5_jax.data.reading import workers
 from fat5_jax.data.reading.store import INDEX, Store, Writer
 from fat5_jax.errors import UserError
 
+# Examples that tell what code does beside what it says.
+_LOOKED_AT = 16
 # Of a source of SeqIO's own, what the record of its task tells.
 _TOLD = ("_split_to_filepattern", "_splits", "_num_input_examples")
 # Raise it when a store of before cannot be read as one of now.
@@ -82,6 +85,7 @@ def prepared(
   is_remote = cache_dir is not None and storage.is_remote(cache_dir)
   root = cache_folder(None if is_remote else cache_dir)
   key = _key(task, split, limits, use_cached)
+  content = _content(task, split, limits, use_cached)
   make = lambda folder: _write(
     task, split, limits, use_cached, folder, key, num_workers
   )
@@ -90,6 +94,7 @@ def prepared(
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
     make(folder)
     return Store(folder)
+
   name = f"{_plain_name(task.name)}-{split}-{key}"
   path = os.path.join(root, name)
   if is_remote:
@@ -105,6 +110,11 @@ def prepared(
         )
         try:
           make(folder)
+          if _content(task, split, limits, use_cached) != content:
+            raise UserError(
+              f"task {task.name!r}, split {split!r}: its files or code changed"
+              " while they were prepared; run the command again"
+            )
           shutil.rmtree(path, ignore_errors=True)  # Never a whole one.
           os.rename(folder, path)
         except BaseException:
@@ -152,6 +162,21 @@ def _key(
   use_cached: bool,
 ) -> str | None:
   """A hash of it; None where it cannot be known."""
+  content = _content(task, split, limits, use_cached)
+  if content is None:
+    return None
+  first = _first_examples(task, split, use_cached)
+  text = json.dumps([*content, first], sort_keys=True, default=str)
+  return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def _content(
+  task: seqio.Task,
+  split: str,
+  limits: Mapping[str, int] | None,
+  use_cached: bool,
+) -> list[Any] | None:
+  """What files and code tell of it; None where that is not all."""
   record = records.describe(task)
   if not records.is_known(record):
     return None
@@ -165,16 +190,31 @@ def _key(
   windows = None
   if layout is not None and layout.is_windowed:
     windows = dict(limits or {})
-  content = [
-    _VERSION,
-    records.content_of_split(record, split),
-    split,
-    windows,
-    _code(),
-    inside,
-  ]
-  text = json.dumps(content, sort_keys=True, default=str)
-  return hashlib.sha256(text.encode()).hexdigest()[:16]
+  content = records.content_of_split(record, split)
+  return [_VERSION, content, split, windows, _code(), inside]
+
+
+def _first_examples(
+  task: seqio.Task, split: str, use_cached: bool
+) -> str | None:
+  """A hash of the first examples, where somebody's own code makes them.
+
+  What the code asks of the world as it runs shows in them as a rule.
+  """
+  if isinstance(task.source, seqio_source.SeqioSource):
+    return None
+  from fat5_jax.data import seqio_tasks
+
+  found = hashlib.sha256()
+  try:
+    for example in seqio_tasks.first(task, split, use_cached, _LOOKED_AT):
+      for name, value in sorted(example.items()):
+        array = np.asarray(value)
+        content = array.tolist() if array.dtype == object else array.tobytes()
+        found.update(repr((name, array.shape, content)).encode())
+  except (UserError, tf.errors.OpError, OSError):
+    return None  # Preparing meets it too, and says where.
+  return found.hexdigest()[:16]
 
 
 def identity_of(task: seqio.Task) -> Any:
@@ -192,6 +232,8 @@ def identity_of(task: seqio.Task) -> Any:
     source = {k: v for k, v in vars(task.source).items() if k not in _TOLD}
     found["source"] = [identity.of(type(task.source)), identity.of(source)]
     found["steps"] = identity.of(list(task.preprocessors))
+  elif task.source.own_code is not None:
+    found["rename"] = identity.of(task.source.own_code)
   return found
 
 

@@ -10,7 +10,11 @@ from collections.abc import Iterator
 import copy
 import dataclasses
 import multiprocessing
+import os
 import pickle
+import re
+import threading
+import time
 from typing import Any
 
 from absl import flags
@@ -24,6 +28,8 @@ from fat5_jax.errors import UserError
 
 # Blocks of a process that wait to be written.
 _AHEAD = 4
+# How soon a process sees that its parent is gone.
+_LOOK_SECONDS = 2.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,7 +101,54 @@ def check_process() -> None:
     )
 
 
-def prefetched(dataset: grain.IterDataset, num_workers: int, ahead: int) -> Any:
+def _end_with_parent(number: int, count: int) -> None:
+  """Ends this process once its parent is gone, which kill -9 cannot say."""
+  del number, count
+  parent = os.getppid()
+
+  def watch():
+    while os.getppid() == parent:
+      time.sleep(_LOOK_SECONDS)
+    os._exit(1)
+
+  threading.Thread(target=watch, daemon=True).start()
+
+
+class Reader:
+  """The elements of a data set, made in processes of their own.
+
+  Raises:
+    UserError: if one of them is gone, killed for its memory say.
+  """
+
+  def __init__(self, dataset: grain.IterDataset, num_workers: int):
+    self._iterator, self._count = iter(dataset), num_workers
+
+  def __iter__(self) -> Reader:
+    return self
+
+  def __next__(self) -> Any:
+    try:
+      return next(self._iterator)
+    except RuntimeError as e:
+      if "Worker process was terminated" not in str(e):
+        raise
+      code = re.search(r"exit code (-?\d+)", str(e))
+      raise UserError(
+        f"NUM_WORKERS = {self._count}: a process that reads data has ended"
+        f" ({f'exit code {code[1]}' if code else 'killed'}; -9 is mostly a lack"
+        " of memory): set fewer, or 0"
+      ) from None
+
+  def close(self) -> None:
+    close = getattr(self._iterator, "close", None)
+    if close is not None:
+      close()
+
+
+def prefetched(
+  dataset: grain.IterDataset, num_workers: int, ahead: int
+) -> Reader:
   """The elements of a data set, made in processes of their own."""
   try:
     cloudpickle.dumps(dataset)
@@ -107,11 +160,11 @@ def prefetched(dataset: grain.IterDataset, num_workers: int, ahead: int) -> Any:
   if not flags.FLAGS.is_parsed():
     # Grain asks absl for settings that nobody gives here.
     flags.FLAGS.mark_as_parsed()
-  return dataset.mp_prefetch(
-    grain.MultiprocessingOptions(
-      num_workers=num_workers, per_worker_buffer_size=ahead
-    )
+  options = grain.MultiprocessingOptions(
+    num_workers=num_workers, per_worker_buffer_size=ahead
   )
+  found = dataset.mp_prefetch(options, worker_init_fn=_end_with_parent)
+  return Reader(found, num_workers)
 
 
 def whole(
