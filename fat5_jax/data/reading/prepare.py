@@ -84,8 +84,8 @@ def prepared(
   """
   is_remote = cache_dir is not None and storage.is_remote(cache_dir)
   root = cache_folder(None if is_remote else cache_dir)
-  key = _key(task, split, limits, use_cached)
   content = _content(task, split, limits, use_cached)
+  key = _key_of(content, task, split, use_cached)
   make = lambda folder: _write(
     task, split, limits, use_cached, folder, key, num_workers
   )
@@ -163,6 +163,12 @@ def _key(
 ) -> str | None:
   """A hash of it; None where it cannot be known."""
   content = _content(task, split, limits, use_cached)
+  return _key_of(content, task, split, use_cached)
+
+
+def _key_of(
+  content: list[Any] | None, task: seqio.Task, split: str, use_cached: bool
+) -> str | None:
   if content is None:
     return None
   first = _first_examples(task, split, use_cached)
