@@ -175,6 +175,7 @@ def _fetched(place: _Place) -> str:
         raise UserError(
           f"{address}: the hub was not reached for {tried:.0f} s: {text}"
         ) from None
+    storage.tell_trying("the Hugging Face hub")
     time.sleep(pause)
     pause = min(2 * pause, 16)
 

@@ -19,6 +19,7 @@ import re
 import time
 from typing import Any, TypeVar
 
+from fat5_jax import console
 from fat5_jax.errors import UserError
 
 T = TypeVar("T")
@@ -127,8 +128,17 @@ def _asked(address: str, call: Callable[..., T], *arguments: Any) -> T:
           " network and the address are right, and start again: what is saved"
           " is whole"
         ) from None
+      tell_trying(f"{scheme(address)}://")
       time.sleep(pause * random.uniform(0.5, 1))
       pause = min(2 * pause, 16)
+
+
+@functools.cache
+def tell_trying(where: str) -> None:
+  """Says, once of a place, why nothing happens."""
+  console.say(
+    f"{where} does not answer; it is tried for {PATIENCE_SECONDS:.0f} s"
+  )
 
 
 def _no_access(address: str, text: str) -> str:

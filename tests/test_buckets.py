@@ -434,8 +434,9 @@ def test_model_dir_is_on_a_disk_or_in_a_bucket_that_holds_arrays():
 
 
 def test_a_network_that_is_away_is_tried_for_a_while_and_then_a_line(
-  kind, monkeypatch
+  kind, monkeypatch, capsys
 ):
+  storage.tell_trying.cache_clear()
   port = buckets.free_port()  # Where nobody listens.
   for name, value in buckets.environment(kind, port).items():
     monkeypatch.setenv(name, value)
@@ -449,6 +450,8 @@ def test_a_network_that_is_away_is_tried_for_a_while_and_then_a_line(
   with pytest.raises(storage.StorageError, match="not reached for .* Cannot"):
     storage._asked(f"{kind}://bucket/x", call)
   assert 2 < len(calls) < 8
+  said = capsys.readouterr().err
+  assert said.count(f"{kind}:// does not answer; it is tried for 2 s") == 1
 
 
 def test_a_store_that_does_not_answer_is_not_an_empty_one(kind, monkeypatch):
