@@ -250,6 +250,10 @@ def test_what_does_not_show_itself_is_prepared_for_this_process_alone(world):
     tf.lookup.KeyValueTensorInitializer(["one"], ["1"]), "?"
   )
   assert key_of(world.task(make(table))) is None
+  # Nor does a chain that has no end.
+  text = "".join(f"def f{i + 1}(x): return f{i}(x)\n" for i in range(900))
+  text = "def f0(x): return x\n" + text + STEP % "f900(x)"
+  assert key_of(world.task(world.cell(text).step)) is None
   # A logger beside the code of a file is no reason.
   text = "import logging\nlog = logging.getLogger()\nimport threading\n"
   text += "lock = threading.Lock()\n" + STEP % "str(lock is None)"

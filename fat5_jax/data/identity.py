@@ -53,7 +53,10 @@ def of(value: Any) -> Any:
   Raises:
     Unknown: for what is made of neither plain data nor code, an open file say.
   """
-  return _Walk().of(value, ())
+  try:
+    return _Walk().of(value, ())
+  except RecursionError:
+    raise Unknown("objects within objects") from None
 
 
 class _Walk:
