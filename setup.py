@@ -37,10 +37,16 @@ setup(
     "fat5_jax.gin_config.t5x": ["files/**/*.gin"],
   },
   install_requires=[
+    "absl-py",
+    "cloudpickle",
+    "array_record>=0.7",
     "clu>=0.0.12",
     "datasets>=3.0",
     "flax>=0.12",
+    "fsspec",
     "gin-config>=0.5.0",
+    "grain>=0.2.15",
+    "huggingface_hub>=1.0",
     "jax>=0.10.2,<0.13",
     "matplotlib>=3.8",
     "ml_dtypes>=0.5",
@@ -66,9 +72,17 @@ setup(
     "xxhash>=3",
   ],
   extras_require={
+    # MODEL_DIR, checkpoints and data at gs:// and s3://.
+    "gcs": ["gcsfs>=2025.3"],
+    "s3": ["s3fs>=2025.3"],
     "gpu": ["jax[cuda13]>=0.10.2,<0.13"],
     "tpu": ["jax[tpu]>=0.10.2,<0.13"],
     "dev": [
+      # Object stores on this machine, for tests.
+      "gcp-storage-emulator>=2026.7",
+      "gcsfs>=2025.3",
+      "moto[server]>=5.2",
+      "s3fs>=2025.3",
       "peft>=0.17",
       "pre-commit",
       # pytest-xdist 3.8 does not group tests, without a word, from 9.2 on.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 import sys
 import time
 from typing import Any
@@ -72,6 +72,7 @@ class Progress:
     learning_rate: float | None,
     tokens_per_second: float,
     padding: float,
+    epochs: Collection[float],
     force: bool,
   ) -> None:
     """Shows a step; in a log only where `force`."""
@@ -86,6 +87,7 @@ class Progress:
     self._text = (
       f"step {step}/{self._last}  loss {loss:.4f}{rate}"
       f"  {tokens_per_second:,.0f} target tokens/s  padding {padding:.0%}"
+      f"{_epochs(epochs)}"
       f"  {duration(left)} left"
     )
     if self._live and not console.quiet:
@@ -93,6 +95,47 @@ class Progress:
       sys.stderr.flush()
     else:
       say(self._text)
+
+
+def _epochs(counts: Collection[float]) -> str:
+  """ "  epoch 1.25", of a mixture "  epochs 0.10-3.50", or nothing."""
+  if not counts:
+    return ""
+  least, most = min(counts), max(counts)
+  if len(counts) == 1:
+    return f"  epoch {most:.2f}"
+  return f"  epochs {least:.2f}-{most:.2f}"
+
+
+def counted(items: Iterable[Any], what: str, unit: str) -> Iterator[Any]:
+  """The items, with a line of how many there were, where it takes a while.
+
+  Rewritten on a terminal; in a log a line each half minute, and one at the end.
+  """
+  begin = shown = time.monotonic()
+  is_live = console.is_terminal and not console.quiet
+  wait, told, count = (0.5 if is_live else 30.0), False, 0
+
+  def line(now: float) -> str:
+    seconds = max(now - begin, 1e-9)
+    return (
+      f"{what}: {count:,} {unit}, {count / seconds:,.0f}/s, {duration(seconds)}"
+    )
+
+  for item in items:
+    yield item
+    count += 1
+    if count % 64 == 0 and time.monotonic() - shown > wait:
+      shown, told = time.monotonic(), True
+      if is_live:
+        sys.stderr.write(f"\r\x1b[2K{line(shown)}")
+        sys.stderr.flush()
+      else:
+        say(line(shown))
+  if told:
+    if is_live:
+      sys.stderr.write("\r\x1b[2K")
+    say(line(time.monotonic()))
 
 
 def metrics_table(title: str, rows: Iterable[tuple[str, str, float]]) -> None:

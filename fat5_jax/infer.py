@@ -13,8 +13,8 @@ from typing import Any
 
 import seqio
 
-from fat5_jax import console
-from fat5_jax.data import features, pipeline, seqio_source, sources
+from fat5_jax import console, fetched
+from fat5_jax.data import checks, features, pipeline, seqio_source, sources
 from fat5_jax.distributed import hosts
 from fat5_jax.distributed.sharding import Partitioner
 from fat5_jax.errors import UserError
@@ -81,8 +81,8 @@ class Inference:
 
   @property
   def path(self) -> str:
-    """What is read, where it is no task."""
-    return self.input or "-"
+    """What is read, where it is no task; of an address a copy."""
+    return fetched.local(self.input or "-")
 
   @property
   def predicts_task(self) -> bool:
@@ -181,7 +181,7 @@ class _Built:
     head, path = self.loaded.model.config.head, self.run.path
     is_spans = head.kind == "question_answering"
     if self.dataset_cfg is not None:
-      pipeline.check_task(self.dataset_cfg, self.loaded.model.config)
+      checks.check_task(self.dataset_cfg, self.loaded.model.config)
       task, split = self.dataset_cfg.task(), self.dataset_cfg.split
     else:
       split, own = seqio_source.ROWS, self.own

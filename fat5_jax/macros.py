@@ -138,6 +138,14 @@ _lengths = Kind(
   "a table of tokens by feature, {'inputs': 512, 'targets': 128}",
   _is_table(_length.holds),
 )
+_shape = lambda v: _length.holds(v) or (
+  isinstance(v, (list, tuple)) and len(v) == 2 and all(map(_length.holds, v))
+)
+_buckets = Kind(
+  "a number of lengths from 1 to 64, or a list of them, [64, 128] or"
+  " [(64, 8), (128, 32)]",
+  lambda v: _whole(1, 64).holds(v) or _is_list(_shape)(v),
+)
 _mesh = Kind(
   "a table of devices by axis, {'fsdp': 8}, -1 for those that are left",
   _is_table(lambda v: v == -1 or _whole(1, 2**20).holds(v)),
@@ -197,8 +205,17 @@ MACROS: dict[str, Macro] = {
     _lengths, "tokens a row, the end of sequence counted"
   ),
   "DATA_DIR": Macro(_or_none(_text), "where a task's files lie"),
-  "DATA_SHARDS": Macro(
-    _or_none(_whole(1, _ROWS)), "streams of the data; None is one a host"
+  "CACHE_DIR": Macro(
+    _or_none(_text),
+    "of prepared data; None is FAT5_JAX_CACHE or ~/.cache/fat5_jax",
+  ),
+  "BUCKETS": Macro(
+    _or_none(_buckets),
+    "in the place of PACK: rows of about one length together",
+  ),
+  "STREAM": Macro(_flag, "read rows as they come, prepare nothing"),
+  "NUM_WORKERS": Macro(
+    _whole(0, 1024), "processes that read training data; 0 is a thread"
   ),
   "TRAIN_FILES": Macro(_or_none(_files), "rows to train on"),
   "VALIDATION_FILES": Macro(_or_none(_files), "rows to evaluate on"),

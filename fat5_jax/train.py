@@ -13,15 +13,16 @@ if __name__ == "__main__":
 from fat5_jax.distributed.hosts import everyone
 from fat5_jax.distributed.stop import StopSignal
 from fat5_jax.loggers.metrics import MetricsLog
-from fat5_jax.training import batches, folder, words
-from fat5_jax.training.describe import dry_run
+from fat5_jax.training import folder, words
+from fat5_jax.training.batches import RunBatches
+from fat5_jax.training.describe import dry_run, prepare_data
 from fat5_jax.training.evaluations import Evaluations
 from fat5_jax.training.meter import Meter
 from fat5_jax.training.run import Run
 from fat5_jax.training.start import find_start
 from fat5_jax.training.steps import TrainState
 
-__all__ = ["Run", "dry_run", "train"]
+__all__ = ["Run", "dry_run", "prepare_data", "train"]
 
 
 def train(run: Run) -> TrainState | None:
@@ -39,7 +40,7 @@ def train(run: Run) -> TrainState | None:
     begin = find_start(run, home.checkpoints, home.path)
     last_step = run.last_step(begin.begin_step, begin.step)
     evaluations = Evaluations(run, home.path)
-    data = batches.of_run(run, begin.position)  # Bad data shows now.
+    data = RunBatches(run, begin.data["position"])  # Bad data shows now.
     home.write_records(begin)
     log = MetricsLog(home.path, begin.step)
     evaluations.log_to(log, begin)
@@ -48,10 +49,14 @@ def train(run: Run) -> TrainState | None:
     state, step = begin.state, begin.step
 
     def save():
-      position = begin.position_at(step)
-      everyone.agree("step and data position", [step, position])
+      place = begin.data | {"position": data.position}
+      everyone.agree("step and data position", [step, place])
+      log.flush()
       home.checkpoints.save(
-        step, state.params, state.opt_state, position | {"sums": meter.sums}
+        step,
+        state.params,
+        state.opt_state,
+        place | {"begin_step": begin.begin_step, "sums": meter.sums},
       )
 
     def evaluate():
@@ -66,7 +71,7 @@ def train(run: Run) -> TrainState | None:
       while step < last_step and not stop.at(step):
         state, sums = run.program.train_step(state, next(data))
         step += 1
-        meter.push(step, sums)
+        meter.push(step, sums, data.epochs)
         if run.saves_at(step):
           with meter.off_the_clock():
             save()
@@ -82,5 +87,6 @@ def train(run: Run) -> TrainState | None:
       state = None
     else:
       words.closing_words(run, log, evaluations.generation, home.path, step)
+    data.close()
     log.close()
     return state

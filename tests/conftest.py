@@ -6,6 +6,7 @@ import importlib.metadata
 import importlib.util
 import os
 import sys
+import tempfile
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
@@ -26,6 +27,10 @@ if os.environ["JAX_PLATFORMS"] == "cpu":
 
 import pytest
 
+# Prepared data of tests is for this process, and those that it starts, alone.
+_CACHE = tempfile.TemporaryDirectory(prefix="fat5_jax_cache_")
+os.environ["FAT5_JAX_CACHE"] = _CACHE.name
+
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 
 
@@ -42,6 +47,27 @@ def pytest_collection_finish():
   # What all modules imported will not be looked through for garbage.
   gc.collect()
   gc.freeze()
+
+
+@pytest.fixture(scope="session")
+def _emulators():
+  """Started once in a process: the libraries remember where they were."""
+  import buckets
+
+  with buckets.emulator("gs") as gs, buckets.emulator("s3") as s3:
+    yield {"gs": gs, "s3": s3}
+
+
+@pytest.fixture(scope="module")
+def bucket_ports(_emulators):
+  """{"gs": port, "s3": port} of emulators, which every library is led to."""
+  import buckets
+
+  with pytest.MonkeyPatch.context() as patch:
+    for kind, port in _emulators.items():
+      for name, value in buckets.environment(kind, port).items():
+        patch.setenv(name, value)
+    yield _emulators
 
 
 _kept = 0

@@ -7,7 +7,15 @@ import numpy as np
 import pytest
 import seqio
 
-from fat5_jax.data import pipeline, sources, spoken_values, tasks, vocabularies
+from fat5_jax.data import (
+  checks,
+  pipeline,
+  sources,
+  spoken_values,
+  tasks,
+  vocabularies,
+)
+from fat5_jax.data.renamed import Renamed
 from fat5_jax.errors import UserError
 from fat5_jax.models.config import T5Config
 
@@ -73,8 +81,45 @@ def test_csv_quotes_and_tsv_does_not(tmp_path):
 )
 def test_bad_files_name_the_place(name, text, message, tmp_path):
   path = write(tmp_path / name, text)
+  task = tasks.text_to_text(
+    sources.Files({"train": path}),
+    "{x}",
+    "{x}",
+    seqio.ByteVocabulary(0),
+    name="bad_file",
+  )
   with pytest.raises(UserError, match=message):
-    list(sources.read_file(path))
+    list(task.source.examples("train"))
+
+
+@pytest.mark.parametrize(
+  "name,text",
+  [
+    ("a.jsonl", '{"x": 1}\n{"x": \n\n[1]\n{"x": "\\ud800"}\n{"x": 2}\n'),
+    ("a.tsv", "x\ty\n1\t2\n3\n\n4\t5\t6\n2\t7\n"),
+  ],
+)
+@pytest.mark.parametrize(
+  "wrap", [lambda s: s, lambda s: Renamed(s, {"z": "x"})]
+)
+def test_lines_that_are_no_rows_are_left_out_and_counted(
+  name, text, wrap, tmp_path, caplog
+):
+  path = write(tmp_path / name, text)
+  source = wrap(sources.Files({"train": path}))
+  task = tasks.text_to_text(
+    source,
+    "{x}",
+    "{x}",
+    seqio.ByteVocabulary(0),
+    name="bad_file",
+    skip_bad_rows=True,
+  )
+  found = [row["inputs"] for row in task.source.examples("train")]
+  assert found == ["1", "2"]
+  bad = text.count("\n") - len(found) - name.endswith("tsv")
+  assert f"left out {bad} bad rows" in caplog.text
+  assert "empty line" in caplog.text
 
 
 def test_bytes_that_are_not_utf8_name_the_row(tmp_path):
@@ -113,19 +158,9 @@ def make_config(task, **changes):
   return pipeline.DatasetConfig(**{**settings, **changes})
 
 
-def take(config, count, skip=0):
-  batches = pipeline.train_batches(config, 384, skip)
+def take(config, count, position=None):
+  batches = pipeline.train_batches(config, 384, position)
   return [next(batches) for _ in range(count)]
-
-
-@pytest.mark.parametrize("pack", [False, True])
-def test_a_position_resumes_the_same_stream(pack, tmp_path):
-  config = make_config(make_task(tmp_path), pack=pack)
-  whole, rest = take(config, 9), take(config, 4, skip=5)
-  for a, b in zip(whole[5:], rest):
-    assert a.keys() == b.keys()
-    for key in a:
-      assert np.array_equal(a[key], b[key]), key
 
 
 def test_the_seed_fixes_the_order_and_changes_it(tmp_path):
@@ -169,6 +204,26 @@ def test_a_bad_row_reaches_the_person_through_tensorflow(tmp_path):
   take(make_config(lenient), 2)
 
 
+def test_lines_that_are_no_text_are_left_out_where_bad_rows_are(tmp_path):
+  path = tmp_path / "rows.jsonl"
+  lines = [json.dumps(row).encode() for row in ROWS]
+  lines[3] = b'{"text": "\xff", "label": "x"}'
+  lines[5] = b'{"text": "a\0b", "label": "x"}'
+  path.write_bytes(b"\n".join(lines))
+
+  def config(**more):
+    source = sources.Files({"train": str(path)})
+    task = tasks.text_to_text(
+      source, "{text}", "{label}", BYTES, name="bytes", **more
+    )
+    return make_config(task, shuffle=False, pack=False)
+
+  with pytest.raises(UserError, match="rows.jsonl, row 4: not valid UTF-8"):
+    take(config(), 9)
+  found = list(pipeline.one_pass(config(skip_bad_rows=True)))
+  assert len(found) == len(ROWS) - 2
+
+
 def test_a_column_that_is_not_there_names_the_nearest(tmp_path):
   path = write_rows(tmp_path, "jsonl")
   task = tasks.text_to_text(
@@ -183,13 +238,13 @@ def test_a_token_beyond_the_embedding_is_an_error(tmp_path):
   with pytest.raises(UserError, match="vocab_size = 100"):
     next(pipeline.train_batches(config, 100))
   with pytest.raises(UserError, match="259 ids"):
-    pipeline.check_task(config, T5Config(vocab_size=100))
+    checks.check_task(config, T5Config(vocab_size=100))
 
 
 def test_a_model_that_pads_with_another_id_is_refused(tmp_path):
   model = T5Config(vocab_size=384, pad_token_id=1)
   with pytest.raises(UserError, match="pad_token_id = 1"):
-    pipeline.check_task(make_config(make_task(tmp_path)), model)
+    checks.check_task(make_config(make_task(tmp_path)), model)
 
 
 def test_an_unknown_task_names_the_nearest():

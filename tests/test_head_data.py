@@ -8,6 +8,7 @@ import pytest
 import seqio
 
 from fat5_jax.data import (
+  checks,
   conll,
   features,
   glue,
@@ -377,7 +378,7 @@ def test_a_task_of_another_head_is_refused():
     rows_source([{"x": "a", "y": 0}]), "{x}", "y", BYTES, ("yes", "no")
   )
   config = pipeline.DatasetConfig(labels, {"inputs": 8}, "train", 1)
-  pipeline.check_task(config, t5(HeadConfig("enct5")))
+  checks.check_task(config, t5(HeadConfig("enct5")))
   for head, match in (
     (HeadConfig("token_classification"), "heads/sequence_classification.gin"),
     (None, "heads/sequence_classification.gin"),
@@ -388,7 +389,7 @@ def test_a_task_of_another_head_is_refused():
     ),
   ):
     with pytest.raises(UserError, match=match):
-      pipeline.check_task(config, t5(head))
+      checks.check_task(config, t5(head))
   packed = pipeline.DatasetConfig(labels, {"inputs": 8}, "train", 1, pack=True)
   with pytest.raises(UserError, match="PACK = False"):
     packed.task()

@@ -153,9 +153,12 @@ def folder(tmp_path):
 
 
 class Run:
-  """A command on several processes of this machine, two devices each."""
+  """A command on several processes of this machine, two devices each.
 
-  def __init__(self, folder, name, count, *flags):
+  They share `folder`, but where `apart` says that each works in its own.
+  """
+
+  def __init__(self, folder, name, count, *flags, apart=False, env=None):
     address = free_address()
     self.logs = [folder / f"{name}.{count}.{i}.log" for i in range(count)]
     self.processes = [
@@ -165,8 +168,8 @@ class Run:
           *(f"--coordinator_address={address}", f"--process_count={count}"),
           *(f"--process_index={i}", *flags),
         ],
-        cwd=folder,
-        env=with_devices(2),
+        cwd=folder / f"host{i}" if apart else folder,
+        env=with_devices(2) | (env or {}),
         stdout=subprocess.DEVNULL,
         stderr=log.open("w"),
       )
@@ -207,18 +210,16 @@ def curves(run_dir):
 
 
 FSDP = "--gin.MESH={'fsdp': 4, 'model': 2}"
-# One stream of data a row group, whoever reads it.
-SHARDS = "--gin.DATA_SHARDS=4"
 
 
 @pytest.mark.slow
 def test_four_hosts_train_lose_one_and_go_on_as_two(folder):
-  whole = Run(folder, "train", 4, "--gin.MODEL_DIR=whole", FSDP, SHARDS)
+  whole = Run(folder, "train", 4, "--gin.MODEL_DIR=whole", FSDP)
   whole.succeeds()
   assert "results in" in whole.said(0)
   assert "results in" not in whole.said(1), "only host 0 speaks"
 
-  killed = Run(folder, "train", 4, "--gin.MODEL_DIR=cut", FSDP, SHARDS)
+  killed = Run(folder, "train", 4, "--gin.MODEL_DIR=cut", FSDP)
   wait_for(folder / "cut" / "checkpoint_3", killed)
   killed.processes[2].send_signal(signal.SIGKILL)
   begin = time.monotonic()
@@ -232,7 +233,7 @@ def test_four_hosts_train_lose_one_and_go_on_as_two(folder):
 
   # Half the hosts, half the devices, another mesh.
   mesh = "--gin.MESH={'data': 2, 'sequence': 2}"
-  again = Run(folder, "train", 2, "--gin.MODEL_DIR=cut", mesh, SHARDS)
+  again = Run(folder, "train", 2, "--gin.MODEL_DIR=cut", mesh)
   again.succeeds()
   assert "going on from step" in again.said(0)
   one, two = curves(folder / "whole"), curves(folder / "cut")

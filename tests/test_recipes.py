@@ -9,6 +9,7 @@ import hf_models
 import numpy as np
 import pytest
 import seqio
+import super_glue_rows
 
 from fat5_jax.checkpoints import load, reference
 from fat5_jax.convert import hf, table
@@ -63,6 +64,8 @@ def user(tmp_path_factory):
     "index\tsentence\n"
     + "".join(f"{i}\t{s}\n" for i, s in enumerate(sentences))
   )
+  (folder / "super_glue").mkdir()
+  super_glue_rows.write(folder / "super_glue")
   sts = folder / "glue" / "STS-B"
   sts.mkdir()
   for file in ("train", "dev"):
@@ -112,6 +115,7 @@ NEEDS = {
   ),
   "embed.gin": FILES("pairs.tsv"),
   "lm_head.gin": (*GLUE, "--gin.HEAD_WIDTHS=(24, 32)"),
+  "super_glue.gin": ("--gin.DATA_DIR=super_glue",),
   "tag.gin": FILES("tags.conll"),
   "quickstart.gin": (),
 }

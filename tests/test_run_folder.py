@@ -252,13 +252,13 @@ def test_seed_none_in_a_data_set_is_the_runs_seed(user, capfd, monkeypatch):
   from fat5_jax.data import pipeline
 
   seen = []
-  original = pipeline.train_batches
+  original = pipeline.first_batch
 
   def spy(config, *args, **kwargs):
     seen.append(config.seed)
     return original(config, *args, **kwargs)
 
-  monkeypatch.setattr(pipeline, "train_batches", spy)
+  monkeypatch.setattr(pipeline, "first_batch", spy)
   run(
     capfd,
     "train",
@@ -469,10 +469,10 @@ def test_a_long_row_is_predicted_alone(user, capfd):
 
 
 def test_evaluation_scores_the_whole_target_and_cuts_are_told(user):
-  """Targets have 12 and 13 bytes, TASK_FEATURE_LENGTHS 8."""
+  """Targets have 12 and 13 bytes and an end; TASK_FEATURE_LENGTHS is 8."""
   said = (user / "text.log").read_text()
   assert "cut to TASK_FEATURE_LENGTHS" in said
-  assert "of targets (longest 13 tokens)" in said
+  assert "of targets (longest 14 tokens)" in said
   path = user / "text/inference_eval/text_to_text-000002.jsonl"
   targets = [json.loads(line)["target"] for line in path.open()]
   assert targets == [f"the answer {i}" for i in range(12)]

@@ -8,8 +8,9 @@ import re
 import shutil
 
 from conftest import ROOT
+import fsspec
 import pytest
-from t5x_user import TINY, clean_gin, folder, refused  # noqa: F401
+from t5x_user import TINY, clean_gin, folder, refused, translated  # noqa: F401
 
 from fat5_jax.errors import UserError
 from fat5_jax.gin_config import t5x
@@ -79,7 +80,29 @@ def test_a_checkpoint_on_google_cloud_is_answered_with_how_to_get_it(
     ["MODEL_DIR = 'r'", f"INITIAL_CHECKPOINT_PATH = {path!r}"],
   )
   assert f"gcloud storage cp -r {path} ." in told
-  assert f"hf download {hub} " in told and "TRAIN_STEPS_RELATIVE" in told
+  assert (
+    f"INITIAL_CHECKPOINT_PATH=hf://{hub}" in told
+    and "TRAIN_STEPS_RELATIVE" in told
+  )
+
+
+def test_other_addresses_are_read_where_they_lie(folder):
+  """A bucket of one's own, as in files of ours; fsspec's memory is one here."""
+  own = "gs://mine/pretrained/checkpoint_5"
+  text, _ = translated(
+    ["mine.gin"], ["MODEL_DIR = 'r'", f"INITIAL_CHECKPOINT_PATH = {own!r}"]
+  )
+  assert f"'{own}'" in text
+  _vocabulary(folder / "with.model", 100)
+  memory = fsspec.filesystem("memory")
+  memory.pipe("/v/spiece.model", (folder / "with.model").read_bytes())
+  name = "gs://t5-data/vocabs/cc_all.32000.100extra/sentencepiece.model"
+  path, extra, told = cloud.vocabulary(
+    name, 0, "memory://v/spiece.model", [], "x"
+  )
+  assert extra == 0 and "memory://v/spiece.model" in told
+  with open(path, "rb") as file:
+    assert file.read() == (folder / "with.model").read_bytes()
 
 
 # ---- Flags -------------------------------------------------------------------

@@ -14,6 +14,7 @@ from fat5_jax import checkpoints
 from fat5_jax.checkpoints import reference
 from fat5_jax.convert import tokenizers
 from fat5_jax.data import (
+  checks,
   head_tasks,
   pipeline,
   sources,
@@ -72,6 +73,28 @@ def test_what_is_no_text_is_told_with_its_row(tmp_path, row, told):
   assert rows_of(text_task(None, source=source, skip_bad_rows=True)) == [
     {"inputs": "x", "targets": "y"}
   ]
+
+
+def test_what_is_left_out_is_counted_by_what_is_wrong(caplog):
+  rows = [
+    {"a": "x", "b": 0},
+    *({"a": "", "b": 1} for _ in range(3)),
+    *({"a": "x", "b": 10 + i} for i in range(2)),
+    {"b": 1},
+    {"a": "half \ud800", "b": 1},
+    {"a": ["x"], "b": 1},
+  ]
+  words = {"b": ("no", "yes")}
+  task = text_task(rows, label_names=words, skip_bad_rows=True)
+  assert len(rows_of(task)) == 1
+  (said,) = {record.getMessage() for record in caplog.records}
+  assert said == (
+    "split train: left out 8 bad rows of 9: 3 x column 'a' is empty (first"
+    " split train, row 2); 2 x column 'b': class 10 of 2 (no, yes) (first split"
+    " train, row 5); 1 x no column 'a'. Columns: b (first split train, row 7);"
+    " 1 x half a character (a lone surrogate) (first split train, row 8); 1"
+    " others"
+  )
 
 
 @pytest.mark.parametrize("inputs", ["{a", "{} x", "a}"])
@@ -208,12 +231,12 @@ def test_a_recipe_that_fits_the_task_is_named():
   config = T5Config(vocab_size=384, emb_dim=8)
   labels = classes([{"a": "x", "label": "y"}])
   with pytest.raises(UserError, match="--gin_file=recipes/classify.gin"):
-    pipeline.check_task(data(labels, lengths={"inputs": 8}), config)
+    checks.check_task(data(labels, lengths={"inputs": 8}), config)
   with pytest.raises(UserError, match="--gin_file=recipes/glue.gin"):
     pipeline.head_config(data(text_task([])), "sequence_classification")
   head = config.with_head(HeadConfig("sequence_classification"))
   with pytest.raises(UserError, match="--gin_file=recipes/glue.gin"):
-    pipeline.check_task(data(text_task([])), head)
+    checks.check_task(data(text_task([])), head)
 
 
 def test_a_batch_above_the_data_is_told_with_the_number_of_rows():
@@ -271,11 +294,11 @@ def test_buckets_that_t5_cannot_have(buckets, distance, layers, fits):
 def test_a_name_of_the_hub_is_told_from_a_path(tmp_path, monkeypatch):
   monkeypatch.chdir(tmp_path)
   for name in ("google/flan-t5-small", "t5-small"):
-    with pytest.raises(UserError, match=f"hf download {name}"):
+    with pytest.raises(UserError, match=f"hf://{name} is fetched"):
       reference.find(name)
   with pytest.raises(UserError) as e:
     reference.find("/no/such/folder")
-  assert "download" not in str(e.value)
+  assert "hf://" not in str(e.value)
 
 
 # ---- Vocabularies ------------------------------------------------------------

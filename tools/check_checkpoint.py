@@ -14,6 +14,7 @@ import argparse
 import os
 import sys
 
+from fat5_jax import storage
 from fat5_jax.checkpoints import history
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
@@ -46,7 +47,7 @@ def main() -> int:
 
   status = 0
   for given in flags.folders:
-    folder = os.path.abspath(os.path.expanduser(given))
+    folder = storage.absolute(given)
     found = [
       os.path.join(folder, f"checkpoint_{step}")
       for step in history.steps(folder)

@@ -36,6 +36,7 @@ def page() -> str:
     " makes one of your own rows.",
     _table(("task", "what it is", "metrics"), _tasks()),
     _table(("factory", "what it makes"), _factories()),
+    _table(("source", "its rows"), _sources()),
     "## Heads\n\n`HeadConfig.kind`; the first is no head but T5 itself.",
     _table(("kind", "what it says of a row", "gin file"), _heads()),
     "## Metrics\n\nBy name, or a function of yours with the same signature.",
@@ -99,11 +100,20 @@ def _macros() -> Iterator[tuple[str, ...]]:
 def _tasks() -> Iterator[tuple[str, ...]]:
   import seqio
 
-  from fat5_jax.data import tasks
+  from fat5_jax.data import ready, tasks
 
   vocabulary = seqio.ByteVocabulary()
-  for name, factory in tasks.BUILTIN_TASKS.items():
+  for name, factory in ready.TASKS.items():
     task = factory(vocabulary=vocabulary, data_dir=None)
+    if isinstance(task, seqio.Mixture):
+      rates = {part: task.get_rate(part) for part in task.tasks}
+      drawn = [f"{part.name} ({n:,.0f})" for part, n in rates.items() if n]
+      yield (
+        f"`{name}`",
+        f"A mixture, drawn at T5's rates: {', '.join(drawn)}",
+        "",
+      )
+      continue
     made = factory
     while isinstance(made, functools.partial):
       made = made.func
@@ -121,17 +131,35 @@ def _name(metric: Callable) -> str:
 
 
 def _factories() -> Iterator[tuple[str, ...]]:
-  from fat5_jax.data import head_tasks, tasks
+  from fat5_jax.data import head_tasks, nli, tasks
 
   for module, names in (
-    (tasks, ("text_to_text", "translation", "summarization", "squad", "glue")),
+    (tasks, ("text_to_text", "mixture", "translation", "summarization")),
+    (tasks, ("squad", "glue")),
     (head_tasks, ("classification", "tagging", "spans")),
+    (nli, ("text", "classes")),
   ):
     for name in names:
       function = getattr(module, name)
       parameters = ", ".join(inspect.signature(function).parameters)
       room = module.__name__.rpartition(".")[2]
       yield f"`{room}.{name}({parameters})`", _first_sentence(function)
+
+
+def _sources() -> Iterator[tuple[str, ...]]:
+  from fat5_jax.data import conll, renamed, sources, squad
+
+  for module, names in (
+    (sources, ("Files", "ParallelFiles", "HuggingFace", "Tfds", "Function")),
+    (squad, ("SquadFiles",)),
+    (conll, ("Conll",)),
+    (renamed, ("Renamed",)),
+  ):
+    for name in names:
+      kind = getattr(module, name)
+      parameters = ", ".join(inspect.signature(kind).parameters)
+      room = module.__name__.rpartition(".")[2]
+      yield f"`{room}.{name}({parameters})`", _first_sentence(kind)
 
 
 def _heads() -> Iterator[tuple[str, ...]]:

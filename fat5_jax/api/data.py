@@ -8,14 +8,13 @@ from typing import Any
 
 import numpy as np
 import seqio
-import tensorflow_datasets as tfds
 
 from fat5_jax.data import (
   conll,
+  examples,
   head_tasks,
   memory,
   preprocessors,
-  seqio_source,
   sources,
   squad,
   tasks,
@@ -219,7 +218,7 @@ class _Numbered:
   def __init__(self, source: Any):
     self._source = source
     self.splits = source.splits
-    for name in ("record", "describe", "size_bytes"):
+    for name in ("record", "describe", "size_bytes", "num_rows"):
       setattr(self, name, getattr(source, name))
 
   def rows(self, split: str):
@@ -236,18 +235,22 @@ def longest(task: seqio.Task | seqio.Mixture) -> tuple[int, dict[str, int]]:
   """(training rows, the most tokens of each feature), in one pass.
 
   Raises:
-    UserError: for a mixture, which has no end.
+    UserError: for a mixture and a stream, which have no end.
   """
+  rows = getattr(getattr(task, "source", None), "rows_source", None)
+  if getattr(rows, "is_stream", False):
+    raise UserError(
+      f"{task.name!r} streams, and may have no end: give steps, batch_size,"
+      " max_input_tokens and max_target_tokens"
+    )
   if isinstance(task, seqio.Mixture):
     raise UserError(
       f"{task.name!r} is a mixture, without an end: give steps, batch_size,"
       " max_input_tokens and max_target_tokens"
     )
   count, most = 0, {"inputs": 1, "targets": 1}
-  with seqio_source.reraise():
-    dataset = task.get_dataset(None, "train", shuffle=False)
-    for example in tfds.as_numpy(dataset):
-      count += 1
-      for name in most:
-        most[name] = max(most[name], int(np.size(example[name])))
+  for example in examples.whole(task, "train"):
+    count += 1
+    for name in most:
+      most[name] = max(most[name], int(np.size(example[name])))
   return count, most

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from typing import Any
 
+from fat5_jax import fetched
 from fat5_jax.loggers import metrics as metrics_lib
 
 
@@ -59,7 +60,7 @@ class FineTuned:
   @property
   def plot(self) -> str:
     """The path of curves.png: loss, rate and metrics over steps."""
-    path = os.path.join(self.folder, "curves.png")
+    path = fetched.local(os.path.join(self.folder, "curves.png"))
     if not os.path.exists(path):
       metrics_lib.plot(self._rows(), path)
     return path

@@ -64,8 +64,8 @@ def load(
     if attention is not None:
       config = config.replace(attention_implementation=attention)
     if isinstance(vocabulary, (str, os.PathLike)):
-      sources.expand(os.fspath(vocabulary))
-      vocabulary = seqio.SentencePieceVocabulary(os.fspath(vocabulary), 100)
+      [path_here] = sources.expand(os.fspath(vocabulary))
+      vocabulary = seqio.SentencePieceVocabulary(path_here, 100)
     elif not isinstance(vocabulary, (seqio.Vocabulary, type(None))):
       raise UserError(
         f"vocabulary is a {type(vocabulary).__name__}, and must be a"

@@ -11,7 +11,7 @@ import flax.linen as nn
 import optax
 import seqio
 
-from fat5_jax import console, trees
+from fat5_jax import console, storage, trees
 from fat5_jax import train as train_command
 from fat5_jax.api import data, training
 from fat5_jax.api.asking import CLASSIFIERS, Asks
@@ -275,6 +275,7 @@ class Model(Asks):
     dropout: float = 0.1,
     seed: int = 42,
     pack: bool | None = None,
+    buckets: int | Sequence[Any] | None = None,
     skip_bad_rows: bool = False,
     scan_layers: bool = False,
     remat_policy: str | tuple[str, ...] = "none",
@@ -316,7 +317,9 @@ class Model(Asks):
       max_target_tokens: likewise.
       dropout: of the model.
       seed: of fresh parameters, order and dropout.
-      pack: several examples a row; None is True for language models.
+      pack: several examples a row; None is True for language models, where
+        there are no buckets.
+      buckets: rows of about one length together: how many lengths, or which.
       skip_bad_rows: leaves out rows that would be an error.
       scan_layers: compiles one layer, not all of them.
       remat_policy: what is computed again in the backward pass, to save memory:
@@ -325,7 +328,7 @@ class Model(Asks):
       keep: checkpoints that stay; None all.
       **more: fields of training.run.Run: eval_period (1000, 0 for one at the
         end only), eval_steps (20), stats_period, z_loss, label_smoothing,
-        loss_normalizing_factor, num_microbatches, data_shards.
+        loss_normalizing_factor, num_microbatches.
 
     Of a model that was fine-tuned before, optimizer and steps count on, as
     where gin starts from a run folder.
@@ -348,6 +351,7 @@ class Model(Asks):
         optimizer=optimizer,
         seed=seed,
         pack=pack,
+        buckets=buckets,
         checkpoint_period=checkpoint_period,
         keep=keep,
       )
@@ -445,7 +449,7 @@ class Model(Asks):
         say=console.say,
       )
       export_lib.export(self.path, os.fspath(folder), how)
-      return os.path.abspath(os.path.expanduser(os.fspath(folder)))
+      return storage.absolute(os.fspath(folder))
 
 
 def _folder(run_folder: Any) -> tuple[str, Any]:
@@ -460,4 +464,4 @@ def _folder(run_folder: Any) -> tuple[str, Any]:
     raise UserError(
       f"run_folder is a {type(run_folder).__name__}, and must name a folder"
     )
-  return os.path.abspath(os.path.expanduser(os.fspath(run_folder))), None
+  return storage.absolute(os.fspath(run_folder)), None

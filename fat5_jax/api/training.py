@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 import dataclasses
 import math
 from typing import Any
@@ -25,7 +26,7 @@ LORA_TRAINABLE = r"lora_|^head/|^classifier/|^prompt_embedder/"
 # Fields of Run that a call may set besides: gin's macros of the same names.
 RUN_FIELDS = (
   *("eval_steps", "eval_period", "stats_period", "z_loss", "label_smoothing"),
-  *("loss_normalizing_factor", "num_microbatches", "data_shards"),
+  *("loss_normalizing_factor", "num_microbatches"),
 )
 
 
@@ -42,6 +43,7 @@ class Wanted:
   optimizer: Any = None
   seed: int = 42
   pack: bool | None = None
+  buckets: int | Sequence[Any] | None = None
   checkpoint_period: int = 1000
   keep: int | None = 3
 
@@ -60,6 +62,7 @@ class Wanted:
       ("MAX_INPUT_LENGTH", "max_input_tokens"),
       ("MAX_OUTPUT_LENGTH", "max_target_tokens"),
       ("PACK", "pack"),
+      ("BUCKETS", "buckets"),
     ):
       if getattr(self, name) is not None:
         macros.check(macro, getattr(self, name), name)
@@ -110,7 +113,7 @@ def make_run(
   pack = wanted.pack
   if pack is None:
     # A label, or an embedding, is one row an example.
-    pack = kind == "language_model"
+    pack = kind == "language_model" and wanted.buckets is None
   train = pipeline.DatasetConfig(
     task,
     lengths,
@@ -119,6 +122,7 @@ def make_run(
     shuffle=True,
     seed=wanted.seed,
     pack=pack,
+    buckets=wanted.buckets,
   )
   same = {"shuffle": False, "split": validation}
   generation_lengths = None if is_text else lengths
@@ -137,6 +141,7 @@ def make_run(
       **same,
       seed=42,
       pack=False,
+      buckets=None,
       task_feature_lengths=generation_lengths,
     ),
     checkpoint_cfg=CheckpointConfig(
@@ -188,11 +193,10 @@ def _sizes(
 
 
 def _steps(train: pipeline.DatasetConfig, epochs: float) -> int:
-  """Steps of so many passes over the training rows, as they are packed."""
+  """Steps of so many passes over the training rows."""
   if isinstance(train.task(), seqio.Mixture):
     raise UserError("epochs: a mixture has no end; give steps")
-  rows = pipeline.count_rows(train)
-  return max(1, math.ceil(rows * epochs / train.batch_size))
+  return max(1, math.ceil(pipeline.count_batches(train) * epochs))
 
 
 def _optimizer(wanted: Wanted, config: Any) -> optax.GradientTransformation:

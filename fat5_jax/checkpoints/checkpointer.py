@@ -10,6 +10,7 @@ any number of hosts; the files beside it are written by host 0.
 from __future__ import annotations
 
 import contextlib
+import copy
 import dataclasses
 import errno
 import functools
@@ -24,8 +25,8 @@ from jax.experimental import multihost_utils
 import numpy as np
 import orbax.checkpoint as ocp
 
-from fat5_jax import macros
-from fat5_jax.checkpoints import history, integrity, layout
+from fat5_jax import macros, storage
+from fat5_jax.checkpoints import bucket, history, integrity, layout
 from fat5_jax.convert import plain_files
 from fat5_jax.distributed.sharding import Partitioner
 from fat5_jax.errors import UserError
@@ -84,7 +85,7 @@ def _without_wildcards(folder: str):
   orbax looks for its own files with glob, to which `[1]` is a pattern: it finds
   none, and leaves a checkpoint without its index.
   """
-  if not glob.has_magic(folder):
+  if not glob.has_magic(folder) or storage.is_remote(folder):
     yield folder
     return
   with tempfile.TemporaryDirectory(prefix="fat5_jax_") as scratch:
@@ -102,6 +103,11 @@ def _reason(error: BaseException) -> str:
     if os.strerror(number) in text:
       return os.strerror(number)
   return text.split(" [source locations")[0][:300]
+
+
+def _is_there(folder: str) -> bool:
+  # A bucket may be why it is asked for; what was saved there stays.
+  return storage.is_remote(folder) or os.path.isdir(folder)
 
 
 @functools.cache
@@ -124,7 +130,8 @@ class Checkpointer:
   """Saves and restores a run, asynchronously, keeping the latest few.
 
   Every step is a folder of its own, which gets its name when all of it is on
-  disk, read back, and summed (integrity.py).
+  disk, read back, and summed (integrity.py). In a bucket it is bucket.py that
+  writes it.
   """
 
   def __init__(self, model_dir: str, config: SaveCheckpointConfig):
@@ -136,7 +143,10 @@ class Checkpointer:
     self._there = self._opened.enter_context(_without_wildcards(model_dir))
     if jax.process_index() == 0:
       history.remove_unfinished(model_dir)
-    self._orbax = ocp.AsyncCheckpointer(
+    if storage.is_remote(model_dir):
+      self._saver: Any = bucket.Saver()
+      return
+    self._saver = ocp.AsyncCheckpointer(
       ocp.CompositeCheckpointHandler(),
       async_options=ocp.options.AsyncOptions(
         # Host 0 reads all of a checkpoint back; the others wait.
@@ -170,6 +180,8 @@ class Checkpointer:
   def save(self, step: int, params, opt_state, data: dict[str, Any]) -> None:
     """Starts a save; waits for an earlier one first. A saved step is left.
 
+    The caller may go on with `data`: it is saved as it is now.
+
     Raises:
       UserError: if the earlier one, or this one, cannot be written.
     """
@@ -177,18 +189,19 @@ class Checkpointer:
     if self._last == step:
       return
     self._saving = step
+    data = copy.deepcopy(data)  # Written in the background.
+    folder = os.path.join(self._there, f"checkpoint_{step}")
+    items = {
+      "params": layer_stack.unstack(params, layout.to_hosts),
+      "optimizer": layer_stack.unstack(opt_state, layout.to_hosts),
+    }
     with self._explaining():
-      self._orbax.save(
-        os.path.join(self._there, f"checkpoint_{step}"),
-        args=ocp.args.Composite(
-          params=ocp.args.StandardSave(
-            layer_stack.unstack(params, layout.to_hosts)
-          ),
-          optimizer=ocp.args.StandardSave(
-            layer_stack.unstack(opt_state, layout.to_hosts)
-          ),
-          data=ocp.args.JsonSave(data),
-        ),
+      if isinstance(self._saver, bucket.Saver):
+        self._saver.save(folder, items, data)
+        return
+      args = {name: ocp.args.StandardSave(x) for name, x in items.items()}
+      self._saver.save(
+        folder, args=ocp.args.Composite(data=ocp.args.JsonSave(data), **args)
       )
 
   def _seal(self) -> None:
@@ -216,6 +229,8 @@ class Checkpointer:
           partitioner.place(layout.to_disk_layout(opt_state), on_disk),
         ),
       }
+    except storage.StorageError:
+      raise
     except (ValueError, KeyError, TypeError) as e:
       raise UserError(
         f"{self._folder}: the optimizer of step {step} is that of"
@@ -236,12 +251,13 @@ class Checkpointer:
       UserError: if it could not be written.
     """
     with self._explaining():
-      self._orbax.wait_until_finished()
+      self._saver.wait_until_finished()
     if self._saving is None:
       return
     self._last, self._saving = self._saving, None
     if jax.process_index() == 0:
-      plain_files.sync_folder(self._folder)
+      if not storage.is_remote(self._folder):
+        plain_files.sync_folder(self._folder)
       history.drop_old(self._folder, self._keep)
 
   @contextlib.contextmanager
@@ -249,6 +265,12 @@ class Checkpointer:
     """A save that fails is a disk that is full, gone or read-only."""
     try:
       yield
+    except storage.StorageError as e:
+      step, self._saving = self._saving, None
+      raise UserError(
+        f"the checkpoint of step {step} could not be written: {e}."
+        f" {self.last_good()}"
+      ) from None
     except UserError:
       raise
     except Exception as e:
@@ -262,7 +284,7 @@ class Checkpointer:
     if self._last is None:
       return "There is no earlier one"
     path = os.path.join(self._folder, f"checkpoint_{self._last}")
-    if not os.path.isdir(path):
+    if not _is_there(path):
       return f"The last good checkpoint, step {self._last}, is gone too"
     return f"The last good checkpoint is step {self._last} and untouched"
 
@@ -272,7 +294,7 @@ class Checkpointer:
       self.wait()
     finally:
       with contextlib.suppress(Exception):
-        self._orbax.close()
+        self._saver.close()
       self._opened.close()
 
   def __enter__(self) -> Checkpointer:

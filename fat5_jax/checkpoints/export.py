@@ -11,6 +11,7 @@ import os
 import re
 from typing import Any
 
+from fat5_jax import fetched, hub, storage
 from fat5_jax.checkpoints import (
   export_checks,
   history,
@@ -76,15 +77,13 @@ def export(path: str, dest: str, how: Export = Export()) -> None:
       for a folder that may not be replaced, and if anything differs.
   """
   source = reference.find(path)
-  source = dataclasses.replace(
-    source, overrides=how.overrides, base=how.base or source.base
-  )
+  base = fetched.local(how.base) if how.base else source.base
+  source = dataclasses.replace(source, overrides=how.overrides, base=base)
   to = how.to or ("hf" if source.kind == "fat5" else "fat5")
-  dest = os.path.abspath(os.path.expanduser(dest))
-  if os.path.exists(dest) and os.path.samefile(source.run_dir, dest):
+  dest = storage.absolute(dest)
+  if _same_folder(source.run_dir, dest):
     raise UserError(f"{dest}: source and destination are the same folder")
-  inside = os.path.realpath(source.path) + os.sep
-  if inside.startswith(os.path.realpath(dest) + os.sep):
+  if f"{_real(source.path)}{os.sep}".startswith(f"{_real(dest)}{os.sep}"):
     raise UserError(
       f"{dest}: the source is inside of it, and would be replaced with it;"
       " choose another destination"
@@ -108,7 +107,7 @@ def export(path: str, dest: str, how: Export = Export()) -> None:
   )
   if how.optimizer and (to != "fat5" or source.kind not in ("t5x", "mesh_tf")):
     raise UserError("--optimizer is for T5X and Mesh TensorFlow, --to fat5")
-  if to == "fat5" and os.path.isdir(dest) and history.steps(dest):
+  if to == "fat5" and history.steps(dest):
     raise UserError(f"{dest}: holds checkpoints already")
   if config.lora is not None and to not in ("fat5", "peft"):
     how.say("LoRA is merged into the kernels")
@@ -122,6 +121,18 @@ def export(path: str, dest: str, how: Export = Export()) -> None:
   how.say(f"{dest}: written as {formats.NAMES.get(to, to)}")
   for line in filter(None, said):
     how.say(line)
+
+
+def _real(path: str) -> str:
+  """A path that all links are followed in; an address is itself."""
+  path = fetched.address_of(path) if not storage.is_remote(path) else path
+  return path if storage.is_remote(path) else os.path.realpath(path)
+
+
+def _same_folder(first: str, second: str) -> bool:
+  if storage.is_remote(_real(first)) or storage.is_remote(second):
+    return _real(first) == second
+  return os.path.exists(second) and os.path.samefile(first, second)
 
 
 def _write(source, config, leaves, dest, to, how) -> None:
@@ -174,16 +185,20 @@ def _to_fat5(source, config, leaves, dest, how) -> None:
 def _base_of(source) -> str:
   """Where the run that trained an adapter started: as gin, or Python, said."""
   path = os.path.join(source.run_dir, "config.gin")
-  if os.path.exists(path):
+  if storage.exists(path):
     found = re.search(
       r"INITIAL_CHECKPOINT_PATH(?:/macro\.value)? = \\?\s*'([^']+)'",
       plain_files.read_text(path),
     )
     if found:
-      # A folder is found again from anywhere; a name stays one.
+      # A folder is found again from anywhere; a name stays one. PEFT knows a
+      # model of the hub by its name.
+      if hub.is_there(found[1]):
+        return hub.name(found[1])
       path = os.path.abspath(os.path.expanduser(found[1]))
       return path if os.path.isdir(path) else found[1]
-  return (run_record.read_or_none(source.run_dir) or {}).get("base") or ""
+  record = run_record.read_or_none(source.run_dir) or {}
+  return hub.name(record.get("base") or "")
 
 
 def _has_tokenizer(folder: str) -> bool:

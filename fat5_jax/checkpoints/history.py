@@ -9,8 +9,8 @@ import os
 import re
 import shutil
 
-from fat5_jax import console
-from fat5_jax.checkpoints import integrity
+from fat5_jax import console, storage
+from fat5_jax.checkpoints import bucket, integrity
 from fat5_jax.convert import plain_files
 from fat5_jax.errors import UserError
 
@@ -21,10 +21,12 @@ DAMAGED = "damaged"
 
 def steps(model_dir: str) -> list[int]:
   """The steps of the complete checkpoints in a run folder, ascending."""
-  if not os.path.isdir(model_dir):
-    return []
-  matches = map(STEP_FOLDER.match, os.listdir(model_dir))
-  return sorted(int(match[1]) for match in matches if match)
+  matches = map(STEP_FOLDER.match, storage.names(model_dir))
+  found = sorted(int(match[1]) for match in matches if match)
+  if storage.is_remote(model_dir):
+    folder_of = lambda step: f"{model_dir}/checkpoint_{step}"
+    found = [n for n in found if integrity.has_checksums(folder_of(n))]
+  return found
 
 
 def latest_whole(
@@ -82,11 +84,21 @@ def put_aside(model_dir: str, step: int) -> None:
   """Takes a damaged checkpoint's name, so that the step can be saved anew."""
   path = os.path.join(model_dir, f"checkpoint_{step}")
   free = (f"{path}.{DAMAGED}{n or ''}" for n in itertools.count())
-  os.rename(path, next(name for name in free if not os.path.exists(name)))
+  target = next(name for name in free if not storage.exists(name))
+  if storage.is_remote(path):
+    bucket.put_aside(path, target)
+  else:
+    os.rename(path, target)
 
 
 def remove_unfinished(model_dir: str) -> None:
   """What a process that was killed had begun to write, or to remove."""
+  if storage.is_remote(model_dir):
+    for name in storage.names(model_dir):
+      folder = f"{model_dir}/{name}"
+      if STEP_FOLDER.match(name) and bucket.is_unfinished(folder):
+        bucket.remove(folder)
+    return
   for entry in list(os.scandir(model_dir)):
     if entry.name.startswith(plain_files.SCRATCH) or _UNFINISHED.match(
       entry.name
@@ -101,6 +113,9 @@ def drop_old(model_dir: str, keep: int | None) -> None:
   """Removes what is beyond `keep`; a name is gone before its files are."""
   for step in steps(model_dir)[:-keep] if keep else []:
     folder = os.path.join(model_dir, f"checkpoint_{step}")
+    if storage.is_remote(folder):
+      bucket.remove(folder)
+      continue
     leaving = os.path.join(model_dir, f"{plain_files.SCRATCH}checkpoint_{step}")
     os.rename(folder, leaving)
     shutil.rmtree(leaving, ignore_errors=True)

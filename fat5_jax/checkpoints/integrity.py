@@ -2,7 +2,9 @@
 
 `checksums.json` is written into a checkpoint's folder before the folder gets
 its name, so a checkpoint has it or is none. A checkpoint without one is of an
-older version, or of another program: of it only the structure is known.
+older version, or of another program: of it only the structure is known. In a
+bucket, where a folder has its name from the first, it is written last, and what
+has none is no checkpoint.
 """
 
 from __future__ import annotations
@@ -10,18 +12,19 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 import concurrent.futures
 import contextlib
+import errno
 import functools
 import json
 import os
 from typing import Any
 
+from fat5_jax import storage
 from fat5_jax.convert import orbax_files, plain_files
 from fat5_jax.errors import UserError
 
 NAME = "checksums.json"
 # Of the file; raised when what it says changes.
 _FORMAT = 1
-_PIECE = 2**24
 # Reads overlap; a hash is faster than most disks.
 _THREADS = 4
 ITEMS = ("params", "optimizer", "data")
@@ -35,7 +38,7 @@ def write(folder: str) -> None:
     UserError: if what lies there cannot be read back.
   """
   for item in ITEMS:
-    if os.path.isdir(os.path.join(folder, item)):
+    if storage.is_folder(os.path.join(folder, item)):
       _check_structure(folder, item)
   names = list(_files(folder))
   with concurrent.futures.ThreadPoolExecutor(_THREADS) as threads:
@@ -43,6 +46,9 @@ def write(folder: str) -> None:
     found = dict(zip(names, threads.map(_sync_and_sum, paths)))
   path = os.path.join(folder, NAME)
   value = {"format": _FORMAT, "sum": _sum_of_sums(found), "files": found}
+  if storage.is_remote(path):
+    storage.write(path, json.dumps(value, indent=1).encode())
+    return
   with open(path, "w", encoding="utf-8") as file:
     json.dump(value, file, indent=1)
     file.flush()
@@ -59,24 +65,33 @@ def problem(folder: str, items: Iterable[str] = ITEMS) -> str | None:
   Args:
     folder: of the checkpoint.
     items: those that will be read; every one must be there.
+
+  Raises:
+    StorageError: if its store does not answer.
   """
-  stamp = 0
+  stamp: Any = 0
   with contextlib.suppress(OSError):
-    stamp = os.stat(os.path.join(folder, NAME)).st_mtime_ns
+    path = os.path.join(folder, NAME)
+    if storage.is_remote(path):
+      stamp = storage.states(path)[""]
+    else:
+      stamp = os.stat(path).st_mtime_ns
   return _problem(folder, tuple(items), stamp)
 
 
 @functools.lru_cache
-def _problem(folder: str, items: tuple[str, ...], stamp: int) -> str | None:
+def _problem(folder: str, items: tuple[str, ...], stamp: Any) -> str | None:
   del stamp
   for item in items:
-    if not os.path.isdir(os.path.join(folder, item)):
+    if not storage.is_folder(os.path.join(folder, item)):
       return f"{item} is missing"
   try:
     known = _read(os.path.join(folder, NAME))
     for item in items:
       # What is named in it is there in full, whatever the sums cover.
       _check_structure(folder, item)
+  except storage.StorageError:
+    raise
   except (UserError, OSError, ValueError, KeyError, TypeError) as e:
     return _one_line(e)
   if known is None:
@@ -105,13 +120,16 @@ def items_of(folder: str) -> tuple[set[str], bool]:
   Raises:
     UserError: if the file of the checksums is damaged.
   """
-  there = {x for x in ITEMS if os.path.isdir(os.path.join(folder, x))}
+  there = {x for x in ITEMS if storage.is_folder(os.path.join(folder, x))}
   known = _read(os.path.join(folder, NAME))
   return there | {n.split("/")[0] for n in known or ()}, known is not None
 
 
 def has_checksums(folder: str) -> bool:
-  return os.path.lexists(os.path.join(folder, NAME))
+  path = os.path.join(folder, NAME)
+  return (
+    storage.exists(path) if storage.is_remote(path) else (os.path.lexists(path))
+  )
 
 
 def _files(folder: str) -> Iterator[str]:
@@ -120,6 +138,10 @@ def _files(folder: str) -> Iterator[str]:
   What orbax keeps beside them it writes again when the folder gets its name;
   nothing is read of it.
   """
+  if storage.is_remote(folder):
+    found = sorted(storage.files(folder))
+    yield from (name for name in found if name.split("/")[0] in ITEMS)
+    return
   for item in ITEMS:
     for where, _, names in os.walk(os.path.join(folder, item)):
       for name in sorted(names):
@@ -128,29 +150,30 @@ def _files(folder: str) -> Iterator[str]:
 
 
 def _sync_and_sum(path: str) -> dict[str, Any]:
-  with open(path, "rb") as file:
-    os.fsync(file.fileno())
-    return _sum(file)
+  if not storage.is_remote(path):
+    with open(path, "rb") as file:
+      os.fsync(file.fileno())
+  return _sum(path)
 
 
-def _sum(file) -> dict[str, Any]:
+def _sum(path: str) -> dict[str, Any]:
   import xxhash  # A digest as fast as memory; it is no seal against forgery.
 
   digest, size = xxhash.xxh3_128(), 0
-  while piece := file.read(_PIECE):
+  for piece in storage.pieces(path):
     digest.update(piece)
     size += len(piece)
   return {"bytes": size, "xxh3_128": digest.hexdigest()}
 
 
 def _difference(folder: str, name: str, entry: dict[str, Any]) -> str | None:
+  path = os.path.join(folder, name)
   try:
-    with open(os.path.join(folder, name), "rb") as file:
-      size = os.fstat(file.fileno()).st_size
-      if size != entry["bytes"]:
-        return f"{name} has {size:,} bytes, {entry['bytes']:,} were written"
-      if _sum(file) != entry:
-        return f"{name} holds other bytes than were written"
+    size = storage.size_of(path)
+    if size != entry["bytes"]:
+      return f"{name} has {size:,} bytes, {entry['bytes']:,} were written"
+    if _sum(path) != entry:
+      return f"{name} holds other bytes than were written"
   except FileNotFoundError:
     return f"{name} is missing"
   except OSError as e:
@@ -161,10 +184,11 @@ def _difference(folder: str, name: str, entry: dict[str, Any]) -> str | None:
 def _read(path: str) -> dict[str, dict[str, Any]] | None:
   """The sums in a file, checked; None where there is no such file."""
   try:
-    with open(path, encoding="utf-8") as file:
-      found = json.load(file)
+    found = json.loads(storage.read(path))
   except FileNotFoundError:
     return None
+  except storage.StorageError:
+    raise
   except (ValueError, OSError) as e:
     raise UserError(f"{NAME} cannot be read: {_one_line(e)}") from None
   if not isinstance(found, dict) or not isinstance(found.get("files"), dict):
@@ -207,10 +231,11 @@ def read_data(folder: str) -> dict[str, Any]:
   """
   path = os.path.join(folder, "data", "metadata")
   try:
-    with open(path, encoding="utf-8") as file:
-      found = json.load(file)
+    found = json.loads(storage.read(path))
     if not isinstance(found, dict):
       raise ValueError("it is no table")
+  except storage.StorageError:
+    raise
   except (OSError, ValueError) as e:
     raise UserError(f"data/metadata: {_one_line(e)}") from None
   return found
@@ -219,4 +244,6 @@ def read_data(folder: str) -> dict[str, Any]:
 def _one_line(error: Exception) -> str:
   if isinstance(error, OSError) and error.strerror:
     return error.strerror
+  if isinstance(error, FileNotFoundError):
+    return os.strerror(errno.ENOENT)  # An object's has no words.
   return " ".join(str(error).split())[:300] or type(error).__name__

@@ -9,7 +9,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from fat5_jax import trees
+from fat5_jax import storage, trees
 from fat5_jax.checkpoints import integrity, layout
 from fat5_jax.checkpoints.load import put
 from fat5_jax.checkpoints.reference import SLOT_READERS, CheckpointRef
@@ -52,6 +52,8 @@ def load_optimizer(
     try:
       path = os.path.join(source.path, "optimizer")
       found = layout.open_item(path, on_disk)
+    except storage.StorageError:
+      raise
     except (ValueError, KeyError, TypeError) as e:
       raise OtherOptimizerError(
         f"{source.path} holds the state of another optimizer than the gin file"
@@ -69,6 +71,8 @@ def _adafactor_reads(source: CheckpointRef, on_disk: Any) -> Any:
     raise OtherOptimizerError("the checkpoint's is Adafactor, the run's is not")
   try:
     step, slots = SLOT_READERS[source.kind].open_slots(source.path)
+  except storage.StorageError:
+    raise
   except UserError as e:
     raise OtherOptimizerError(str(e)) from None
   reads = {"count": functools.partial(put, parts[0].count, _counter(step))}

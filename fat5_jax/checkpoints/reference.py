@@ -10,6 +10,7 @@ import os
 import re
 from typing import Any
 
+from fat5_jax import fetched, hub, storage
 from fat5_jax.checkpoints import history, integrity, run_record
 from fat5_jax.convert import formats, mesh_tf, orbax_files, t5x, table
 from fat5_jax.errors import UserError
@@ -40,7 +41,7 @@ class CheckpointRef:
     """Whether it counts steps, and holds what an optimizer keeps."""
     return self.kind in SLOT_READERS or (
       self.kind == "fat5"
-      and os.path.isdir(os.path.join(self.path, "optimizer"))
+      and storage.is_folder(os.path.join(self.path, "optimizer"))
     )
 
   @property
@@ -56,20 +57,23 @@ _HUB_NAME = re.compile(r"([\w.-]+/)?[\w-][\w.-]*$")
 
 
 def find(path: str) -> CheckpointRef:
-  """What lies at a path: a run folder (its latest checkpoint), one checkpoint
-  of a run, or a checkpoint of another library.
+  """What lies at a path or an address: a run folder (its latest checkpoint),
+  one checkpoint of a run, or a checkpoint of another library, of which there is
+  a copy on this machine then.
 
   Raises:
     UserError: if it is none of these.
   """
-  given, path = path, os.path.abspath(os.path.expanduser(path))
-  if not os.path.exists(path) and formats.find(path) is None:
+  given, path = path, storage.absolute(path)
+  if hub.is_there(path):
+    path = fetched.local(path)
+  is_here = not storage.is_remote(path)
+  if is_here and not os.path.exists(path) and formats.find(path) is None:
     hint = ""
     if _HUB_NAME.match(given):
       hint = (
-        f". If {given} is a model of the Hugging Face hub: nothing is"
-        f" downloaded here; get it with `hf download {given} --local-dir"
-        f" {given.split('/')[-1]}` and give that folder"
+        f". If {given} is a model of the Hugging Face hub: hf://{given} is"
+        " fetched from there"
       )
     raise UserError(f"{path}: no such checkpoint{hint}")
   match = history.STEP_FOLDER.match(os.path.basename(path))
@@ -84,7 +88,9 @@ def find(path: str) -> CheckpointRef:
   if own:
     step, _ = history.latest_whole(path, ("params",))
     return CheckpointRef("fat5", os.path.join(path, f"checkpoint_{step}"), step)
-  found = formats.find(path)
+  if storage.is_remote(path) and (other := _of_others(path)) is not None:
+    path = fetched.local(other)
+  found = None if storage.is_remote(path) else formats.find(path)
   if found is not None:
     return CheckpointRef(*found, base=formats.base_of(found))
   raise UserError(
@@ -94,10 +100,26 @@ def find(path: str) -> CheckpointRef:
   )
 
 
+# What tells a folder of another library's: Hugging Face's, PEFT's, T5X's.
+_MARKS = ("config.json", "adapter_config.json", "checkpoint", "state")
+
+
+def _of_others(address: str) -> str | None:
+  """What is copied for a checkpoint of another library; None if none is."""
+  names = storage.names(address)
+  if any(n in _MARKS or n.endswith(".index") for n in names):
+    return address
+  steps = [m for m in map(history.STEP_FOLDER.match, names) if m]
+  if steps:
+    latest = max(steps, key=lambda match: int(match[1]))
+    return _of_others(f"{address}/{latest[0]}")
+  return address if storage.is_file(address) else None
+
+
 def _is_own(folder: str) -> bool:
   """Whether it is one of ours, whole or not: T5X's have the same name."""
   items = [os.path.join(folder, item) for item in integrity.ITEMS]
-  return any(map(os.path.isdir, items)) or integrity.has_checksums(folder)
+  return any(map(storage.is_folder, items)) or integrity.has_checksums(folder)
 
 
 def own_head_record(source: CheckpointRef) -> dict[str, Any] | None:

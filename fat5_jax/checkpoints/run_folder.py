@@ -8,6 +8,7 @@ import tempfile
 
 import jax
 
+from fat5_jax import storage
 from fat5_jax.convert import plain_files
 from fat5_jax.distributed import hosts
 from fat5_jax.errors import UserError
@@ -27,13 +28,11 @@ def prepare_model_dir(model_dir: str) -> str:
   """Makes the folder, and sure that it can be written; its absolute path.
 
   Raises:
-    UserError: if it cannot, or is no folder of a file system.
+    UserError: if it cannot, or is neither a folder of a file system nor one of
+      a bucket.
   """
-  if "://" in model_dir:
-    raise UserError(
-      f"MODEL_DIR {model_dir} is an address, not a folder: mount the bucket"
-      " (gcsfuse, s3fs) on every host and give the folder"
-    )
+  if storage.is_remote(model_dir):
+    return _prepare_bucket(storage.absolute(model_dir))
   model_dir = os.path.abspath(os.path.expanduser(model_dir))
   if "\\" in model_dir:
     raise UserError(
@@ -52,6 +51,20 @@ def prepare_model_dir(model_dir: str) -> str:
   return model_dir
 
 
+def _prepare_bucket(model_dir: str) -> str:
+  storage.kvstore(model_dir)  # Of a kind that holds arrays too.
+  probe = f"{model_dir}/{plain_files.SCRATCH}{secrets.token_hex(8)}"
+  try:
+    storage.write(probe, b"")
+  except FileNotFoundError:
+    raise UserError(
+      f"MODEL_DIR {model_dir}: there is no such bucket; make it first, or"
+      " choose another with --gin.MODEL_DIR=..."
+    ) from None
+  storage.remove(probe)
+  return model_dir
+
+
 def check_shared(model_dir: str) -> None:
   """Raises UserError, naming them, for hosts that see another folder."""
   if hosts.everyone.count == 1:
@@ -60,8 +73,9 @@ def check_shared(model_dir: str) -> None:
   write_atomically(path, secrets.token_hex(8))
   hosts.everyone.agree("MODEL_DIR's path", model_dir)
   try:
-    with open(path, encoding="utf-8") as file:
-      seen = file.read()
-  except OSError:
+    seen = plain_files.read_text(path)
+  except storage.StorageError:
+    raise
+  except UserError:
     seen = "no file of host 0's: it is another folder"
   hosts.everyone.agree("what lies in MODEL_DIR, which all must share", seen)

@@ -7,6 +7,7 @@ import json
 import os
 from typing import Any
 
+from fat5_jax import storage
 from fat5_jax.checkpoints import run_folder
 from fat5_jax.convert import hf, plain_files, table
 from fat5_jax.errors import UserError, nearest
@@ -26,7 +27,8 @@ def read_or_none(folder: str) -> dict[str, Any] | None:
     UserError: if it is damaged, or says what this version does not know.
   """
   path = os.path.join(folder, "model.json")
-  if not os.path.lexists(path):
+  is_there = storage.exists if storage.is_remote(path) else os.path.lexists
+  if not is_there(path):
     return None
   found = plain_files.read_json(path)
   if not isinstance(found.get("model"), dict):

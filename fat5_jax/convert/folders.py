@@ -8,12 +8,15 @@ import os
 import tempfile
 from typing import Any
 
+from fat5_jax import staging, storage
 from fat5_jax.convert import tensor_files, tokenizers
 from fat5_jax.convert.table import Leaf
 from fat5_jax.errors import UserError
 
 # A folder that holds one of these is an earlier export.
 _MARKS = ("config.json", "adapter_config.json")
+# By which a folder is known, the last that is written to a bucket the last.
+_LAST = ("model.json", *_MARKS)
 
 
 @contextlib.contextmanager
@@ -21,7 +24,8 @@ def whole_folder(folder: str, marks: tuple[str, ...] = _MARKS):
   """A new folder that takes the place of `folder` if nothing fails.
 
   Whoever writes it may also look at it there: what raises before the end leaves
-  `folder` as it was.
+  `folder` as it was. To a bucket it goes when it is whole, what tells its kind
+  last: nothing is known there before.
 
   Args:
     folder: where it will be.
@@ -30,8 +34,16 @@ def whole_folder(folder: str, marks: tuple[str, ...] = _MARKS):
   Raises:
     UserError: if `folder` holds something else.
   """
-  folder = os.path.abspath(folder)
+  folder = storage.absolute(folder)
   _check_replaceable(folder, marks)
+  if storage.is_remote(folder):
+    with tempfile.TemporaryDirectory(prefix="fat5_jax_") as scratch:
+      target = os.path.join(scratch, "new")
+      os.mkdir(target)
+      yield target
+      _check_replaceable(folder, marks)
+      staging.upload_folder(target, folder, _LAST)
+    return
   with (
     _parent(folder) as parent,
     tempfile.TemporaryDirectory(dir=parent, prefix=".export-") as scratch,
@@ -80,11 +92,12 @@ def _parent(folder: str):
 
 
 def _check_replaceable(folder: str, marks: tuple[str, ...]) -> None:
-  if not os.path.lexists(folder):
+  is_there = storage.exists if storage.is_remote(folder) else os.path.lexists
+  if not is_there(folder):
     return
-  if not os.path.isdir(folder):
+  if not storage.is_folder(folder):
     raise UserError(f"{folder}: exists and is no folder")
-  found = os.listdir(folder)
+  found = storage.names(folder)
   if found and not set(found) & set(marks):
     what = "no Hugging Face folder" if marks else "not empty"
     raise UserError(f"{folder}: exists and is {what}")

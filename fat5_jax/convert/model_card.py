@@ -12,6 +12,7 @@ import os
 import re
 from typing import Any
 
+from fat5_jax import hub, storage
 from fat5_jax.convert import hf_heads, plain_files, tensor_files
 from fat5_jax.errors import UserError
 from fat5_jax.models.config import HeadConfig, T5Config
@@ -45,17 +46,17 @@ def facts_of_run(run_dir: str) -> dict[str, Any]:
   """What the files of a run folder tell; what is not there is left out."""
   facts: dict[str, Any] = {}
   path = os.path.join(run_dir, "model.json")
-  if os.path.exists(path):
+  if storage.exists(path):
     model = tensor_files.read_json(path)
     for key in ("task", "base", "random_seed"):
       if model.get(key) is not None:
         facts[key] = model[key]
     _check_task(facts.get("task"), path)
   path = os.path.join(run_dir, "config.gin")
-  if os.path.exists(path):
+  if storage.exists(path):
     facts["settings"] = _settings(plain_files.read_text(path))
   path = os.path.join(run_dir, "metrics.csv")
-  if os.path.exists(path):
+  if storage.exists(path):
     lines = plain_files.read_text(path).splitlines(keepends=True)
     try:
       facts["metrics"] = _last_metrics(csv.DictReader(lines))
@@ -65,6 +66,8 @@ def facts_of_run(run_dir: str) -> dict[str, Any]:
     "settings", {}
   ):
     facts["base"] = facts["settings"]["INITIAL_CHECKPOINT_PATH"].strip("'\"")
+  if isinstance(facts.get("base"), str):
+    facts["base"] = hub.name(facts["base"])
   return facts
 
 

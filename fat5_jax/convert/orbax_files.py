@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+from collections.abc import Callable
 import math
 import os
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 import numpy as np
 import tensorstore as ts
 
+from fat5_jax import storage
 from fat5_jax.convert import plain_files
 from fat5_jax.convert.table import Leaf, Leaves
 from fat5_jax.errors import UserError
@@ -34,7 +36,8 @@ def read_item(folder: str) -> Leaves:
     raise UserError(f"{path}: not orbax's metadata: no tree_metadata")
   driver = "zarr3" if metadata.get("use_zarr3") else "zarr"
   stored = plain_files.tree_bytes(folder)
-  found = {}
+  is_ocdbt = storage.exists(os.path.join(folder, "manifest.ocdbt"))
+  opening = {}
   for key, entry in entries.items():
     where = _path_of(key, path)
     kind = entry.get("value_metadata") if isinstance(entry, dict) else None
@@ -43,17 +46,14 @@ def read_item(folder: str) -> Leaves:
       continue  # An empty node of the tree.
     name = ".".join(where)
     plain_files.beside(folder, name, path)
-    if os.path.exists(os.path.join(folder, "manifest.ocdbt")):
-      store = {
-        "driver": "ocdbt",
-        # As parts: in an address, `?` and `%` of a path would mean something.
-        "base": {"driver": "file", "path": os.path.abspath(folder) + "/"},
-        "path": f"{name}/",
-      }
+    if is_ocdbt:
+      base = storage.kvstore(folder)
+      store = {"driver": "ocdbt", "base": base, "path": f"{name}/"}
     else:
-      store = {"driver": "file", "path": os.path.join(folder, name) + "/"}
-    found[where] = array(driver, store, f"{folder}: {name}", stored)
-  return found
+      store = storage.kvstore(os.path.join(folder, name))
+    # Many at a time: each asks a bucket several times.
+    opening[where] = begin_array(driver, store, f"{folder}: {name}", stored)
+  return {where: finish() for where, finish in opening.items()}
 
 
 def _path_of(key: str, where: str) -> tuple[str, ...]:
@@ -74,7 +74,14 @@ def _path_of(key: str, where: str) -> tuple[str, ...]:
 
 
 def array(driver: str, store: dict, where: str, stored: int) -> Leaf:
-  """One array of a key-value store.
+  """One array of a key-value store; see begin_array."""
+  return begin_array(driver, store, where, stored)()
+
+
+def begin_array(
+  driver: str, store: dict, where: str, stored: int
+) -> Callable[[], Leaf]:
+  """Begins to open an array of a key-value store; a function that ends it.
 
   Args:
     driver: tensorstore's name of the format.
@@ -82,36 +89,49 @@ def array(driver: str, store: dict, where: str, stored: int) -> Leaf:
     where: for messages.
     stored: bytes of all that is stored there.
 
-  Raises:
-    UserError: if it is not there, larger than what is stored can tell, or (when
-      read) damaged.
+  Returns:
+    A function that returns the array. It raises UserError if there is none, if
+    it is larger than what is stored can tell, or (when read) damaged.
   """
   spec = {"driver": driver, "kvstore": store}
+  context = storage.tensorstore_context()
 
   def opened():
-    return ts.open(spec, open=True, read=True).result()
+    return ts.open(spec, open=True, read=True, context=context)
 
   # tensorstore gives the errors of its own code many types.
   def read(part=...) -> np.ndarray:
     try:
-      return np.asarray(opened()[part].read().result())
+      return np.asarray(opened().result()[part].read().result())
     except Exception as e:
-      raise UserError(f"{where}: damaged: {_first_line(e)}") from None
+      raise _told(e, f"{where}: damaged") from None
 
   try:
-    found = opened()
-    shape, dtype = tuple(map(int, found.shape)), found.dtype
-    chunk = found.chunk_layout.read_chunk.shape or shape
-    itemsize = dtype.numpy_dtype.itemsize
+    begun = opened()
   except Exception as e:
-    raise UserError(f"{where}: cannot be opened: {_first_line(e)}") from None
-  largest = max(math.prod(shape), math.prod(map(int, chunk))) * itemsize
-  if largest > stored * _MOST_A_BYTE:
-    raise UserError(
-      f"{where}: damaged: {largest} bytes are told in {stored} bytes of files"
-    )
-  return Leaf(shape, dtype.name, read, read)
+    raise _told(e, f"{where}: cannot be opened") from None
+
+  def finish() -> Leaf:
+    try:
+      found = begun.result()
+      shape, dtype = tuple(map(int, found.shape)), found.dtype
+      chunk = found.chunk_layout.read_chunk.shape or shape
+      itemsize = dtype.numpy_dtype.itemsize
+    except Exception as e:
+      raise _told(e, f"{where}: cannot be opened") from None
+    largest = max(math.prod(shape), math.prod(map(int, chunk))) * itemsize
+    if largest > stored * _MOST_A_BYTE:
+      raise UserError(
+        f"{where}: damaged: {largest} bytes are told in {stored} bytes of files"
+      )
+    return Leaf(shape, dtype.name, read, read)
+
+  return finish
 
 
-def _first_line(error: Exception) -> str:
-  return str(error).splitlines()[0][:300] if str(error) else repr(error)
+def _told(error: Exception, what: str) -> UserError:
+  text = str(error).splitlines()[0][:300] if str(error) else repr(error)
+  # Of a bucket, after tensorstore's own tries.
+  if text.startswith(("UNAVAILABLE", "DEADLINE_EXCEEDED", "ABORTED")):
+    return storage.StorageError(f"not reached: {text}")
+  return UserError(f"{what}: {text}")

@@ -8,6 +8,7 @@ import stat
 import tempfile
 from typing import Any
 
+from fat5_jax import storage
 from fat5_jax.errors import UserError
 
 # Begins the names of what is not finished.
@@ -20,6 +21,10 @@ def check_regular(path: str) -> None:
   The hub's cache links its files to where they are; a pipe or a device would be
   read without end.
   """
+  if storage.is_remote(path):
+    if not storage.is_file(path):
+      raise UserError(f"{path}: no such file")
+    return
   try:
     mode = os.stat(path).st_mode
   except FileNotFoundError:
@@ -32,7 +37,12 @@ def check_regular(path: str) -> None:
 
 
 def read_bytes(path: str) -> bytes:
-  """All of a plain file."""
+  """All of a plain file, at an address too."""
+  if storage.is_remote(path):
+    try:
+      return storage.read(path)
+    except FileNotFoundError:
+      raise UserError(f"{path}: no such file") from None
   check_regular(path)
   try:
     with open(path, "rb") as file:
@@ -99,6 +109,8 @@ def tree_bytes(folder: str) -> int:
   Raises:
     UserError: if there is anything that is no file and no folder.
   """
+  if storage.is_remote(folder):
+    return sum(storage.files(folder).values())
   total = 0
   for here, _, names in os.walk(folder):
     for name in names:
@@ -113,6 +125,9 @@ def replace_with(path: str, data: bytes) -> None:
 
   A reader, or a crash, sees all of it or nothing.
   """
+  if storage.is_remote(path):
+    storage.write(path, data)
+    return
   folder = os.path.dirname(os.path.abspath(path))
   with tempfile.NamedTemporaryFile(
     dir=folder, prefix=SCRATCH, delete=False

@@ -113,6 +113,10 @@ class Conll:
     for path in self.splits[split]:
       yield from read(path, *self._columns)
 
+  def num_rows(self, split: str) -> int:
+    count = lambda path: sum(1 for _ in read(path, *self._columns))
+    return sources.count_files(self.splits[split], self._columns, count)
+
   def record(self) -> dict[str, Any]:
     word_column, tag_column = self._columns
     return sources.files_record(

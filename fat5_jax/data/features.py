@@ -11,7 +11,6 @@ from collections.abc import Mapping, Sequence
 import dataclasses
 from typing import Any
 
-import numpy as np
 import seqio
 import tensorflow as tf
 
@@ -24,10 +23,7 @@ WINDOWED = ("token_classification", "question_answering")
 
 
 class Cuts:
-  """Rows of a task that lost their end to TASK_FEATURE_LENGTHS, by feature.
-
-  Counted as rows are read, epoch after epoch, a little ahead of their use.
-  """
+  """Rows of a task that lose their end to a length, by feature."""
 
   def __init__(self):
     self.rows = 0
@@ -50,78 +46,6 @@ class Cuts:
     if not parts:
       return ""
     return f"{', '.join(parts)}, of {self.rows:,} rows read"
-
-
-# By task and length; see count_cut.
-_cuts: dict[tuple[str, int | None, int | None], Cuts] = {}
-
-
-def _counter(name: str, lengths: Mapping[str, int] | None) -> Cuts:
-  lengths = lengths or {}
-  key = (name, lengths.get("inputs"), lengths.get("targets"))
-  return _cuts.setdefault(key, Cuts())
-
-
-def cuts_of(
-  task: seqio.Task | seqio.Mixture, lengths: Mapping[str, int] | None
-) -> dict[str, Cuts]:
-  """The rows that were cut to these lengths, by task."""
-  return {
-    part.name: _counter(step.keywords["name"], lengths)
-    for part in seqio.get_subtasks(task)
-    for step in part.preprocessors
-    if "name" in getattr(step, "keywords", ())
-  }
-
-
-def count_cut(
-  dataset: tf.data.Dataset, sequence_length=None, *, name: str
-) -> tf.data.Dataset:
-  """Counts the rows of tokens that are about to lose their end."""
-  limits = sequence_length or {}
-  keys = [key for key in ("inputs", "targets") if limits.get(key) is not None]
-  if not keys:
-    return dataset
-  found = _counter(name, sequence_length)
-  # append_eos needs a place too.
-  room = [limits[key] - 1 for key in keys]
-
-  def note(*lengths):
-    found.count(keys, lengths, room)
-    return np.int32(0)
-
-  def look(row):
-    lengths = [tf.size(row[key]) for key in keys]
-    done = tf.numpy_function(note, lengths, tf.int32)
-    with tf.control_dependencies([done]):
-      return row | {key: tf.identity(row[key]) for key in keys}
-
-  # One after the other: the counter is Python's.
-  return dataset.map(look)
-
-
-# Characters of a text that a row whose tokens are cut keeps for a person.
-_KEPT_TEXT = 1 << 16
-
-
-def shorten_text(
-  dataset: tf.data.Dataset, sequence_length=None
-) -> tf.data.Dataset:
-  """Cuts the text that stands beside tokens which are cut themselves.
-
-  SeqIO shuffles a thousand rows with it: a few of 20 MB would fill the memory.
-  """
-  if sequence_length is None:
-    return dataset
-
-  def shorten(row):
-    return row | {
-      key: tf.strings.substr(row[key], 0, _KEPT_TEXT, unit="UTF8_CHAR")
-      for key in row
-      if key.endswith("_pretokenized")
-    }
-
-  return dataset.map(shorten)
 
 
 def check_given(vocabulary: seqio.Vocabulary | None, task: str) -> None:
@@ -264,133 +188,6 @@ def complete_lengths(
   if "answerable" in task.output_features:
     found["answerable"] = lengths["inputs"]
   return found | dict(lengths)
-
-
-# ---- Preprocessors that need to know the length ------------------------------
-
-
-def _length(sequence_length: Mapping[str, int] | None) -> int | None:
-  return None if sequence_length is None else sequence_length.get("inputs")
-
-
-def join_pair(
-  dataset: tf.data.Dataset, output_features, sequence_length=None, *, name: str
-) -> tf.data.Dataset:
-  """`inputs` from `first` and `second`, as `A </s>` or `A </s> B </s>`.
-
-  What is too long loses the end of its longer text, never its `</s>`; how many
-  rows did is counted under the task's `name`.
-  """
-  eos = tf.constant([output_features["inputs"].vocabulary.eos_id], tf.int32)
-  limit = _length(sequence_length)
-
-  counted = _counter(name, sequence_length)
-
-  def note(length):
-    counted.count(["inputs"], [length], [limit])
-    return np.int32(0)
-
-  def join(row):
-    first, second = row["first"], row["second"]
-    pair = tf.size(second) > 0
-    if limit is not None:
-      whole = tf.size(first) + tf.size(second) + tf.where(pair, 2, 1)
-      with tf.control_dependencies(
-        [tf.numpy_function(note, [whole], tf.int32)]
-      ):
-        first = tf.identity(first)
-      room = tf.maximum(limit - tf.where(pair, 2, 1), 0)
-      half = (room + 1) // 2
-      keep = tf.maximum(half, room - tf.size(second))
-      first = first[: tf.where(pair, keep, room)]
-      second = second[: room - tf.minimum(tf.size(first), room)]
-    joined = tf.cond(
-      pair,
-      lambda: tf.concat([first, eos, second, eos], 0),
-      lambda: tf.concat([first, eos], 0),
-    )
-    rest = {k: v for k, v in row.items() if k not in ("first", "second")}
-    return rest | {"inputs": joined}
-
-  # One after the other: the counter is Python's.
-  return shorten_text(dataset.map(join), sequence_length)
-
-
-def split_tagged(
-  dataset: tf.data.Dataset, output_features, sequence_length=None
-) -> tf.data.Dataset:
-  """Cuts a sentence that is too long into rows, so that no tag is lost."""
-  eos = tf.constant([output_features["inputs"].vocabulary.eos_id], tf.int32)
-  ignored = tf.constant([IGNORED], tf.int32)
-  limit = _length(sequence_length)
-
-  def split(row):
-    pieces, tags = row["inputs"], row["targets"]
-    room = tf.size(pieces) if limit is None else limit - 1
-    starts = tf.range(0, tf.size(pieces), tf.maximum(room, 1))
-
-    def part(start):
-      return row | {
-        "inputs": tf.concat([pieces[start : start + room], eos], 0),
-        "targets": tf.concat([tags[start : start + room], ignored], 0),
-      }
-
-    return tf.data.Dataset.from_tensor_slices(starts).map(part)
-
-  return dataset.flat_map(split)
-
-
-def split_context(
-  dataset: tf.data.Dataset, output_features, sequence_length=None, *, stride
-) -> tf.data.Dataset:
-  """`question </s> context </s>` in windows that overlap by `stride` tokens.
-
-  Each window carries `begin` and `end`, the characters of the context that a
-  token stands for, and `answerable`. `targets` are the first and last token of
-  the answer; both 0 (a token that cannot be an answer) where it is not, or not
-  wholly, in the window. A question may take half the length.
-  """
-  eos = tf.constant([output_features["inputs"].vocabulary.eos_id], tf.int32)
-  limit = _length(sequence_length)
-
-  def split(row):
-    question, context = row["question_ids"], row["context_ids"]
-    size = tf.size(context)
-    if limit is None:
-      room = tf.maximum(size, 1)
-    else:
-      question = question[: max(limit // 2 - 1, 0)]
-      room = tf.maximum(limit - 2 - tf.size(question), 1)
-    step = tf.maximum(room - stride, 1)
-    # The last window is the first that reaches the end.
-    windows = 1 + tf.maximum(0, -(-(size - room) // step))
-    before = tf.size(question) + 1
-    first, last = row["answer"][0], row["answer"][1]
-
-    def part(start):
-      ids = context[start : start + room]
-      span = tf.stack([first, last]) - start
-      inside = (first >= start) & (last < start + tf.size(ids))
-      zeros = tf.zeros_like(question)
-      around = lambda x: tf.concat([zeros, [0], x, [0]], 0)
-      rest = {
-        k: v
-        for k, v in row.items()
-        if k not in ("question_ids", "context_ids", "answer")
-      }
-      return rest | {
-        "inputs": tf.concat([question, eos, ids, eos], 0),
-        "targets": tf.where(inside, span + before, 0),
-        "answerable": around(tf.ones_like(ids)),
-        "begin": around(row["begin"][start : start + room]),
-        "end": around(row["end"][start : start + room]),
-      }
-
-    return tf.data.Dataset.range(
-      0, tf.cast(windows * step, tf.int64), tf.cast(step, tf.int64)
-    ).map(lambda start: part(tf.cast(start, tf.int32)))
-
-  return dataset.flat_map(split)
 
 
 def encode_with_offsets(

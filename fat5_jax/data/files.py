@@ -7,7 +7,8 @@ names file and row. A line is bounded by LONGEST_ROW.
 from __future__ import annotations
 
 import bz2
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+import contextlib
 import functools
 import glob
 import gzip
@@ -16,14 +17,39 @@ import io
 import itertools
 import lzma
 import os
+import re
 import stat
 from typing import Any
 import zlib
 
+from fat5_jax import fetched, storage
 from fat5_jax.errors import UserError
 
 Row = dict[str, Any]
 LocatedRow = tuple[str, Row]
+
+
+class Unread(Mapping[str, Any]):
+  """A line that is no row: whoever asks it for a column gets the reason.
+
+  Those who leave bad rows out leave it out; to all others it is an error.
+  """
+
+  def __init__(self, reason: str):
+    self.reason = reason
+
+  def __getitem__(self, name: str) -> Any:
+    raise UserError(self.reason)
+
+  def __iter__(self) -> Iterator[str]:
+    raise UserError(self.reason)
+
+  def __contains__(self, name: object) -> bool:
+    raise UserError(self.reason)
+
+  def __len__(self) -> int:
+    raise UserError(self.reason)
+
 
 # Bytes of a row of text.
 LONGEST_ROW = 1 << 26
@@ -87,6 +113,8 @@ def check_file(path: str) -> None:
 def expand(patterns: str | Sequence[str]) -> list[str]:
   """The files of one or more paths or glob patterns, sorted.
 
+  Of an address there is a copy on this machine then.
+
   Raises:
     UserError: if a pattern matches no file, or something that is none.
   """
@@ -102,6 +130,9 @@ def expand(patterns: str | Sequence[str]) -> list[str]:
     )
   files = []
   for pattern in patterns:
+    if storage.is_remote(pattern):
+      files += fetched.matching(pattern)
+      continue
     path = os.path.expanduser(pattern)
     matches = []
     # A path is a path first: `data[1].tsv` is also a pattern.
@@ -115,6 +146,9 @@ def expand(patterns: str | Sequence[str]) -> list[str]:
 
 # Larger files are known by 64 of their parts.
 _WHOLE_HASH_BYTES = 1 << 32
+# Of larger files the hash is kept beside the copies, under all that changes
+# when the file does.
+_KEPT_HASH_BYTES = 1 << 26
 
 
 def file_record(path: str) -> dict[str, Any]:
@@ -125,15 +159,38 @@ def file_record(path: str) -> dict[str, Any]:
   path = os.path.abspath(path)
   status = os.stat(path)
   return {
-    "path": path,
+    "path": fetched.address_of(path),
     "bytes": status.st_size,
-    "sha256": _hash(path, status.st_size, status.st_mtime_ns),
+    "sha256": _hash(
+      path,
+      status.st_size,
+      (status.st_mtime_ns, status.st_ctime_ns, status.st_dev, status.st_ino),
+    ),
   }
 
 
 @functools.lru_cache(maxsize=1024)
-def _hash(path: str, size: int, changed: int) -> str:
-  """`changed`, a time, only keeps the cache right."""
+def _hash(path: str, size: int, state: tuple[int, ...]) -> str:
+  """`state` is of the file as it was; another one is another file."""
+  if size < _KEPT_HASH_BYTES:
+    return _hash_of_content(path, size)
+  name = hashlib.sha256(repr((path, size, state)).encode()).hexdigest()[:32]
+  kept = os.path.join(fetched.cache_folder(), "hashes", name)
+  with contextlib.suppress(OSError):
+    with open(kept, encoding="ascii") as file:
+      found = file.read()
+    if re.fullmatch("[0-9a-f]{16}", found):
+      return found
+  found = _hash_of_content(path, size)
+  with contextlib.suppress(OSError):
+    os.makedirs(os.path.dirname(kept), exist_ok=True)
+    with open(f"{kept}.{os.getpid()}", "w", encoding="ascii") as file:
+      file.write(found)
+    os.replace(f"{kept}.{os.getpid()}", kept)
+  return found
+
+
+def _hash_of_content(path: str, size: int) -> str:
   found = hashlib.sha256()
   with open(path, "rb") as file:
     if size <= _WHOLE_HASH_BYTES:
@@ -237,7 +294,9 @@ def unreadable(path: str, number: int, error: Exception) -> UserError:
 # ---- Lines -------------------------------------------------------------------
 
 
-def lines_of(file, name: str) -> Iterator[tuple[int, str]]:
+def lines_of(
+  file, name: str, lenient: bool = False
+) -> Iterator[tuple[int, str | Unread]]:
   """`read_lines` of an open binary file, called `name` in messages."""
   for number in itertools.count(1):
     line = file.readline(LONGEST_ROW + 1)
@@ -248,19 +307,20 @@ def lines_of(file, name: str) -> Iterator[tuple[int, str]]:
         f"{located(name, number)}: longer than {LONGEST_ROW >> 20} MiB; a row"
         " is a line of its own"
       )
+    text, wrong = "", None
     try:
       text = line.decode("utf-8-sig" if number == 1 else "utf-8")
     except UnicodeDecodeError as e:
-      raise UserError(
-        f"{located(name, number)}: not valid UTF-8 ({e.reason} at byte"
-        f" {e.start}); convert the file to UTF-8"
-      ) from None
-    text = text.rstrip("\r\n")
+      wrong = f"not valid UTF-8 ({e.reason} at byte {e.start})"
     if "\0" in text:
-      raise UserError(
-        f"{located(name, number)}: a zero byte, so this is no text, or text in"
-        " UTF-16; convert the file to UTF-8"
-      )
+      wrong = "a zero byte, so this is no text, or text in UTF-16"
+    if wrong is not None:
+      wrong += "; convert the file to UTF-8"
+      if not lenient:
+        raise UserError(f"{located(name, number)}: {wrong}")
+      yield number, Unread(wrong)
+      continue
+    text = text.rstrip("\r\n")
     if number == 1 and "\r" in text:
       raise UserError(
         f"{located(name, number)}: lines end in a carriage return alone;"
@@ -269,8 +329,12 @@ def lines_of(file, name: str) -> Iterator[tuple[int, str]]:
     yield number, text
 
 
-def read_lines(path: str, opener) -> Iterator[tuple[int, str]]:
+def read_lines(
+  path: str, opener, lenient: bool = False
+) -> Iterator[tuple[int, Any]]:
   """(1-based line number, text), without byte-order mark and line ends.
+
+  Where it is `lenient`, a line that is no text is Unread instead.
 
   Raises:
     UserError: for a file that cannot be read or decompressed, and a line that
@@ -280,7 +344,7 @@ def read_lines(path: str, opener) -> Iterator[tuple[int, str]]:
   number = 0
   try:
     with opener(path, "rb") as file:
-      for number, text in lines_of(file, path):
+      for number, text in lines_of(file, path, lenient):
         yield number, text
   except UNREADABLE as e:
     raise unreadable(path, number, e) from None

@@ -1,4 +1,4 @@
-"""Formats of rows: JSONL, TSV, CSV, Parquet and text, also compressed.
+"""Formats of rows: JSONL, TSV, CSV, Parquet, TFRecord and text.
 
 Whatever a file holds, what comes out is its rows, or a UserError that names
 file and row.
@@ -10,12 +10,15 @@ from collections.abc import Iterator, Sequence
 import csv
 import json
 import math
+import re
 from typing import Any
 
 from fat5_jax.data.files import (
   LONGEST_ROW,
   UNREADABLE,
   LocatedRow,
+  Row,
+  Unread,
   check_file,
   listed,
   located,
@@ -114,21 +117,26 @@ def read_json(path: str) -> Any:
 
 
 def _read_jsonl(path: str, opener) -> Iterator[LocatedRow]:
-  for number, line in read_lines(path, opener):
-    where = located(path, number)
-    if not line.strip():
-      raise UserError(f"{where}: empty line")
-    try:
-      row = parse_json(line)
-    except UserError as e:
-      hint = "; a row is one object in one line" if number == 1 else ""
-      raise UserError(f"{where}: {e}{hint}") from None
-    if not isinstance(row, dict):
-      raise UserError(
-        f"{where}: expected a JSON object, found {shown(line)}; a row is one"
-        " object in one line"
-      )
-    yield where, row
+  for number, line in read_lines(path, opener, lenient=True):
+    yield located(path, number), _json_row(line, number)
+
+
+def _json_row(line: str | Unread, number: int) -> Row | Unread:
+  if isinstance(line, Unread):
+    return line
+  if not line.strip():
+    return Unread("empty line")
+  try:
+    row = parse_json(line)
+  except UserError as e:
+    hint = "; a row is one object in one line" if number == 1 else ""
+    return Unread(f"{e}{hint}")
+  if isinstance(row, dict):
+    return row
+  return Unread(
+    f"expected a JSON object, found {shown(line)}; a row is one object in one"
+    " line"
+  )
 
 
 # ---- TSV and CSV -------------------------------------------------------------
@@ -196,19 +204,32 @@ def _read_delimited(
       check_columns(columns, where)
       continue
     if not record:
-      raise UserError(f"{where}: empty line")
-    if len(record) != len(columns):
-      raise UserError(
-        f"{where}: {len(record)} columns, expected {len(columns)}"
-        f" ({listed(columns)})"
-      )
-    yield where, dict(zip(columns, record))
+      yield where, Unread("empty line")
+    elif len(record) != len(columns):
+      reason = f"{len(record)} columns, expected {len(columns)}"
+      yield where, Unread(f"{reason} ({listed(columns)})")
+    else:
+      yield where, dict(zip(columns, record))
 
 
 # ---- Parquet -----------------------------------------------------------------
 
 # Rows that are in memory at once.
 _PARQUET_ROWS = 1024
+
+
+def _count_parquet(path: str) -> int:
+  from pyarrow import parquet
+
+  try:
+    return parquet.read_metadata(path).num_rows
+  except Exception as e:  # the library raises a dozen unrelated types
+    raise _broken_parquet(path, e) from None
+
+
+def _broken_parquet(where: str, error: Exception) -> UserError:
+  reason = (str(error).splitlines() or [type(error).__name__])[0][:160]
+  return UserError(f"{where}: not a complete Parquet file: {printable(reason)}")
 
 
 def _read_parquet(path: str) -> Iterator[LocatedRow]:
@@ -236,9 +257,69 @@ def _read_parquet(path: str) -> Iterator[LocatedRow]:
     ) from None
   except Exception as e:  # the library raises a dozen unrelated types
     where = located(path, number + 1) if number else path
-    reason = (str(e).splitlines() or [type(e).__name__])[0][:160]
-    reason = printable(reason)
-    raise UserError(f"{where}: not a complete Parquet file: {reason}") from None
+    raise _broken_parquet(where, e) from None
+
+
+# ---- TFRecord ----------------------------------------------------------------
+
+
+def _is_tfrecord(path: str) -> bool:
+  """`.tfrecord`, `.tfrecords`, and shards, `.tfrecord-00000-of-00008`."""
+  return re.search(r"\.tfrecords?(-\d+-of-\d+)?(\.gz)?$", path) is not None
+
+
+def _tfrecords(path: str) -> Iterator[bytes]:
+  import tensorflow as tf
+
+  number = 0
+  compression = "GZIP" if path.endswith(".gz") else None
+  try:
+    data = tf.data.TFRecordDataset(path, compression)
+    for content in data.as_numpy_iterator():
+      number += 1
+      yield content
+  except tf.errors.OpError as e:
+    # TensorFlow puts the name of its own operation first.
+    reason = printable(e.message.splitlines()[0].split("}} ")[-1][:120])
+    raise UserError(
+      f"{located(path, number + 1)}: not a whole TFRecord file ({reason}); copy"
+      " or write the file again"
+    ) from None
+
+
+def _read_tfrecord(path: str) -> Iterator[LocatedRow]:
+  """Rows of `tf.train.Example`: a column of one value holds it, of several a
+  list, of none None. Bytes that are text are text.
+  """
+  import tensorflow as tf
+
+  for number, content in enumerate(_tfrecords(path), 1):
+    where = located(path, number)
+    try:
+      found = tf.train.Example.FromString(content).features.feature
+    except Exception:  # protobuf's own type
+      reason = (
+        "no tf.train.Example, which is what a row of a TFRecord file must be"
+      )
+      yield where, Unread(reason)
+      continue
+    row = {}
+    for name in sorted(found):
+      feature = found[name]
+      kind = feature.WhichOneof("kind")
+      values = [] if kind is None else list(getattr(feature, kind).value)
+      if kind == "bytes_list":
+        values = [_text_or_bytes(value) for value in values]
+      row[name] = values if len(values) > 1 else next(iter(values), None)
+    yield where, row or Unread("no features")
+
+
+def _text_or_bytes(value: bytes) -> str | bytes:
+  # A column that nobody asks for, an image, may stay what it is.
+  try:
+    return value.decode("utf-8")
+  except UnicodeDecodeError:
+    return value
 
 
 # ---- Any of them -------------------------------------------------------------
@@ -251,11 +332,12 @@ def read_file(
   quoting: bool | None = None,
   delimiter: str | None = None,
 ) -> Iterator[LocatedRow]:
-  """(place, row) of every row of a TSV, CSV, JSONL or Parquet file.
+  """(place, row) of every row of a TSV, CSV, JSONL, Parquet or TFRecord file.
 
   Args:
-    path: its ending tells the format: .tsv .csv .jsonl .json .parquet .txt (one
-      column named `text`), all but Parquet also .gz .xz .bz2.
+    path: its ending tells the format: .tsv .csv .jsonl .json .txt (one column
+      named `text`), also with .gz .xz .bz2; .parquet; .tfrecord of
+      tf.train.Example, also with .gz and as shards (.tfrecord-00000-of-00008).
     columns: names where the file has no header.
     quoting: whether double quotes group fields; None is yes for CSV, no for
       TSV.
@@ -268,6 +350,8 @@ def read_file(
   """
   suffix, opener = split_suffix(path)
   check_file(path)
+  if _is_tfrecord(path):
+    return _read_tfrecord(path)
   if suffix in (".jsonl", ".json"):
     return _read_jsonl(path, opener)
   if suffix in (".tsv", ".csv"):
@@ -292,5 +376,36 @@ def read_file(
     )
   raise UserError(
     f"{path}: unknown format {suffix!r}; known are .tsv .csv .jsonl .json"
-    " .parquet .txt"
+    " .parquet .tfrecord .txt"
   )
+
+
+def count_rows(
+  path: str,
+  *,
+  columns: Sequence[str] | None = None,
+  quoting: bool | None = None,
+  delimiter: str | None = None,
+) -> int:
+  """The rows that `read_file` gives, without making any of them.
+
+  Arguments are those of `read_file`.
+
+  Raises:
+    UserError: as `read_file`, where it shows without looking into the rows.
+  """
+  suffix, opener = split_suffix(path)
+  check_file(path)
+  if suffix == ".parquet" and opener is open:
+    return _count_parquet(path)
+  if _is_tfrecord(path):
+    return sum(1 for _ in _tfrecords(path))
+  is_csv = suffix == ".csv" if quoting is None else quoting
+  if suffix in (".jsonl", ".json", ".txt"):
+    return sum(1 for _ in read_lines(path, opener))
+  if suffix in (".tsv", ".csv") and not is_csv:
+    lines = sum(1 for _ in read_lines(path, opener))
+    return max(lines - (columns is None), 0)
+  # The quotes of a CSV file may hold line ends.
+  how = {"columns": columns, "quoting": quoting, "delimiter": delimiter}
+  return sum(1 for _ in read_file(path, **how))

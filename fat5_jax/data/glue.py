@@ -10,6 +10,7 @@ import dataclasses
 import os
 from typing import Any
 
+from fat5_jax import fetched
 from fat5_jax.data import sources
 from fat5_jax.errors import UserError, nearest
 
@@ -163,7 +164,7 @@ def source(
     }
     hf = sources.HuggingFace("nyu-mll/glue", task.config or name, splits)
     return hf, rename
-  folder = os.path.join(data_dir, task.folder)
+  folder = fetched.local(os.path.join(data_dir, task.folder))
   files = {
     "train": "train.tsv",
     "validation": f"{task.validation}.tsv",

@@ -18,6 +18,8 @@ import tensorflow as tf
 from fat5_jax.data import (
   features,
   labels,
+  layouts,
+  mixtures,
   preprocessors,
   records,
   seqio_source,
@@ -39,8 +41,9 @@ def _register(
   row_fn: sources.RowFn,
   vocabulary: seqio.Vocabulary,
   signature: dict[str, tf.TensorSpec],
+  added: dict[str, tf.TensorSpec],
   label: dict[str, Any],
-  preprocessor: Callable[..., tf.data.Dataset],
+  layout: Any,
   postprocess: Callable[..., Any],
   metrics: Sequence[str | Callable[..., Any]],
   skip_bad_rows: bool,
@@ -49,6 +52,7 @@ def _register(
 ) -> seqio.Task:
   """Registers a head's task, in place of an earlier one of that name.
 
+  `signature` is what the row function gives, `added` what the layout adds.
   `columns` and `unanswered`: see SeqioSource.
   """
   features.check_given(vocabulary, name)
@@ -56,9 +60,9 @@ def _register(
   return seqio.TaskRegistry.add(
     name,
     source=seqio_source.SeqioSource(
-      source, row_fn, signature, skip_bad_rows, columns, unanswered
+      source, row_fn, signature, layout, skip_bad_rows, columns, unanswered
     ),
-    preprocessors=[preprocessor],
+    preprocessors=[seqio_source.preprocessor(layout, added)],
     output_features=features.head_features(vocabulary, label),
     postprocess_fn=postprocess,
     metric_fns=metrics_lib.find(metrics, name),
@@ -68,6 +72,7 @@ def _register(
 # ---- Sequences ---------------------------------------------------------------
 
 
+@mixtures.weighted
 @records.recorded
 def classification(
   source,
@@ -82,6 +87,7 @@ def classification(
   num_labels: int | None = None,
   skip_bad_rows: bool = False,
   rename: Callable[[sources.RowFn], sources.RowFn] | None = None,
+  group: str | None = None,
 ) -> seqio.Task:
   """Labels, or numbers, of texts or pairs of texts.
 
@@ -103,6 +109,8 @@ def classification(
     num_labels: numbers a row, in regression; 1 by default.
     skip_bad_rows: leave out rows that would be an error.
     rename: wraps the row function, to give it other columns than the source's.
+    group: column of what belongs together (MultiRC's answers of a question);
+      metrics then compare {"value": ..., "group": ...}.
 
   Raises:
     UserError: for a setting that fits no problem.
@@ -150,7 +158,9 @@ def classification(
   def format_row(row):
     texts = [f(row) for f in fill]
     ids = [vocabulary.encode(text) for text in texts]
-    return {
+    # A row that somebody asks about is in no group.
+    more = {} if group is None else {"group": str(row.get(group, ""))}
+    return more | {
       "inputs_pretokenized": " </s> ".join(texts),
       "first": ids[0],
       "second": ids[1] if len(ids) > 1 else [],
@@ -168,15 +178,17 @@ def classification(
       "first": _INTS,
       "second": _INTS,
       "targets": tf.TensorSpec([None], dtype),
+      **({} if group is None else {"group": _TEXT}),
     },
+    {"inputs": _INTS},
     {
       "kind": "sequence_classification",
       "problem_type": problem_type,
       "size": size,
       "names": tuple(label_names),
     },
-    functools.partial(features.join_pair, name=name),
-    functools.partial(_sequence_value, problem_type),
+    layouts.Pair(),
+    functools.partial(_sequence_value, problem_type, group is not None),
     _SEQUENCE_METRICS[problem_type] if metrics is None else metrics,
     skip_bad_rows,
     asked,
@@ -202,8 +214,11 @@ _SEQUENCE_METRICS = {
 }
 
 
-def _sequence_value(problem_type, values, is_target=False, **unused):
+def _sequence_value(problem_type, grouped, values, example=None, **unused):
   """What metrics compare: a class, a number, or a list of 0 and 1."""
+  if grouped:
+    value = _sequence_value(problem_type, False, values)
+    return {"value": value, "group": preprocessors.as_text(example["group"])}
   if problem_type == "multi_label_classification":
     return [int(value > 0.5) for value in values]
   if problem_type == "regression":
@@ -261,6 +276,7 @@ def _check_length(length: int, most: int, what: str) -> None:
 # ---- Tags --------------------------------------------------------------------
 
 
+@mixtures.weighted
 @records.recorded
 def tagging(
   source,
@@ -355,12 +371,13 @@ def tagging(
       "sentence": tf.TensorSpec([], tf.int64),
       "words": _TEXTS,
     },
+    {},
     {
       "kind": "token_classification",
       "size": len(tag_names),
       "names": tag_names,
     },
-    features.split_tagged,
+    layouts.Tags(),
     functools.partial(_tags, tag_names),
     metrics,
     skip_bad_rows,
@@ -385,6 +402,7 @@ def _tags(tag_names, values, example=None, is_target=False, **unused):
 # ---- Spans -------------------------------------------------------------------
 
 
+@mixtures.weighted
 @records.recorded
 def spans(
   source,
@@ -446,8 +464,9 @@ def spans(
     format_row,
     vocabulary,
     signature,
+    dict.fromkeys(("inputs", "targets", "answerable", "begin", "end"), _INTS),
     {"kind": "question_answering"},
-    functools.partial(features.split_context, stride=stride),
+    layouts.Spans(stride),
     _answer,
     ("span_squad",),
     skip_bad_rows,
@@ -458,18 +477,14 @@ def spans(
 
 def _answer(values, example=None, is_target=False, **unused):
   """A target's accepted answers, or a prediction's text and score."""
-  question = _decoded(example["id"])
+  question = preprocessors.as_text(example["id"])
   if is_target:
-    answers = [_decoded(answer) for answer in example["answers"]]
+    answers = [preprocessors.as_text(answer) for answer in example["answers"]]
     return {"id": question, "answers": answers}
   first, last, score = int(values[0]), int(values[1]), float(values[2])
-  context = _decoded(example["context"])
+  context = preprocessors.as_text(example["context"])
   text = context[int(example["begin"][first]) : int(example["end"][last])]
   return {"id": question, "text": text.strip(), "score": score}
-
-
-def _decoded(text) -> str:
-  return text.decode("utf-8") if isinstance(text, bytes) else str(text)
 
 
 @records.recorded

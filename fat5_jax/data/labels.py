@@ -119,6 +119,11 @@ def items(row: sources.Row, name: str) -> list[Any]:
 
 def _gather(source, names_of, too_many: str) -> set[str]:
   """What `names_of` finds in all training rows; an error says in which."""
+  if getattr(source, "is_stream", False):
+    raise UserError(
+      f"{source.describe('train')} streams, so the names of its labels are not"
+      " looked for: give label_names (of tags: tag_names)"
+    )
   found: set[str] = set()
   for where, row in source.rows("train"):
     try:

@@ -36,6 +36,10 @@ class Rows:
     for number, row in enumerate(self._rows, 1):
       yield f"{self._name}, row {number}", row
 
+  def num_rows(self, split: str) -> int:
+    del split
+    return len(self._rows)
+
   def label_names(self, column: str) -> tuple[str, ...]:
     """The names of a column of class numbers (ClassLabel); () if it is none."""
     found = (self._features or {}).get(column)
@@ -81,6 +85,9 @@ class Joined:
 
   def rows(self, split: str) -> Iterator[LocatedRow]:
     return iter(self._parts[split].rows(split))
+
+  def num_rows(self, split: str) -> int:
+    return self._parts[split].num_rows(split)
 
   def label_names(self, column: str) -> tuple[str, ...]:
     """Those of the first split that has some."""

@@ -225,6 +225,32 @@ def multilabel_f1(targets, predictions) -> dict[str, float]:
   }
 
 
+def mean_3class_f1(targets, predictions) -> dict[str, float]:
+  """Unweighted mean of the F1 of three classes (CB)."""
+  from sklearn.metrics import f1_score
+
+  value = f1_score(
+    targets, predictions, labels=range(3), average="macro", zero_division=0
+  )
+  return {"mean_3class_f1": 100.0 * float(value)}
+
+
+def multirc(targets, predictions) -> dict[str, float]:
+  """F1 over all answers (F1a), and the share of questions all right (EM).
+
+  Values are {"value": class}, those of targets with the "group" of an answer:
+  its question. An invalid prediction is wrong.
+  """
+  right: dict[str, bool] = {}
+  for target, prediction in zip(targets, predictions):
+    same = target["value"] == prediction["value"]
+    right[target["group"]] = right.get(target["group"], True) and same
+  values = lambda rows: [row["value"] for row in rows]
+  return f1_with_invalid(values(targets), values(predictions)) | {
+    "exact_match": _match(right.values())
+  }
+
+
 BY_NAME = {
   f.__name__: f
   for f in (
@@ -241,6 +267,8 @@ BY_NAME = {
     tag_accuracy,
     span_squad,
     multilabel_f1,
+    mean_3class_f1,
+    multirc,
   )
 }
 

@@ -1,33 +1,48 @@
 """From a task to batches of numpy arrays, at a position that can be resumed.
 
-The order of the data is a function of the task and the seed alone, so a
-position is a number of batches: a resumed run builds the same stream and skips
-what it has already seen.
+A split is prepared once (reading/prepare.py) and read by number; which example
+comes next, and which go together, is known from the seed and their lengths.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 import dataclasses
 import functools
 import importlib
 import itertools
-import os
+import json
 from typing import Any
 
 import numpy as np
 import seqio
 import tensorflow as tf
-import tensorflow_datasets as tfds
 
-from fat5_jax.data import features, records, seqio_source, tasks
+from fat5_jax import console, storage
+from fat5_jax.data import (
+  checks,
+  examples,
+  features,
+  mixtures,
+  opening,
+  records,
+  seqio_source,
+  tasks,
+)
+from fat5_jax.data.layouts import Example
+from fat5_jax.data.reading import buckets, reader, streams
+from fat5_jax.data.reading.assemble import Batch
+from fat5_jax.data.reading.reader import BatchStream
 from fat5_jax.errors import UserError, nearest
-from fat5_jax.models.config import HeadConfig, T5Config
+from fat5_jax.models.config import HeadConfig
 
 # TensorFlow reads data; the accelerator is JAX's.
 tf.config.set_visible_devices([], "GPU")
 
-Batch = dict[str, np.ndarray]
+# Raise it when a position of before means another place now.
+_ORDER = 2
+# Examples that one pass over a split reads at a time.
+_BLOCK = 256
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,7 +50,7 @@ class DatasetConfig:
   """One split of a task, cut to lengths and batched. Names are T5X's.
 
   Attributes:
-    mixture_or_task_name: a registered name, one of tasks.BUILTIN_TASKS, or a
+    mixture_or_task_name: a registered name, one of ready.TASKS, or a
       task.
     task_feature_lengths: {"inputs": ..., "targets": ...} in tokens, the end of
       sequence included; None (evaluation only) takes the longest of the split.
@@ -45,6 +60,13 @@ class DatasetConfig:
     seed: fixes the order; None is the run's.
     use_cached: read SeqIO's offline cache.
     pack: put several examples in a row.
+    buckets: instead, rows of about one length together: how many lengths, or
+      which; None is TASK_FEATURE_LENGTHS for all.
+    stream: read rows as they come, prepare nothing; for what is too large, or
+      has no end.
+    cache_dir: of prepared examples; None is FAT5_JAX_CACHE of the environment,
+      or ~/.cache/fat5_jax.
+    num_workers: processes that read training data; 0 is a thread.
     module: imported first, for the tasks it registers.
     vocabulary: for the tasks that are built by name.
     data_dir: local files of those tasks.
@@ -58,6 +80,10 @@ class DatasetConfig:
   seed: int | None = 42
   use_cached: bool = False
   pack: bool = False
+  buckets: int | Sequence[Any] | None = None
+  stream: bool = False
+  cache_dir: str | None = None
+  num_workers: int = 0
   module: str | None = None
   vocabulary: seqio.Vocabulary | None = None
   data_dir: str | None = None
@@ -116,6 +142,12 @@ class DatasetConfig:
         f"TASK_FEATURE_LENGTHS names {', '.join(sorted(lengths))}; task"
         f" {task.name!r} has {', '.join(sorted(task.output_features))}"
       )
+    if self.pack and self.buckets is not None:
+      raise UserError("BUCKETS takes the place of PACK: set PACK = False")
+    if self.buckets is not None and lengths is not None:
+      is_text = features.label_feature(task) is None
+      names = ("inputs", "targets") if is_text else ("inputs",)
+      buckets.check(self.buckets, [lengths[name] for name in names])
     if self.pack and features.label_feature(task) is not None:
       raise UserError(
         f"task {task.name!r} has labels, one row an example: set PACK = False"
@@ -130,7 +162,7 @@ class DatasetConfig:
     """The task as plain data, to be written beside a run; see records.py."""
     return records.describe(self.task()) | {
       "module": self.module,
-      "data_dir": self.data_dir and os.path.abspath(self.data_dir),
+      "data_dir": self.data_dir and storage.absolute(self.data_dir),
       "use_cached": self.use_cached,
       "lengths": dict(self.task_feature_lengths or {}),
     }
@@ -146,27 +178,20 @@ class DatasetConfig:
       "shuffle": self.shuffle,
       "seed": self.seed,
       "pack": self.pack,
+      "buckets": json.loads(json.dumps(self.buckets)),
+      "stream": self.stream,
+      "identity": opening.identity(self.task(), self.split),
+      "order": _ORDER,
     }
 
 
-def _dataset(
-  config: DatasetConfig,
-  num_epochs: int | None,
-  shard: int = 0,
-  num_shards: int = 1,
-) -> tf.data.Dataset:
-  task = config.task()
-  dataset = task.get_dataset(
-    sequence_length=config.lengths(),
-    split=config.split,
-    use_cached=config.use_cached,
-    shuffle=config.shuffle,
-    seed=config.seed,
-    shard_info=seqio.ShardInfo(shard, num_shards),
-    num_epochs=num_epochs,
-  )
-  convert = features.feature_converter(task, config.pack)
-  return convert(dataset, config.lengths())
+def of_tasks(config: DatasetConfig) -> list[DatasetConfig]:
+  """A mixture's tasks apart, those that have the split."""
+  return [
+    dataclasses.replace(config, mixture_or_task_name=part)
+    for part in seqio.get_subtasks(config.task())
+    if config.split in part.splits
+  ]
 
 
 def check_rows(config: DatasetConfig, evaluation: bool = False) -> None:
@@ -222,25 +247,32 @@ def _check_ids(batch: Batch, vocab_size: int, config: DatasetConfig) -> None:
       )
 
 
+def prepare_all(config: DatasetConfig) -> Iterator[tuple[str, str]]:
+  """(place, what is in it) of every store, prepared where it is not there."""
+  for store in opening.stores(config):
+    yield store.path, streams.describe(store, config.lengths() or {})
+
+
 def train_batches(
   config: DatasetConfig,
   vocab_size: int,
-  skip: int = 0,
-  rows: tuple[int, int] | None = None,
-  num_shards: int = 1,
-) -> Iterator[Batch]:
-  """Batches without end, from the one numbered `skip` on.
+  position: dict[str, Any] | None = None,
+  own: Callable[[int], tuple[int, int]] | None = None,
+  multiple: int = 1,
+) -> BatchStream:
+  """Batches without end, from a position on.
 
-  The data is split into `num_shards` streams, each of which gives its part of
-  every batch. A host opens those that hold its rows, so what a batch is does
-  not depend on the number of hosts.
+  The order is a function of the data and the seed: not of the hosts, of the
+  processes that read, or of where a run was stopped.
 
   Args:
     config: must name task_feature_lengths.
     vocab_size: rows of the model's embedding.
-    skip: batches already seen.
-    rows: [first, end) of each batch that are wanted; None is all.
-    num_shards: streams; must divide the batch.
+    position: of an earlier stream over the same data; None is the beginning.
+    own: of a batch of so many rows, the [first, end) that are wanted, a
+      reader.Share for example; None is all.
+    multiple: that the rows of a batch must be one of, where BUCKETS decides
+      how many there are.
 
   Raises:
     UserError: for bad data (place and row named), or a token id beyond the
@@ -251,55 +283,161 @@ def train_batches(
       "training needs TASK_FEATURE_LENGTHS, for example"
       " {'inputs': 512, 'targets': 114}"
     )
-  if config.batch_size % num_shards:
-    raise UserError(
-      f"BATCH_SIZE = {config.batch_size} does not divide into DATA_SHARDS ="
-      f" {num_shards}"
+  found = opening.open_streams(config)
+  shapes = None
+  if config.buckets is not None:
+    shapes = opening.bucket_shapes(config, found, multiple)
+  source = reader.Source(
+    found,
+    opening.rates(config),
+    opening.make_planner(config, shapes, opening.count(found)),
+    opening.make_assembler(config),
+    lambda batch: _check_ids(batch, vocab_size, config),
+    own or reader.Share(),
+  )
+  position = _checked(position, found)
+  stream = BatchStream(source, position, config.num_workers)
+  stream.about = opening.tell(config, found, shapes)
+  return stream
+
+
+def _checked(
+  position: dict[str, Any] | None, found: Sequence[Any]
+) -> dict[str, Any] | None:
+  """A position, unless it is one in other data: what a function makes, say."""
+  lengths = [stream.length for stream in found]
+  if position is not None and position["lengths"] != lengths:
+    console.say(
+      f"the training data had {_counted(position['lengths'])} examples when the"
+      f" checkpoint was saved, and has {_counted(lengths)}: it is read from its"
+      " beginning"
     )
-  share = config.batch_size // num_shards
-  first, end = rows or (0, config.batch_size)
-  shards = range(first // share, -(-end // share))
+    return None
+  return position
 
-  def stream(shard):
-    dataset = _dataset(config, None, shard, num_shards)
-    dataset = dataset.batch(share, drop_remainder=True).skip(skip)
-    return tfds.as_numpy(dataset.prefetch(tf.data.AUTOTUNE))
 
-  wanted = slice(first - shards[0] * share, end - shards[0] * share)
+def _counted(lengths: Sequence[int | None]) -> str:
+  return " + ".join("?" if n is None else f"{n:,}" for n in lengths)
+
+
+def first_batch(config: DatasetConfig, vocab_size: int) -> Batch:
+  """A batch of the first rows, in their order; nothing is prepared."""
+  config = dataclasses.replace(config, buckets=None)
+  sized, found = opening.sized_features(config), []
+  for part, _ in mixtures.drawn(config.task(), config.split):
+    rows = examples.cut_to(part, config.split, config.lengths())
+    found += itertools.islice(rows, 8 * config.batch_size)
+  sizes = ([len(example[name]) for name in sized] for example in found)
   with seqio_source.reraise():
-    for parts in zip(*map(stream, shards)):
-      batch = {
-        key: np.concatenate([part[key] for part in parts])[wanted]
-        for key in parts[0]
-      }
-      _check_ids(batch, vocab_size, config)
-      yield batch
+    plan = next(opening.plans_once(config, sizes))
+  rows = [[found[place[2]] for place in row] for row in plan.rows]
+  batch = opening.make_assembler(config)(rows, plan.lengths)
+  _check_ids(batch, vocab_size, config)
+  return fill_rows(batch, config.batch_size)
+
+
+def longest_target(config: DatasetConfig) -> int:
+  """Tokens of the longest target of a split, as cut."""
+  lengths = config.lengths()
+  if lengths is not None:
+    return lengths["targets"]
+  task = config.task()
+  if not isinstance(task, seqio.Mixture) and not opening.goes_through_seqio(
+    config, task
+  ):
+    (store,) = opening.stores(config)
+    return int(store.lengths["targets"].max())
+  return max(len(example["targets"]) for example in one_pass(config))
+
+
+def one_pass(config: DatasetConfig) -> Iterator[Example]:
+  """Every example of a split once, in order, cut, with all its features."""
+  lengths = config.lengths()
+  for part, _ in mixtures.drawn(config.task(), config.split):
+    if opening.goes_through_seqio(config, part):
+      yield from examples.cut_to(
+        part,
+        config.split,
+        lengths,
+        seed=config.seed,
+        use_cached=config.use_cached,
+      )
+    else:
+      store = opening.store_of(config, part)
+      for start in range(0, len(store), _BLOCK):
+        numbers = np.arange(start, min(start + _BLOCK, len(store)))
+        for example in store.read(numbers):
+          yield streams.cut(part, example, lengths)
 
 
 def eval_batches(
   config: DatasetConfig,
   vocab_size: int,
   max_batches: int | None,
-  rows: int | None = None,
+  multiple: int = 1,
 ) -> Iterator[Batch]:
   """One pass over a split, the same on every host.
 
-  The last batch is filled with empty rows, and all up to `rows` where given.
+  A batch is filled with empty rows to the size of the others of its lengths, a
+  number that `multiple` divides.
   """
+  if config.task_feature_lengths is None:
+    config = _as_long_as_the_longest(config)
+  build, sized = opening.make_assembler(config), opening.sized_features(config)
+  rows = {(): -(-config.batch_size // multiple) * multiple}
+  shapes = None
+  if config.buckets is not None:
+    shapes = opening.bucket_shapes(
+      config, opening.open_streams(config), multiple
+    )
+    rows = dict(shapes)
+  waiting: dict[int, Example] = {}
+
+  def sizes():
+    for number, example in enumerate(one_pass(config)):
+      waiting[number] = example
+      yield [len(example[name]) for name in sized]
+
   with seqio_source.reraise():
-    dataset = _dataset(config, num_epochs=1).batch(config.batch_size)
-    if max_batches is not None:
-      dataset = dataset.take(max_batches)
-    for batch in tfds.as_numpy(dataset):
+    plans = opening.plans_once(config, sizes(), shapes)
+    for plan in itertools.islice(plans, max_batches):
+      examples_of = [[waiting.pop(p[2]) for p in row] for row in plan.rows]
+      batch = build(examples_of, plan.lengths)
       _check_ids(batch, vocab_size, config)
-      yield fill_rows(batch, rows or config.batch_size)
+      yield fill_rows(batch, rows[plan.lengths if shapes else ()])
 
 
-def count_rows(config: DatasetConfig) -> int:
-  """Rows of one pass over a split, as they are packed; reads all of it."""
-  with seqio_source.reraise():
-    dataset = _dataset(config, num_epochs=1)
-    return sum(1 for _ in dataset)
+def _as_long_as_the_longest(config: DatasetConfig) -> DatasetConfig:
+  """The data set with the lengths of its longest texts."""
+  is_labelled = features.label_feature(config.task()) is not None
+  names = ("inputs",) if is_labelled else ("inputs", "targets")
+  longest = dict.fromkeys(names, 1)
+  for example in one_pass(config):
+    for name in names:
+      longest[name] = max(longest[name], len(example[name]))
+  return dataclasses.replace(config, task_feature_lengths=longest)
+
+
+def count_batches(config: DatasetConfig) -> float:
+  """Batches of one pass over a split, the last one in part."""
+  (store,) = opening.stores(config)
+  if not config.pack and config.buckets is None:
+    return len(store) / config.batch_size
+  shapes, rows = None, {(): config.batch_size}
+  if config.buckets is not None:
+    shapes = opening.bucket_shapes(config, opening.open_streams(config), 1)
+    rows = dict(shapes)
+  sizes = np.stack(
+    [
+      np.minimum(store.lengths[n], most)
+      for n, most in opening.sized_features(config).items()
+    ],
+    axis=1,
+  )
+  return sum(
+    len(plan.rows) / rows[plan.lengths if shapes else ()]
+    for plan in opening.plans_once(config, iter(sizes.tolist()), shapes)
+  )
 
 
 def fill_rows(batch: Batch, rows: int) -> Batch:
@@ -308,85 +446,6 @@ def fill_rows(batch: Batch, rows: int) -> Batch:
     key: np.pad(x, [(0, rows - len(x))] + [(0, 0)] * (x.ndim - 1))
     for key, x in batch.items()
   }
-
-
-def check_task(config: DatasetConfig, model_config: T5Config) -> None:
-  """Raises UserError unless the task is one for the model.
-
-  Its labels must be the head's. It may have no more token ids than the
-  embedding, and SeqIO pads rows and starts decoder inputs with 0.
-  """
-  task = config.task()
-  _check_labels(task, model_config)
-  rows = model_config.vocab_size
-  for name in ("inputs", "targets"):
-    feature = task.output_features[name]
-    if isinstance(feature, features.LabelFeature):
-      continue
-    if feature.vocabulary.vocab_size > rows:
-      raise UserError(
-        f"task {task.name!r}: the vocabulary of {name!r} has"
-        f" {feature.vocabulary.vocab_size} ids, the model's embedding"
-        f" {rows} rows; token ids beyond it would have no embedding."
-        " Set T5Config.vocab_size or use the model's own vocabulary"
-      )
-  for key in ("pad_token_id", "decoder_start_token_id"):
-    if getattr(model_config, key) != 0:
-      raise UserError(
-        f"the model has {key} = {getattr(model_config, key)}; SeqIO's batches"
-        " have 0 there, so it cannot be trained or scored on a task"
-      )
-
-
-# Which recipe learns which labels.
-_RECIPES = {
-  "sequence_classification": "recipes/classify.gin",
-  "token_classification": "recipes/tag.gin",
-  "question_answering": "recipes/answer.gin",
-}
-
-
-def _text_recipe(name: str) -> str:
-  """What to do with a text task where labels are wanted."""
-  labelled = name.replace("_v002", "_classes")
-  found = "train it with --gin_file=recipes/glue.gin"
-  if labelled != name and labelled in tasks.BUILTIN_TASKS:
-    found += f", or take --gin.MIXTURE_OR_TASK_NAME={labelled}"
-  return f"{found}, or bind a task with labels (@head_tasks.classification())"
-
-
-def _check_labels(task, model_config: T5Config) -> None:
-  label, head = features.label_feature(task), model_config.head
-  kind = "language_model" if head is None else head.kind
-  if label is None:
-    if kind not in ("language_model", "embedding"):
-      raise UserError(
-        f"task {task.name!r} has text as targets, and the model's head is"
-        f" {kind}: {_text_recipe(task.name)}"
-      )
-    return
-  fits = kind == label.kind or (
-    kind == "enct5" and label.kind == "sequence_classification"
-  )
-  if not fits:
-    recipe = _RECIPES[label.kind]
-    raise UserError(
-      f"task {task.name!r} is one for a head of kind {label.kind}, the model's"
-      f" is {kind}: train it with --gin_file={recipe}, or include"
-      f" 'heads/{label.kind}.gin' after the model's file"
-    )
-  if kind == "question_answering":
-    return
-  if (head.problem_type, head.num_labels) != (label.problem_type, label.size):
-    raise UserError(
-      f"task {task.name!r} has {label.size} labels, {label.problem_type}; the"
-      f" head has {head.num_labels}, {head.problem_type}"
-    )
-  if head.label_names and label.names and head.label_names != label.names:
-    raise UserError(
-      f"task {task.name!r} names its labels {', '.join(label.names)}, the head"
-      f" {', '.join(head.label_names)}"
-    )
 
 
 def head_config(
@@ -410,7 +469,7 @@ def head_config(
   if label is None:
     raise UserError(
       f"task {task.name!r} has text as targets, and a head of kind {kind} needs"
-      f" labels: {_text_recipe(task.name)}"
+      f" labels: {checks.text_recipe(task.name)}"
     )
   return HeadConfig(
     kind,

@@ -229,13 +229,17 @@ def label_reader(
 
 
 def glue(
-  name: str, features: Sequence[str], label_names: Sequence[str]
+  name: str,
+  features: Sequence[str],
+  label_names: Sequence[str],
+  in_order: bool = False,
 ) -> RowFn:
   """`sst2 sentence: ...` to a label word (T5 paper, appendix D).
 
-  Features come in alphabetical order; label -1 (a test set) is `<unk>`. The
-  label may be a class number or its name.
+  Features come in alphabetical order, or `in_order` as they are; label -1 (a
+  test set) is `<unk>`. The label may be a class number or its name.
   """
+  keys = tuple(features) if in_order else sorted(features)
   classes = {label: label for label in label_names}
   classes |= {str(i): label for i, label in enumerate(label_names)}
   classes["-1"] = "<unk>"
@@ -247,7 +251,7 @@ def glue(
         f"label {shown(label)} is neither one of {listed(label_names)} nor a"
         " class number"
       )
-    parts = [f"{key}: {text_of(row, key)}" for key in sorted(features)]
+    parts = [f"{key}: {text_of(row, key)}" for key in keys]
     return {"inputs": " ".join([name, *parts]), "targets": classes[label]}
 
   return format_row
@@ -408,4 +412,9 @@ def all_answers(text: str, example=None, is_target: bool = False, **unused):
   """Every accepted answer of a target; a prediction as it is."""
   if not is_target:
     return text
-  return [answer.decode("utf-8") for answer in example["answers"]]
+  return [as_text(answer) for answer in example["answers"]]
+
+
+def as_text(value: Any) -> str:
+  """Text as SeqIO has it, bytes, or as we do."""
+  return value.decode("utf-8") if isinstance(value, bytes) else str(value)

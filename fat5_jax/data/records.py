@@ -17,10 +17,10 @@ from typing import Any
 
 import seqio
 
-from fat5_jax.data import features, seqio_source, sources
+from fat5_jax.data import features, mixtures, seqio_source, sources
 from fat5_jax.errors import UserError
 
-_MODULES = ("tasks", "head_tasks")
+_MODULES = ("tasks", "head_tasks", "super_glue_tasks", "nli")
 _FACTORIES: dict[str, Callable[..., seqio.Task]] = {}
 # Arguments that are no plain data, or that a folder brings anew.
 _NOT_RECORDED = ("vocabulary", "output_vocabulary", "source", "rename")
@@ -38,13 +38,11 @@ _LISTED = 20
 def recorded(factory: Callable[..., seqio.Task]) -> Callable[..., seqio.Task]:
   """Makes a task factory leave its arguments in `task.source.record`."""
   name = f"{factory.__module__.rpartition('.')[2]}.{factory.__name__}"
-  signature = inspect.signature(factory)
 
   @functools.wraps(factory)
   def make(*args, **kwargs):
+    bound = mixtures.bound(factory, args, kwargs)
     task = factory(*args, **kwargs)
-    bound = signature.bind(*args, **kwargs)
-    bound.apply_defaults()
     own_code: list[str] = []
     arguments = {
       key: _plain(value, own_code)
@@ -65,6 +63,8 @@ def recorded(factory: Callable[..., seqio.Task]) -> Callable[..., seqio.Task]:
     found["metrics"] = [metric.__name__ for metric in task.metric_fns]
     found["own_code"] = own_code
     task.source.record = found
+    if bound.arguments.get("rename") is not None:
+      task.source.own_code = bound.arguments["rename"]
     return task
 
   _FACTORIES[name] = make
@@ -89,8 +89,10 @@ def _plain(value: Any, own_code: list[str]) -> Any:
 def describe(task: seqio.Task | seqio.Mixture) -> dict[str, Any]:
   """A task, or a mixture, as JSON."""
   if isinstance(task, seqio.Mixture):
+    label = features.label_feature(task)
     return {
       "name": task.name,
+      "kind": "text_to_text" if label is None else label.kind,
       "mixture": {
         sub.name: describe(sub) | {"rate": str(task.get_rate(sub))}
         for sub in seqio.get_subtasks(task)
@@ -195,6 +197,8 @@ def _compared(record: Mapping[str, Any]) -> dict[str, Any]:
   """What two records of the same data agree on, by its place in them."""
   tops = {k: v for k, v in record.items() if k not in _TOP_MAY_CHANGE}
   if "mixture" in tops:
+    # Told by its parts; earlier records do not have it.
+    tops.pop("kind", None)
     subs = tops.pop("mixture").items()
     parts = {f"mixture {name}": _compared(sub) for name, sub in subs}
     return _flat(tops) | {
@@ -207,6 +211,44 @@ def _compared(record: Mapping[str, Any]) -> dict[str, Any]:
     for key, value in _flat(tops).items()
     if not _MAY_CHANGE.search(key)
   }
+
+
+# Sources whose record tells what their rows are.
+_KNOWN = (
+  *("Files", "ParallelFiles", "Conll", "SquadFiles"),
+  *("HuggingFace", "Tfds", "Rows", "PronounFiles"),
+)
+
+
+def is_known(record: Mapping[str, Any]) -> bool:
+  """Whether the record of a task tells all that decides its examples.
+
+  What a function of a person's own makes is known to nobody.
+  """
+  return _source_is_known(record["source"])
+
+
+def _source_is_known(source: Mapping[str, Any]) -> bool:
+  if "seqio" in source:
+    return "files" in source or "tfds" in source
+  kind = source.get("kind")
+  if kind == "Joined":
+    return all(map(_source_is_known, source["parts"].values()))
+  if kind == "Function":
+    names = source["functions"].values()
+    return all(name.startswith("fat5_jax.data.") for name in names)
+  return kind in _KNOWN
+
+
+def content_of_split(record: Mapping[str, Any], split: str) -> dict[str, Any]:
+  """What decides the examples of a split: the record without other splits."""
+  found = dict(record)
+  source = dict(found["source"])
+  for key in ("files", "functions", "parts"):
+    if key in source:
+      source[key] = source[key].get(split)
+  found["source"] = source
+  return {k: v for k, v in _compared(found).items() if k != "metrics"}
 
 
 def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
@@ -241,8 +283,8 @@ def build(
   vocabulary: seqio.Vocabulary,
   data_dir: str | None = None,
   with_data: bool = False,
-) -> seqio.Task:
-  """The task of a record.
+) -> seqio.Task | seqio.Mixture:
+  """The task, or the mixture, of a record.
 
   Args:
     record: as `describe` gives it.
@@ -255,6 +297,12 @@ def build(
     UserError: if a part of it is a person's own code, which a record cannot
       bring along.
   """
+  if "mixture" in record:
+    parts = [
+      (build(part, vocabulary, data_dir, with_data), float(part["rate"]))
+      for part in record["mixture"].values()
+    ]
+    return mixtures.make_mixture(record["name"], parts)
   for module in _MODULES:
     importlib.import_module(f"fat5_jax.data.{module}")
   factory = _FACTORIES.get(record.get("factory", ""))
@@ -292,10 +340,27 @@ def build(
     arguments["data_dir"] = data_dir
   if "source" in parameters:
     if not with_data:
-      arguments["source"] = _NoRows()
+      arguments["source"] = _renamed(_NoRows(), record["source"])
     elif parameters["source"].default is inspect.Parameter.empty:
       arguments["source"] = _source_of(record["source"], name)
   return factory(vocabulary=vocabulary, **arguments)
+
+
+def question_of(record: Mapping[str, Any]) -> Mapping[str, Any] | None:
+  """The record of a task that asks as all tasks of a record do.
+
+  None where a mixture's tasks do not ask alike.
+  """
+  if "mixture" not in record:
+    return record
+  parts = list(record["mixture"].values())
+  asks = [
+    (part.get("factory"), (part.get("arguments") or {}) | {"name": None})
+    for part in parts
+  ]
+  if any(other != asks[0] for other in asks) or asks[0][0] is None:
+    return None
+  return parts[0] | {"lengths": record.get("lengths", {})}
 
 
 def _source_of(record: Mapping[str, Any], task: str) -> Any:
@@ -325,7 +390,16 @@ def _source_of(record: Mapping[str, Any], task: str) -> Any:
         s: dict(zip(record["columns"], files))
         for s, files in arguments["splits"].items()
       }
-  return make(**arguments)
+  return _renamed(make(**arguments), record)
+
+
+def _renamed(source: Any, record: Mapping[str, Any]) -> Any:
+  """A source with its columns under the names that a record gives."""
+  from fat5_jax.data import renamed
+
+  if "renamed" not in record:
+    return source
+  return renamed.Renamed(source, record["renamed"])
 
 
 def ask(

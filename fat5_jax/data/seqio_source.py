@@ -13,6 +13,8 @@ import numpy as np
 import seqio
 import tensorflow as tf
 
+from fat5_jax.data.files import Unread
+from fat5_jax.data.skipped import Skipped
 from fat5_jax.data.sources import LocatedRow, Row, RowFn, column
 from fat5_jax.errors import UserError
 
@@ -61,7 +63,25 @@ TEXT_TO_TEXT = {
 }
 
 
+# Rows that are made at once, and characters, if that is less.
+_BLOCK, _CHARACTERS = 512, 1 << 20
 _SKIP = ". (skip_bad_rows = True leaves such rows out)"
+
+
+def _blocks(
+  rows: Iterable[LocatedRow], most: int
+) -> Iterator[list[LocatedRow]]:
+  block: list[LocatedRow] = []
+  characters = 0
+  for row in rows:
+    block.append(row)
+    if not isinstance(row[1], Unread):
+      characters += sum(len(v) for v in row[1].values() if isinstance(v, str))
+    if len(block) == most or characters > _CHARACTERS:
+      yield block
+      block, characters = [], 0
+  if block:
+    yield block
 
 
 def files_of(task: seqio.Task | seqio.Mixture) -> list[str]:
@@ -103,6 +123,7 @@ class SeqioSource(seqio.DataSource):
     record: the task as plain data (records.py); set by its factory.
     read_like: how its files are read, of sources.read_file, where rows to be
       asked about shall be read so too.
+    own_code: a person's own function by which rows are read, or None.
   """
 
   def __init__(
@@ -110,18 +131,29 @@ class SeqioSource(seqio.DataSource):
     source,
     row_fn: RowFn,
     signature: Mapping[str, tf.TensorSpec],
+    layout: Any,
     skip_bad_rows: bool = False,
     columns: Sequence[str] = (),
     unanswered: Callable[[Row], Row] = lambda row: row,
   ):
-    """`unanswered` puts something in the place of a row's answer."""
-    self._source, self._row_fn = source, row_fn
+    """`layout`: of layouts.py, what becomes of what the row function gives.
+
+    `unanswered` puts something in the place of a row's answer.
+    """
+    if getattr(source, "weights", {}):
+      raise UserError(
+        "this task takes no weights of files: mix two tasks of them with"
+        " tasks.mixture()"
+      )
+    self._source, self._row_fn, self.layout = source, row_fn, layout
     self._skip_bad_rows = skip_bad_rows
     self._signature = dict(signature)
     self._unanswered = unanswered
+    self._counts: dict[str, int] = {}
     self.columns = tuple(columns)
     self.record: dict[str, Any] = {}
     self.read_like: dict[str, Any] = {}
+    self.own_code: Any = None
     super().__init__(splits=tuple(source.splits), caching_permitted=False)
 
   @property
@@ -135,8 +167,12 @@ class SeqioSource(seqio.DataSource):
     Raises:
       UserError: if it has not the columns that a question needs.
     """
+    row = dict(row)
+    if hasattr(self._source, "rename"):
+      # A person's row has the names of the data set, or the task's.
+      row = self._source.rename(row, whole=False)
     try:
-      return self._row_fn(self._unanswered(dict(row)))
+      return self._row_fn(self._unanswered(row))
     except UserError as e:
       if str(e).startswith("no column"):
         # Told with the columns that are there, not with a stand-in's.
@@ -146,7 +182,9 @@ class SeqioSource(seqio.DataSource):
 
   def asking(self, rows: Callable[[], Iterable[LocatedRow]]) -> SeqioSource:
     """This source with questions in the place of its rows, in split ROWS."""
-    return SeqioSource(Located(rows), self.question, self._signature)
+    return SeqioSource(
+      Located(rows), self.question, self._signature, self.layout
+    )
 
   @property
   def supports_arbitrary_sharding(self) -> bool:
@@ -156,40 +194,71 @@ class SeqioSource(seqio.DataSource):
     return [self._source.describe(split)]
 
   def examples(self, split: str) -> Iterator[Row]:
-    """Every row as the task's features, checked.
+    """Every row as what the row function gives, checked.
 
     Raises:
       UserError: naming the place, for a bad row; or if there is no row.
     """
-    count = skipped = 0
-    for where, row in self._source.rows(split):
-      try:
-        example = self._row_fn(row)
-        if example is None:
-          continue
-        for key in ("inputs", "targets"):
-          text = example.get(key)
-          if isinstance(text, str) and not text.strip():
-            raise UserError(f"{key} is empty")
-          if isinstance(text, str):
-            text.encode("utf-8")
-      except (UserError, UnicodeEncodeError) as e:
-        if not self._skip_bad_rows:
-          reason = str(e)
-          if isinstance(e, UnicodeEncodeError):
-            reason = "half a character (a lone surrogate)"
-          hint = "" if split == ROWS else _SKIP
-          raise UserError(f"{where}: {reason}{hint}") from None
-        skipped += 1
-        continue
-      count += 1
-      yield {key: example[key] for key in self._signature}
-    if skipped:
+    count, skipped = 0, Skipped()
+    for block in self.blocks(split, skipped):
+      count += len(block)
+      yield from block
+    self.tell(split, count, skipped)
+
+  def blocks(
+    self, split: str, skipped: Skipped, part: tuple[int, int] = (0, 1)
+  ) -> Iterator[list[Row]]:
+    """The examples of each block of rows, in order.
+
+    Args:
+      split: of the task.
+      skipped: counts bad rows, where they are left out.
+      part: (i, n) makes the i-th of every n blocks alone.
+
+    Raises:
+      UserError: naming the place, for a bad row.
+    """
+    rows = _blocks(self._source.rows(split), 1 if split == ROWS else _BLOCK)
+    for number, block in enumerate(rows):
+      if number % part[1] == part[0]:
+        made = (self._example(split, *row, skipped) for row in block)
+        yield [example for example in made if example is not None]
+
+  def _example(
+    self, split: str, where: str, row: Row, skipped: Skipped
+  ) -> Row | None:
+    try:
+      if isinstance(row, Unread):
+        raise UserError(row.reason)
+      example = self._row_fn(row)
+      if example is None:
+        return None
+      for key in ("inputs", "targets"):
+        text = example.get(key)
+        if isinstance(text, str) and not text.strip():
+          raise UserError(f"{key} is empty")
+        if isinstance(text, str):
+          text.encode("utf-8")
+    except (UserError, UnicodeEncodeError) as e:
+      reason = str(e)
+      if isinstance(e, UnicodeEncodeError):
+        reason = "half a character (a lone surrogate)"
+      if not self._skip_bad_rows:
+        hint = "" if split == ROWS else _SKIP
+        raise UserError(f"{where}: {reason}{hint}") from None
+      skipped.add(where, reason)
+      return None
+    return {key: example[key] for key in self._signature}
+
+  def tell(self, split: str, count: int, skipped: Skipped) -> None:
+    """Says what was left out of a split that gave so many examples.
+
+    Raises:
+      UserError: if it gave none.
+    """
+    if skipped.rows:
       logger.warning(
-        "%s: left out %d bad rows of %d",
-        self._source.describe(split),
-        skipped,
-        skipped + count,
+        "%s: %s", self._source.describe(split), skipped.describe(count)
       )
     if not count:
       raise UserError(
@@ -230,4 +299,87 @@ class SeqioSource(seqio.DataSource):
     return dataset if num_epochs == 1 else dataset.repeat(num_epochs)
 
   def num_input_examples(self, split: str) -> int | None:
-    return None
+    """Rows of a split, counted once; None of a stream that nobody counted."""
+    count = getattr(self._source, "num_rows", None)
+    if getattr(self._source, "is_stream", False):
+      return None if count is None else count(split)
+    if split not in self._counts:
+      if self._skip_bad_rows:
+        # Which rows are bad shows when they are made.
+        found = sum(1 for _ in self.examples(split))
+      elif count is None:
+        found = sum(1 for _ in self._source.rows(split))
+      else:
+        found = count(split)
+      self._counts[split] = found
+    return self._counts[split]
+
+
+# ---- A layout as a preprocessor of SeqIO's -----------------------------------
+
+
+def preprocessor(
+  layout: Any, added: Mapping[str, tf.TensorSpec]
+) -> Callable[..., tf.data.Dataset]:
+  """What SeqIO calls to make examples of rows; the same functions as ours.
+
+  Args:
+    layout: of layouts.py.
+    added: the features that it adds to those that it leaves as they are.
+  """
+
+  def preprocess(dataset, output_features, sequence_length=None):
+    given = dataset.element_spec
+    removed = layout.removed
+    spec = {k: v for k, v in given.items() if k not in removed} | dict(added)
+    names = sorted(spec)
+
+    def run(*values):
+      row = {
+        key: _to_python(value, given[key].dtype)
+        for key, value in zip(given, values)
+      }
+      prepared = layout.prepare([row], output_features, sequence_length)
+      rows = [layout.cut(example, sequence_length) for example in prepared]
+      found = []
+      for name in names:
+        dtype = spec[name].dtype.as_numpy_dtype
+        values = [row[name] for row in rows]
+        if spec[name].shape.rank == 0:
+          found.append(np.array(values, dtype))
+        else:
+          flat = [np.asarray(value, dtype) for value in values]
+          sizes = np.array([len(value) for value in flat], np.int64)
+          found += [np.concatenate([*flat, np.zeros(0, dtype)]), sizes]
+      return found
+
+    def types():
+      for name in names:
+        yield spec[name].dtype
+        if spec[name].shape.rank:
+          yield tf.int64
+
+    def split(row):
+      found = iter(tf.numpy_function(run, list(row.values()), list(types())))
+      columns = {}
+      for name in names:
+        column = next(found)
+        column.set_shape([None])
+        if spec[name].shape.rank:
+          sizes = next(found)
+          sizes.set_shape([None])
+          column = tf.RaggedTensor.from_row_lengths(column, sizes)
+        columns[name] = column
+      return tf.data.Dataset.from_tensor_slices(columns)
+
+    return dataset.flat_map(split)
+
+  return preprocess
+
+
+def _to_python(value: np.ndarray | bytes, dtype: tf.DType) -> Any:
+  if dtype != tf.string:
+    return value
+  if isinstance(value, bytes):
+    return value.decode("utf-8")
+  return [item.decode("utf-8") for item in value.tolist()]

@@ -12,10 +12,12 @@ import functools
 import glob
 import hashlib
 import os
+import re
 from typing import Any
 
 import numpy as np
 
+from fat5_jax import fetched
 from fat5_jax.data.files import (
   LocatedRow,
   Row,
@@ -27,10 +29,15 @@ from fat5_jax.data.files import (
   shown,
   split_suffix,
 )
-from fat5_jax.data.formats import check_columns, read_file
+from fat5_jax.data.formats import check_columns, count_rows, read_file
 from fat5_jax.errors import UserError, nearest
 
 RowFn = Callable[[Row], Row]
+# Bytes of what only streams: too many to be held as a whole.
+UNKNOWN_SIZE = 1 << 62
+
+# What `datasets` leaves beside the data of a folder.
+_LEFT_BESIDE = re.compile(r"cache-.*\.arrow|tmp[a-z0-9_]{8}")
 
 
 def files_record(
@@ -42,6 +49,23 @@ def files_record(
     "files": {s: [file_record(p) for p in ps] for s, ps in splits.items()},
     "arguments": {k: v for k, v in arguments.items() if v is not None},
   }
+
+
+_counts: dict[tuple, int] = {}
+
+
+def count_files(paths: Iterable[str], how: Any, count: Callable[[str], int]):
+  """The rows of files; each is counted once, as long as it does not change.
+
+  `how` they are read; `count` counts one.
+  """
+  found = 0
+  for path in paths:
+    key = (repr(how), *file_record(path).values())
+    if key not in _counts:
+      _counts[key] = count(path)
+    found += _counts[key]
+  return found
 
 
 def split_files(splits: Any) -> dict[str, list[str]]:
@@ -58,22 +82,51 @@ def split_files(splits: Any) -> dict[str, list[str]]:
   return {name: expand(patterns) for name, patterns in splits.items()}
 
 
+def _weights(splits: Any) -> dict[str, float]:
+  """The weights of the training files; {} where they have none."""
+  if not isinstance(splits, Mapping):
+    return {}
+  for split, files in splits.items():
+    if isinstance(files, Mapping) and split != "train":
+      raise UserError(
+        f"Files: split {split!r} has weights; they are for the rows that"
+        " training draws: give a list"
+      )
+  found = splits.get("train")
+  if not isinstance(found, Mapping):
+    return {}
+  for name, weight in found.items():
+    is_number = isinstance(weight, (int, float)) and not isinstance(
+      weight, bool
+    )
+    if not isinstance(name, str) or not is_number or not 0 < weight < 1e9:
+      raise UserError(
+        f"Files: {shown(name)}: {shown(weight)} is no weight of a file: give"
+        " {'a.jsonl': 2.0, 'b.jsonl': 1.0}"
+      )
+  return {name: float(weight) for name, weight in found.items()}
+
+
 class Files:
   """Local files, one or more glob patterns a split.
 
   Attributes:
-    splits: split name to pattern or patterns.
+    splits: split name to files.
+    weights: by pattern, how often rows of its files are drawn in training
+      beside the others'; {} where nobody says. A factory that is given such a
+      source makes a mixture (mixtures.weighted).
   """
 
   def __init__(
     self,
-    splits: Mapping[str, str | Sequence[str]],
+    splits: Mapping[str, str | Sequence[str] | Mapping[str, float]],
     columns: Sequence[str] | Mapping[str, Sequence[str] | None] | None = None,
     quoting: bool | None = None,
     delimiter: str | None = None,
   ):
-    """`columns` names those of files without header, for all splits or each.
+    """`splits` may give training files weights, {'train': {'a.tsv': 2.0, ...}}.
 
+    `columns` names those of files without header, for all splits or each.
     `quoting` and `delimiter`: see `read_file`.
     """
     if delimiter is not None and (
@@ -89,6 +142,9 @@ class Files:
       raise UserError(
         f"Files: quoting = {shown(quoting)} must be True or False"
       )
+    self.weights = _weights(splits)
+    if self.weights:
+      splits = {**splits, "train": list(self.weights)}
     self.splits = split_files(splits)
     by_split = columns if isinstance(columns, Mapping) else {"": columns}
     for names in by_split.values():
@@ -104,17 +160,28 @@ class Files:
     self._columns, self._quoting = columns, quoting
     self._delimiter = delimiter
 
-  def rows(self, split: str) -> Iterator[LocatedRow]:
+  def only(self, splits: Mapping[str, str | Sequence[str]]) -> Files:
+    """Other files, read as these are."""
+    return Files(splits, self._columns, self._quoting, self._delimiter)
+
+  def _how(self, split: str) -> dict[str, Any]:
     columns = self._columns
     if isinstance(columns, Mapping):
       columns = columns.get(split)
+    return {
+      "columns": columns,
+      "quoting": self._quoting,
+      "delimiter": self._delimiter,
+    }
+
+  def rows(self, split: str) -> Iterator[LocatedRow]:
     for path in self.splits[split]:
-      yield from read_file(
-        path,
-        columns=columns,
-        quoting=self._quoting,
-        delimiter=self._delimiter,
-      )
+      yield from read_file(path, **self._how(split))
+
+  def num_rows(self, split: str) -> int:
+    how = self._how(split)
+    count = functools.partial(count_rows, **how)
+    return count_files(self.splits[split], how, count)
 
   def record(self) -> dict[str, Any]:
     return files_record(
@@ -130,38 +197,6 @@ class Files:
 
   def size_bytes(self, split: str) -> int:
     return sum(os.path.getsize(path) for path in self.splits[split])
-
-
-SPLIT_STEMS = {
-  "train": ("train",),
-  "validation": ("validation", "valid", "dev"),
-  "test": ("test",),
-}
-
-
-def named_splits(
-  data_dir: str | None, hf_path: str, hf_name: str | None
-) -> Any:
-  """Files of a folder named after their split, or (None) a dataset of HF's.
-
-  Raises:
-    UserError: if there is no such file.
-  """
-  if data_dir is None:
-    return HuggingFace(hf_path, hf_name)
-  found = {}
-  for split, names in SPLIT_STEMS.items():
-    for stem in names:
-      for suffix in ("jsonl", "json", "tsv", "csv", "parquet"):
-        pattern = os.path.join(glob.escape(data_dir), f"{stem}*.{suffix}*")
-        if split not in found and glob.glob(pattern):
-          found[split] = pattern
-  if not found:
-    raise UserError(
-      f"{data_dir}: no data file named after a split (train*.jsonl,"
-      " validation*.tsv, ...) is there"
-    )
-  return Files(found)
 
 
 class ParallelFiles:
@@ -206,6 +241,11 @@ class ParallelFiles:
       texts = [line[1] for line in lines]
       yield located(first, number), dict(zip(columns, texts))
 
+  def num_rows(self, split: str) -> int:
+    first = next(iter(self.splits[split].values()))
+    lines = lambda path: sum(1 for _ in read_lines(path, split_suffix(path)[1]))
+    return count_files([first], "lines", lines)
+
   def record(self) -> dict[str, Any]:
     files = {split: list(f.values()) for split, f in self.splits.items()}
     columns = list(next(iter(self.splits.values())))
@@ -223,6 +263,7 @@ class HuggingFace:
 
   Attributes:
     splits: our split name to the dataset's.
+    is_stream: whether its rows can be read from the first on alone.
   """
 
   def __init__(
@@ -230,8 +271,11 @@ class HuggingFace:
     path: str,
     name: str | None = None,
     splits: Mapping[str, str] | None = None,
+    streaming: bool = False,
   ):
-    self._path, self._name = path, name
+    """`streaming` reads rows as they come, in their order, and keeps none."""
+    self._given, self._path, self._name = path, fetched.local(path), name
+    self.is_stream = streaming
     self.splits = dict(
       splits or {s: s for s in ("train", "validation", "test")}
     )
@@ -244,9 +288,13 @@ class HuggingFace:
       try:
         if os.path.exists(os.path.join(self._path, "dataset_dict.json")):
           found = datasets.load_from_disk(self._path)[self.splits[split]]
+          found = found.to_iterable_dataset() if self.is_stream else found
         else:
           found = datasets.load_dataset(
-            self._path, self._name, split=self.splits[split]
+            self._path,
+            self._name,
+            split=self.splits[split],
+            streaming=self.is_stream,
           )
       except Exception as e:  # the library raises a dozen unrelated types
         raise UserError(f"{self.describe(split)}: {e}") from None
@@ -258,11 +306,21 @@ class HuggingFace:
     for number, row in enumerate(self._load(split), 1):
       yield f"{where}, row {number}", row
 
+  def num_rows(self, split: str) -> int | None:
+    """Those that its publisher counted, of a stream; None if nobody did."""
+    if not self.is_stream:
+      return len(self._load(split))
+    known = self._load(split).info.splits or {}
+    # Slices and merged splits are not counted apart.
+    info = known.get(self.splits[split])
+    return (info.num_examples or None) if info else None
+
   def label_names(self, column: str) -> tuple[str, ...]:
     """The names of a column of class numbers (ClassLabel); () if it is none."""
     for split in self.splits:
       try:
-        found = self._load(split).features.get(column)
+        # A stream may not know what it holds.
+        found = (self._load(split).features or {}).get(column)
       except UserError:
         continue  # A data set need not have every split.
       found = getattr(found, "feature", found)
@@ -273,9 +331,10 @@ class HuggingFace:
     found = {
       "kind": "HuggingFace",
       "arguments": {
-        "path": self._path,
+        "path": self._given,
         "name": self._name,
         "splits": self.splits,
+        **({"streaming": True} if self.is_stream else {}),
       },
     }
     if not os.path.isdir(self._path):
@@ -287,7 +346,7 @@ class HuggingFace:
       for file in sorted(glob.glob(inside, recursive=True))
       # The library leaves caches beside the data.
       if os.path.isfile(file)
-      and not os.path.basename(file).startswith(("cache-", "tmp"))
+      and not _LEFT_BESIDE.fullmatch(os.path.basename(file))
       and not file.endswith(".lock")
     ]
     return found | {"content": [file_record(file) for file in files]}
@@ -297,7 +356,7 @@ class HuggingFace:
     return f"HF dataset {name}, split {self.splits[split]}"
 
   def size_bytes(self, split: str) -> int:
-    return self._load(split).data.nbytes
+    return UNKNOWN_SIZE if self.is_stream else self._load(split).data.nbytes
 
 
 class Tfds:
@@ -337,6 +396,9 @@ class Tfds:
     for number, row in enumerate(tfds.as_numpy(data), 1):
       yield f"{where}, row {number}", _to_python(row)
 
+  def num_rows(self, split: str) -> int:
+    return self._builder().info.splits[self.splits[split]].num_examples
+
   def record(self) -> dict[str, Any]:
     return {
       "kind": "Tfds",
@@ -369,10 +431,15 @@ class Function:
 
   Attributes:
     splits: split name to a function without arguments.
+    is_stream: whether they have no end, or are too many to keep.
   """
 
-  def __init__(self, splits: Mapping[str, Callable[[], Iterable[Row]]]):
-    self.splits = dict(splits)
+  def __init__(
+    self,
+    splits: Mapping[str, Callable[[], Iterable[Row]]],
+    is_stream: bool = False,
+  ):
+    self.splits, self.is_stream = dict(splits), is_stream
 
   def rows(self, split: str) -> Iterator[LocatedRow]:
     for number, row in enumerate(self.splits[split](), 1):
@@ -388,7 +455,7 @@ class Function:
     return f"split {split}"
 
   def size_bytes(self, split: str) -> int:
-    return 0
+    return UNKNOWN_SIZE if self.is_stream else 0
 
 
 def code_name(function: Any) -> str:

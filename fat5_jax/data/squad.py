@@ -6,7 +6,8 @@ from collections.abc import Iterator, Mapping, Sequence
 import os
 from typing import Any
 
-from fat5_jax.data import formats, sources
+from fat5_jax import fetched
+from fat5_jax.data import folders, formats, sources
 from fat5_jax.errors import UserError
 
 
@@ -25,10 +26,15 @@ class SquadFiles:
 
   def rows(self, split: str) -> Iterator[sources.LocatedRow]:
     for path in self.splits[split]:
-      if sources.split_suffix(path)[0] == ".json":
-        yield from read(path)
-      else:
-        yield from sources.read_file(path)
+      yield from self._read(path)
+
+  def _read(self, path: str) -> Iterator[sources.LocatedRow]:
+    is_official = sources.split_suffix(path)[0] == ".json"
+    return read(path) if is_official else sources.read_file(path)
+
+  def num_rows(self, split: str) -> int:
+    count = lambda path: sum(1 for _ in self._read(path))
+    return sources.count_files(self.splits[split], "questions", count)
 
   def record(self) -> dict[str, Any]:
     return sources.files_record(self, self.splits)
@@ -85,6 +91,7 @@ def source(data_dir: str | None) -> Any:
   """SQuAD 1.1: `train-v1.1.json` and `dev-v1.1.json` in a folder, files of a
   question a row named after their split, or (None) HF's `squad`.
   """
+  data_dir = data_dir and fetched.local(data_dir)
   official = {
     split: os.path.join(data_dir or "", f"{stem}-v1.1.json")
     for split, stem in (("train", "train"), ("validation", "dev"))
@@ -92,4 +99,4 @@ def source(data_dir: str | None) -> Any:
   found = {s: path for s, path in official.items() if os.path.exists(path)}
   if data_dir and found:
     return SquadFiles(found)
-  return sources.named_splits(data_dir, "rajpurkar/squad", None)
+  return folders.named_splits(data_dir, "rajpurkar/squad", None)

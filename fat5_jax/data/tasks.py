@@ -1,16 +1,14 @@
 """Task factories: from a source and two templates to a SeqIO task.
 
 Bind them from gin (`MIXTURE_OR_TASK_NAME = @tasks.text_to_text()`) or call them
-from Python. The tasks of the T5 paper are ready under T5's names: give the name
-and, for local files, DATA_DIR.
+from Python. Those of the T5 paper, and others, are ready under their names
+(ready.py): give the name and, for local files, DATA_DIR.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 import functools
-import glob as glob_lib
-import os
 from typing import Any
 
 import seqio
@@ -18,7 +16,9 @@ import tensorflow as tf
 
 from fat5_jax.data import (
   features,
-  head_tasks,
+  folders,
+  layouts,
+  mixtures,
   preprocessors,
   records,
   seqio_source,
@@ -30,8 +30,17 @@ from fat5_jax.data import metrics as metrics_lib
 from fat5_jax.data import squad as squad_lib
 from fat5_jax.errors import UserError, nearest
 
+# What SeqIO sees of a text besides the row.
+_TOKENS = {
+  **dict.fromkeys(("inputs", "targets"), tf.TensorSpec([None], tf.int32)),
+  **dict.fromkeys(
+    ("inputs_pretokenized", "targets_pretokenized"),
+    tf.TensorSpec([], tf.string),
+  ),
+}
 
-def _register(
+
+def add_text_task(
   name: str,
   source,
   row_fn: sources.RowFn,
@@ -57,16 +66,12 @@ def _register(
       source,
       row_fn,
       seqio_source.TEXT_TO_TEXT | (extra_features or {}),
+      layouts.Text(),
       skip_bad_rows,
       columns,
       unanswered,
     ),
-    preprocessors=[
-      seqio.preprocessors.tokenize,
-      features.shorten_text,
-      functools.partial(features.count_cut, name=name),
-      seqio.preprocessors.append_eos_after_trim,
-    ],
+    preprocessors=[seqio_source.preprocessor(layouts.Text(), _TOKENS)],
     output_features={
       "inputs": seqio.Feature(vocabulary, add_eos=True),
       "targets": seqio.Feature(output_vocabulary or vocabulary, add_eos=True),
@@ -76,6 +81,7 @@ def _register(
   )
 
 
+@mixtures.weighted
 @records.recorded
 def text_to_text(
   source,
@@ -114,7 +120,7 @@ def text_to_text(
   for column in {*asked, *answers} - set(names):
     if hasattr(source, "label_names"):
       names[column] = source.label_names(column)
-  return _register(
+  return add_text_task(
     name,
     source,
     preprocessors.template(inputs, targets, names),
@@ -160,7 +166,7 @@ def glue(
     row_fn = preprocessors.glue(prefix, tuple(task.features), task.label_names)
     postprocess = preprocessors.label_to_class(tuple(task.label_names))
   source, rename = glue_lib.source(name, data_dir, source)
-  return _register(
+  return add_text_task(
     f"glue_{name}_v002",
     source,
     rename(row_fn),
@@ -189,7 +195,7 @@ def squad(
     name: of the task.
     source: of rows, instead of both.
   """
-  return _register(
+  return add_text_task(
     name,
     source or squad_lib.source(data_dir),
     preprocessors.squad,
@@ -230,22 +236,11 @@ def translation(
     source: of rows, instead of both.
   """
   pair = (source_language, target_language)
-  parallel = {}
-  for split, stems in sources.SPLIT_STEMS.items() if data_dir else ():
-    for stem in (*stems, "val") if split == "validation" else stems:
-      files = {
-        code: glob_lib.glob(
-          os.path.join(glob_lib.escape(data_dir), f"{stem}*.{code}*")
-        )
-        for code in pair
-      }
-      if all(files.values()) and split not in parallel:
-        parallel[split] = {code: sorted(f)[0] for code, f in files.items()}
-  if source is None and parallel:
-    source = sources.ParallelFiles(parallel)
-  elif source is None:
-    source = sources.named_splits(data_dir, hf_path, hf_name)
-  return _register(
+  if source is None:
+    source = folders.aligned_files(data_dir, {code: code for code in pair})
+  if source is None:
+    source = folders.named_splits(data_dir, hf_path, hf_name)
+  return add_text_task(
     name or f"wmt_{source_language}_{target_language}",
     source,
     preprocessors.translate(*pair),
@@ -276,15 +271,21 @@ def summarization(
     article: column of the text.
     summary: column of its summary.
     vocabulary: SeqIO vocabulary.
-    data_dir: folder with train/validation files; None reads HF.
+    data_dir: folder with files of rows named after their split, or line-aligned
+      `train.source`, `train.target`, `val.source` ...; None reads HF.
     name: of the task.
     hf_path: HF dataset read where there is no data_dir.
     hf_name: its configuration.
     source: of rows, instead of both.
   """
-  return _register(
+  if source is None:
+    endings = {article: "source", summary: "target"}
+    source = folders.aligned_files(data_dir, endings)
+  if source is None:
+    source = folders.named_splits(data_dir, hf_path, hf_name)
+  return add_text_task(
     name,
-    source or sources.named_splits(data_dir, hf_path, hf_name),
+    source,
     preprocessors.summarize(article, summary),
     vocabulary,
     columns=(article,),
@@ -308,7 +309,7 @@ def quickstart(
   rows = functools.partial(
     spoken_values.rows, train_rows, validation_rows, seed
   )
-  return _register(
+  return add_text_task(
     name,
     sources.Function(
       {
@@ -324,32 +325,56 @@ def quickstart(
   )
 
 
-# T5's names, built when a run asks for one.
-BUILTIN_TASKS: dict[str, Callable[..., seqio.Task]] = {
-  **{
-    f"glue_{name}_v002": functools.partial(glue, name) for name in glue_lib.GLUE
-  },
-  "squad_v010_allanswers": squad,
-  "wmt_t2t_ende_v003": functools.partial(
-    translation, "en", "de", name="wmt_t2t_ende_v003", hf_name="de-en"
-  ),
-  "wmt14_enfr_v003": functools.partial(
-    translation, "en", "fr", name="wmt14_enfr_v003", hf_name="fr-en"
-  ),
-  "wmt16_enro_v003": functools.partial(
-    translation,
-    "en",
-    "ro",
-    name="wmt16_enro_v003",
-    hf_path="wmt/wmt16",
-    hf_name="ro-en",
-  ),
-  "cnn_dailymail_v002": functools.partial(
-    summarization, "article", "highlights", name="cnn_dailymail_v002"
-  ),
-  "spoken_values": lambda vocabulary, data_dir=None: quickstart(vocabulary),
-  **head_tasks.BUILTIN_TASKS,
-}
+# ---- Mixtures ----------------------------------------------------------------
+
+
+def mixture(
+  tasks: Any,
+  vocabulary: seqio.Vocabulary | None = None,
+  data_dir: str | None = None,
+  rates: Any = None,
+  maximum: float | None = None,
+  temperature: float = 1.0,
+  name: str = "mixture",
+) -> seqio.Mixture:
+  """Rows of several tasks, drawn at rates; each is evaluated apart.
+
+  Args:
+    tasks: names (of ready or registered tasks and mixtures) or tasks: a list,
+      or each with a number, {'glue_cola_v002': 1.0, 'glue_rte_v002': 2.0} or
+      pairs. The number scales the rate; a task of 0 is evaluated only.
+    vocabulary: of the ready tasks.
+    data_dir: local files of the ready tasks.
+    rates: 'proportional' to the training rows of each task, which are counted
+      once (the default of a list), 'equal' (that of tasks with numbers, which
+      then are the rates), or a number a task.
+    maximum: no rate is larger, T5's artificial limit on the size of a data set.
+    temperature: T of T5's r^(1/T), after the maximum; 1 changes nothing.
+    name: under which it is registered, and results are written.
+
+  Raises:
+    UserError: for an unknown task, no rate, and tasks that one model cannot
+      learn together.
+  """
+  pairs = mixtures.named(tasks)
+  if rates is None:
+    has_numbers = isinstance(tasks, Mapping) or any(
+      isinstance(x, (list, tuple)) for x in tasks
+    )
+    rates = "equal" if has_numbers else "proportional"
+  parts, missing = [], []
+  for task, number in pairs:
+    try:
+      parts.append((resolve(task, vocabulary, data_dir), number))
+    except UserError as e:
+      missing.append(str(e))
+  if missing:
+    raise UserError(
+      f"mixture {name!r}:\n  "
+      + "\n  ".join(missing)
+      + "\n@tasks.mixture() mixes those tasks that you have"
+    )
+  return mixtures.make_mixture(name, parts, rates, maximum, temperature)
 
 
 def register(task: seqio.Task | seqio.Mixture) -> None:
@@ -378,12 +403,14 @@ def resolve(
   """
   if not isinstance(task, str):
     return task
-  if task in BUILTIN_TASKS:
-    return BUILTIN_TASKS[task](vocabulary=vocabulary, data_dir=data_dir)
+  from fat5_jax.data import ready
+
+  if task in ready.TASKS:
+    return ready.TASKS[task](vocabulary=vocabulary, data_dir=data_dir)
   registered = [*seqio.TaskRegistry.names(), *seqio.MixtureRegistry.names()]
   if task in registered:
     return seqio.get_mixture_or_task(task)
-  known = sorted([*BUILTIN_TASKS, *registered])
+  known = sorted({*ready.TASKS, *registered})
   raise UserError(
     f"unknown task {task!r}.{nearest(task, known)} Known:"
     f" {', '.join(known)}. Others: bind"

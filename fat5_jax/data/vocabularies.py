@@ -7,6 +7,7 @@ from typing import Any
 
 import seqio
 
+from fat5_jax import fetched, storage
 from fat5_jax.convert import plain_files, sentencepiece_file
 from fat5_jax.data import tokenizer_json
 from fat5_jax.data.tokenizer_json import OtherTokenizerError
@@ -14,6 +15,11 @@ from fat5_jax.errors import UserError
 
 # More than any model has; each costs memory.
 _MOST_EXTRA_IDS = 100_000
+
+
+def file(path: str | None) -> str | None:
+  """A SentencePiece model's path; that of a copy, where it is an address."""
+  return path and fetched.local(path)
 
 
 def save(vocabulary: seqio.Vocabulary, folder: str) -> dict[str, Any] | None:
@@ -24,7 +30,11 @@ def save(vocabulary: seqio.Vocabulary, folder: str) -> dict[str, Any] | None:
   if path is None:
     return None
   target = os.path.join(folder, "spiece.model")
-  if not os.path.exists(target) or not os.path.samefile(path, target):
+  if storage.is_remote(target):
+    data = sentencepiece_file.read(path)
+    if not storage.exists(target) or storage.read(target) != data:
+      storage.write(target, data)
+  elif not os.path.exists(target) or not os.path.samefile(path, target):
     plain_files.replace_with(target, sentencepiece_file.read(path))
   return {"kind": "sentencepiece", "extra_ids": vocabulary.extra_ids}
 
@@ -44,7 +54,8 @@ def load(description: dict[str, Any], folder: str) -> seqio.Vocabulary:
   extra_ids = _extra_ids(description.get("extra_ids"), path)
   if kind == "byte":
     return seqio.ByteVocabulary(extra_ids)
-  return _sentencepiece(os.path.join(folder, "spiece.model"), extra_ids)
+  path = fetched.local(os.path.join(folder, "spiece.model"))
+  return _sentencepiece(path, extra_ids)
 
 
 def _extra_ids(value: Any, path: str) -> int:

@@ -29,6 +29,8 @@ _COMMANDS = {
 }
 # What the compiled step does not depend on; plan does without.
 NOT_PLANNED = ("MODEL_DIR", "INITIAL_CHECKPOINT_PATH", "VOCAB_FILE")
+# Neither do the examples.
+_NOT_PREPARED = ("MODEL_DIR", "INITIAL_CHECKPOINT_PATH")
 
 
 @contextlib.contextmanager
@@ -95,7 +97,11 @@ def _run(command: str, arguments: list[str]) -> None:
     bindings,
     search_paths,
     built,
-    may_be_unset=NOT_PLANNED if command == "plan" else (),
+    may_be_unset=NOT_PLANNED
+    if command == "plan"
+    else _NOT_PREPARED
+    if command == "train" and flags.prepare_data
+    else (),
   )
   interrupts.loaded()
   if command != "plan":
@@ -105,6 +111,8 @@ def _run(command: str, arguments: list[str]) -> None:
     module.plan(run, _plan_request(module, flags))
   elif flags.dry_run:
     module.dry_run(run)
+  elif command == "train" and flags.prepare_data:
+    module.prepare_data(run)
   else:
     getattr(module, function_name)(run)
 

@@ -120,6 +120,12 @@ def parser(command: str) -> argparse.ArgumentParser:
     action="store_true",
     help="build everything, print parameters, configuration and a batch, stop",
   )
+  if command == "train":
+    parser.add_argument(
+      "--prepare_data",
+      action="store_true",
+      help="prepare the data for runs to come, stop",
+    )
   return parser
 
 

@@ -7,8 +7,8 @@ import itertools
 from typing import Any
 
 import seqio
-import tensorflow_datasets as tfds
 
+from fat5_jax.data import examples as data_examples
 from fat5_jax.data import (
   features,
   head_tasks,
@@ -17,6 +17,7 @@ from fat5_jax.data import (
   seqio_source,
   sources,
 )
+from fat5_jax.data.preprocessors import as_text
 from fat5_jax.data.seqio_source import ROWS
 from fat5_jax.errors import UserError
 from fat5_jax.inference.predictor import Predictor
@@ -31,6 +32,8 @@ def describe(value: Any, head: HeadConfig) -> str:
   if isinstance(value, dict):
     if "tags" in value:
       return " ".join(value["tags"])
+    if "value" in value:
+      return describe(value["value"], head)
     answers = [value["text"]] if "text" in value else value["answers"]
     return str(answers[0] if answers else "(no answer)")
   if isinstance(value, list) and names:
@@ -155,10 +158,10 @@ def predict_task(
     lengths = features.complete_lengths({"inputs": max_input_length}, task)
   config = predictor.model.config
   unknown = task.output_features["inputs"].vocabulary.unk_id
+  cuts = features.Cuts()
 
   def examples():
-    dataset = task.get_dataset(lengths, split, shuffle=False)
-    for example in tfds.as_numpy(dataset):
+    for example in data_examples.cut_to(task, split, lengths, cuts):
       ids = example["inputs"].tolist()
       check_tokens(ids, _question(example), config.vocab_size)
       told.add_tokens(ids, unknown)
@@ -168,12 +171,11 @@ def predict_task(
   with seqio_source.reraise():
     if config.head.kind == "embedding":
       for example, values in windows:
-        text = example["inputs_pretokenized"].decode("utf-8")
+        text = as_text(example["inputs_pretokenized"])
         yield {"inputs": text, "embedding": values.tolist()}
     else:
       yield from _records(windows, task, config.head, split != ROWS)
-  cuts = features.cuts_of(task, lengths).values()
-  told.cut += sum(cut.by_feature["inputs"] for cut in cuts)
+  told.cut += cuts.by_feature["inputs"]
 
 
 def _records(
@@ -194,6 +196,8 @@ def _records(
     example, values = window
     classes = values[:, 0] if has_tags else values
     found = postprocess(classes, example=example, is_target=False)
+    if isinstance(found, dict) and "value" in found:
+      found = found["value"]  # Of a group, which only metrics want.
     if has_tags:
       found["probabilities"] = _of_words(values[:, 1], example["targets"])
     elif head.kind == "question_answering":
@@ -217,10 +221,10 @@ def _records(
       for more, wanted in map(read, parts):
         tags, targets = tags + more["tags"], targets + wanted["tags"]
         probabilities = probabilities + more["probabilities"]
-      words = [word.decode("utf-8") for word in example["words"]]
+      words = [as_text(word) for word in example["words"]]
       record = {"words": words, "tags": tags, "probabilities": probabilities}
     else:
-      text = example["inputs_pretokenized"].decode("utf-8")
+      text = as_text(example["inputs_pretokenized"])
       record = {"inputs": text} | _labels(found, values, head)
     yield record | ({"targets": targets} if with_targets else {})
 
@@ -236,7 +240,7 @@ def _of_words(values, targets) -> list[float]:
 
 def _question(example) -> str:
   """The first of a row's texts."""
-  text = example["inputs_pretokenized"].decode("utf-8")
+  text = as_text(example["inputs_pretokenized"])
   return text.split(" </s> ", 1)[0]
 
 

@@ -5,11 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 import contextlib
 import os
+import secrets
 import stat
 import sys
+import tempfile
 
 import jax
 
+from fat5_jax import storage
 from fat5_jax.errors import UserError
 
 # What a run folder holds besides predictions.
@@ -40,6 +43,9 @@ def check(path: str, inputs: Iterable[str] = ()) -> None:
   cannot = f"OUTPUT {path!r} cannot be written:"
   if not path or "\0" in path:
     raise UserError(f"{cannot} it is no path; '-' is standard output")
+  if storage.is_remote(path):
+    _check_address(path, inputs, cannot)
+    return
   for name in inputs:
     if _same(path, name) or _same(_partial(path), name):
       raise UserError(
@@ -64,9 +70,33 @@ def check(path: str, inputs: Iterable[str] = ()) -> None:
     raise UserError(f"{cannot} its folder may not be written")
 
 
+def _check_address(path: str, inputs: Iterable[str], cannot: str) -> None:
+  if path in inputs:
+    raise UserError(
+      f"OUTPUT {path!r} is also what is read, and would overwrite it: give"
+      " another name"
+    )
+  if path.endswith("/") or storage.is_folder(path):
+    raise UserError(f"{cannot} it is a folder; add a file's name")
+  probe = f"{path}.{secrets.token_hex(8)}.partial"
+  try:
+    storage.write(probe, b"")
+  except FileNotFoundError:
+    raise UserError(f"{cannot} there is no such bucket") from None
+  storage.remove(probe)
+
+
 def check_beside_run(path: str, run_dir: str, checkpoint: str) -> None:
   """Raises UserError if OUTPUT is a part of the run that is read."""
   if path == "-" or _is_sink(path):
+    return
+  if storage.is_remote(path):
+    folder, name = path.rsplit("/", 1)
+    inside = checkpoint != run_dir and f"{folder}/".startswith(f"{checkpoint}/")
+    if inside or (folder == run_dir and name in _OF_THE_RUN):
+      raise UserError(
+        f"OUTPUT {path!r} is a part of the run in {run_dir}: give another name"
+      )
     return
   folder, name = os.path.split(os.path.realpath(path))
   # A folder of Hugging Face's is its own checkpoint.
@@ -99,6 +129,12 @@ def opened(path: str) -> Iterator:
     elif _is_sink(path):
       with open(os.devnull, "w", encoding="utf-8") as file:
         yield file
+    elif storage.is_remote(path):
+      with tempfile.TemporaryDirectory(prefix="fat5_jax_") as scratch:
+        here = os.path.join(scratch, "output")
+        with open(here, "w", encoding="utf-8") as file:
+          yield file
+        storage.upload(here, path)
     else:
       with _replaced(path) as file:
         yield file

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 import dataclasses
 import sys
 from typing import Any
@@ -79,6 +79,7 @@ def task_of_run(source, vocabulary, path: str) -> tuple[Any, int | None]:
   task, window = recorded_task(record, vocabulary)
   if task is None:
     return None, None
+  record = records.question_of(record)
   task.source.read_like = record["source"].get("arguments", {})
   columns = task.source.columns
   if is_text(path):
@@ -102,11 +103,19 @@ def task_of_run(source, vocabulary, path: str) -> tuple[Any, int | None]:
 
 
 def recorded_task(
-  record: dict[str, Any] | None, vocabulary: seqio.Vocabulary
+  record: Mapping[str, Any] | None, vocabulary: seqio.Vocabulary
 ) -> tuple[Any, int | None]:
   """(the task of a record, without its data; the length of its windows)."""
   if record is None:
     return None, None
+  question = records.question_of(record)
+  if question is None:
+    console.say(
+      f"the run mixed {files.listed(record['mixture'])}: inputs are taken as"
+      " they are, written as these tasks write them"
+    )
+    return None, None
+  record = question
   if "factory" not in record:
     console.say(
       f"task {record['name']} of the run folder is registered by code, so"
@@ -207,6 +216,8 @@ def of_input(
 def of_task(config: pipeline.DatasetConfig) -> Iterator[sources.LocatedRow]:
   task = config.task()
   for part in seqio.get_subtasks(task):
+    if config.split not in part.splits:
+      continue
     place = f"task {part.name!r}, example"
     if isinstance(part.source, seqio_source.SeqioSource):
       examples = part.source.examples(config.split)

@@ -8,7 +8,7 @@ from typing import Any
 
 import jax
 
-from fat5_jax import macros
+from fat5_jax import fetched, macros
 from fat5_jax.data import files
 from fat5_jax.errors import UserError
 
@@ -25,7 +25,7 @@ def check(input: str | None, **settings: Any) -> None:
   for name, value in {"input": input, **settings}.items():
     macros.check(name.upper(), value, name.upper())
   if input not in (None, "-"):
-    files.check_file(input)
+    files.check_file(fetched.local(input))
 
 
 @contextlib.contextmanager

@@ -14,6 +14,7 @@ import jax
 import numpy as np
 import tensorflow as tf
 
+from fat5_jax import staging, storage
 from fat5_jax.checkpoints import run_folder
 
 _COLUMNS = ("step", "dataset", "metric", "value")
@@ -23,16 +24,30 @@ class MetricsLog:
   """metrics.csv and TensorBoard events of a run folder, written by host 0.
 
   A resumed run first drops what a killed one wrote after its last checkpoint.
+  In a bucket it is written now and then, at the latest with `flush`.
   """
 
   def __init__(self, model_dir: str, first_step: int):
-    self._model_dir = model_dir
+    self._folder = model_dir
+    self._mirror = staging.Mirror(model_dir)
+    self._model_dir = model_dir = self._mirror.path
+    self._mirror.pull(_goes_on)
     self._path = os.path.join(model_dir, "metrics.csv")
     self._writers: dict[str, metric_writers.SummaryWriter] = {}
     self._rows = [row for row in read_csv(self._path) if row[0] <= first_step]
     self._rewrite()
     evaluated = self.has(first_step, "inference_eval/")
     _drop_later_lines(model_dir, first_step if evaluated else first_step - 1)
+    self.flush()
+
+  def flush(self) -> None:
+    """Until all of it is where the run folder is.
+
+    Raises:
+      StorageError: if that takes no more.
+    """
+    if jax.process_index() == 0:
+      self._mirror.push()
 
   def _rewrite(self) -> None:
     lines = [",".join(_COLUMNS)]
@@ -59,6 +74,8 @@ class MetricsLog:
         csv.writer(file, lineterminator="\n").writerows(rows)
     if events is not None and jax.process_index() == 0:
       self._write_events(events, step, values)
+    if jax.process_index() == 0:
+      self._mirror.push_if_due()
 
   def _write_events(self, events: str, step: int, values) -> None:
     """To TensorBoard; TensorFlow's own errors become OSError."""
@@ -89,32 +106,42 @@ class MetricsLog:
     path = os.path.join(self._model_dir, "curves.png")
     if jax.process_index() == 0:
       plot(self._rows, path)
-    return path
+    self.flush()
+    return os.path.join(self._folder, "curves.png")
 
   def close(self) -> None:
     for writer in self._writers.values():
       writer.close()
+    self.flush()
+    self._mirror.close()
+
+
+def _goes_on(name: str) -> bool:
+  """Whether a file of a run folder is added to by a resumed run."""
+  return name == "metrics.csv" or (
+    name.startswith("inference_eval/") and name.endswith("-metrics.jsonl")
+  )
 
 
 def read_csv(path: str) -> list[tuple[int, str, str, float]]:
   """Rows (step, data set, metric, value) of a metrics.csv; none if absent."""
-  if not os.path.exists(path):
+  if not storage.exists(path):
     return []
   rows = []
-  with open(path, encoding="utf-8", newline="") as file:
-    for record in csv.DictReader(file):
-      try:
-        rows.append(
-          (
-            int(record["step"]),
-            record["dataset"],
-            record["metric"],
-            float(record["value"]),
-          )
+  lines = storage.read(path).decode().splitlines(keepends=True)
+  for record in csv.DictReader(lines):
+    try:
+      rows.append(
+        (
+          int(record["step"]),
+          record["dataset"],
+          record["metric"],
+          float(record["value"]),
         )
-      except (TypeError, ValueError):
-        # The last line of a killed run may be cut short.
-        continue
+      )
+    except (TypeError, ValueError):
+      # The last line of a killed run may be cut short.
+      continue
   return rows
 
 

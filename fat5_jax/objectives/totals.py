@@ -5,15 +5,19 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+# Of a step's sums, those that are divided by its normalizer.
+NORMALISED = ("loss", "cross_entropy", "z_loss")
+
 
 def scalars(sums: Mapping[str, float]) -> dict[str, float]:
   """T5X's metrics from sums over one or more steps.
 
-  `loss` and its parts are as normalised, a step's mean; the per-token values
-  are natural logarithms. A head's labels stand for target tokens.
+  `loss` and its parts are as normalised, a step's mean (of an evaluation, that
+  of all its rows); the per-token values are natural logarithms. A head's labels
+  stand for target tokens.
   """
   tokens = max(sums["target_tokens"], 1.0)
-  count = max(sums["steps"], 1.0)
+  count = sums["steps"] or 1.0
   result = {
     "loss": sums["loss"] / count,
     "cross_ent_loss": sums["cross_entropy"] / count,

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import os
 from typing import Any
 
 import jax
+import seqio
 
-from fat5_jax import console
+from fat5_jax import console, storage
 from fat5_jax.checkpoints import history, load
-from fat5_jax.data import pipeline
+from fat5_jax.data import mixtures, pipeline
 from fat5_jax.training import trainable
 from fat5_jax.training.program import Program
 from fat5_jax.training.run import Run
@@ -55,13 +55,32 @@ def dry_run(run: Run) -> None:
   console.say("\n".join(parameter_lines(run.program)))
   if run.config_text is not None:
     console.say(run.config_text())
+  task = run.train_dataset_cfg.task()
+  if isinstance(task, seqio.Mixture):
+    console.say(mixtures.describe(task))
   _tell_batch(run.train_dataset_cfg, run.model.config.vocab_size)
   _tell_start(run)
   console.say("dry run: nothing was trained or written")
 
 
+def prepare_data(run: Run) -> None:
+  """Prepares what the run would train and be evaluated on, and tells of it.
+
+  Raises:
+    UserError: as training would, for bad data.
+  """
+  for cfg in (
+    run.train_dataset_cfg,
+    run.train_eval_dataset_cfg,
+    run.infer_eval_dataset_cfg,
+  ):
+    if cfg is not None:
+      for path, about in pipeline.prepare_all(cfg):
+        console.say(f"{path}: {about}")
+
+
 def _tell_batch(dataset_cfg: pipeline.DatasetConfig, vocab_size: int) -> None:
-  batch = next(pipeline.train_batches(dataset_cfg, vocab_size))
+  batch = pipeline.first_batch(dataset_cfg, vocab_size)
   task_features = dataset_cfg.task().output_features
   console.say("one batch:")
   for key, array in batch.items():
@@ -91,7 +110,7 @@ def _tell_batch(dataset_cfg: pipeline.DatasetConfig, vocab_size: int) -> None:
 def _tell_start(run: Run) -> None:
   """Says which parameters come from a checkpoint, and which are new."""
   restore = run.checkpoint_cfg.restore
-  folder = os.path.abspath(os.path.expanduser(run.model_dir))
+  folder = storage.absolute(run.model_dir)
   own_step, _ = history.latest_whole(folder)
   if own_step is not None:
     console.say(f"going on from step {own_step} of {folder}")

@@ -7,7 +7,7 @@ from typing import Any
 import jax
 
 from fat5_jax import console
-from fat5_jax.data import features, pipeline
+from fat5_jax.data import pipeline
 from fat5_jax.evaluation.generation import InferenceEvaluator
 from fat5_jax.loggers.metrics import MetricsLog
 from fat5_jax.objectives import totals
@@ -26,6 +26,10 @@ class Evaluations:
       self.generation = InferenceEvaluator(
         run.model, run.infer_eval_dataset_cfg, model_dir, run.partitioner
       )
+    # Of a mixture, every task apart.
+    self._loss_parts = []
+    if run.train_eval_dataset_cfg is not None:
+      self._loss_parts = pipeline.of_tasks(run.train_eval_dataset_cfg)
     self._last: int | None = None
 
   def log_to(self, log: MetricsLog, begin: Start) -> None:
@@ -50,11 +54,9 @@ class Evaluations:
   def at(self, step: int, params: Any) -> None:
     """Evaluates the parameters of a step."""
     run, log = self._run, self._log
-    if run.train_eval_dataset_cfg is not None:
-      values = _loss_metrics(
-        run.program, params, run.train_eval_dataset_cfg, run.eval_steps
-      )
-      name = f"training_eval/{run.train_eval_dataset_cfg.task().name}"
+    for cfg in self._loss_parts:
+      values = _loss_metrics(run.program, params, cfg, run.eval_steps)
+      name = f"training_eval/{cfg.task().name}"
       log.write(step, name, values, events=name)
       shown = ("loss_per_nonpadding_target_token", "accuracy")
       _say(step, name, {k: values[k] for k in shown if k in values}, ".4f")
@@ -64,15 +66,8 @@ class Evaluations:
         name = f"inference_eval/{task}"
         log.write(step, name, values)
         _say(step, name, values, ".4g")
-    self._tell_cuts()
     log.plot()
     self._last = step
-
-  def _tell_cuts(self) -> None:
-    cfg = self._run.train_dataset_cfg
-    for name, cut in features.cuts_of(cfg.task(), cfg.lengths()).items():
-      if cut.describe():
-        console.say(f"{name}: cut to TASK_FEATURE_LENGTHS: {cut.describe()}")
 
 
 def _say(step: int, name: str, values: dict[str, float], form: str) -> None:
@@ -89,9 +84,10 @@ def _loss_metrics(
   """Loss and token accuracy over a split, teacher-forced."""
   total: dict[str, float] = {}
   partitioner = program.partitioner
-  rows = partitioner.round_up(config.batch_size)
+  ways = partitioner.ways("batch")
   vocab_size = program.model.config.vocab_size
-  for batch in pipeline.eval_batches(config, vocab_size, max_batches, rows):
+  for batch in pipeline.eval_batches(config, vocab_size, max_batches, ways):
+    rows = len(next(iter(batch.values())))
     placed = partitioner.to_devices(batch, 0, rows)
     totals.add(total, jax.device_get(program.eval_step(params, placed)))
   return totals.scalars(total) if total else {}

@@ -45,9 +45,14 @@ class Meter:
     self._progress = console.Progress(begin.step, last_step)
     self._mark, self._waited = time.monotonic(), 0.0
 
-  def push(self, step: int, sums: dict[str, Any]) -> None:
-    """Takes the sums of a step that was just begun."""
-    self._pending.append((step, sums))
+  def push(
+    self, step: int, sums: dict[str, Any], epochs: dict[str, float]
+  ) -> None:
+    """Takes the sums of a step that was just begun.
+
+    `epochs`: passes over the data of each task, its batch counted.
+    """
+    self._pending.append((step, sums, epochs))
     self._take(_IN_FLIGHT)
 
   def drain(self) -> None:
@@ -74,12 +79,12 @@ class Meter:
 
   def _take(self, limit: int) -> None:
     while len(self._pending) > limit:
-      step, sums = self._pending.popleft()
+      step, sums, epochs = self._pending.popleft()
       sums = jax.device_get(sums)
       rate = sums.pop("learning_rate", None)
       self._check_finite(step, sums)
       totals.add(self.sums, sums)
-      self._tell(step, rate)
+      self._tell(step, rate, epochs)
 
   def _check_finite(self, step: int, sums: dict[str, Any]) -> None:
     bad_leaf = sums.pop("bad_leaf")
@@ -102,7 +107,7 @@ class Meter:
       " 'float32'"
     )
 
-  def _tell(self, step: int, rate: Any) -> None:
+  def _tell(self, step: int, rate: Any, epochs: dict[str, float]) -> None:
     seconds = max(time.monotonic() - self._mark - self._waited, 1e-9)
     values = totals.scalars(self.sums)
     due = step % self._run.stats_period == 0 or step == self._last_step
@@ -112,12 +117,15 @@ class Meter:
       learning_rate=rate,
       tokens_per_second=self.sums["target_tokens"] / seconds,
       padding=1 - values["non_padding_fraction/overall"],
+      epochs=epochs.values(),
       force=due,
     )
     if not due:
       return
     if rate is not None:
       values["learning_rate"] = rate
+    for task, count in epochs.items():
+      values["epoch" if len(epochs) == 1 else f"epoch/{task}"] = count
     for name, key in (
       ("steps", "steps"),
       ("target_tokens", "target_tokens"),

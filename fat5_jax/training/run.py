@@ -11,7 +11,7 @@ from flax import linen as nn
 import optax
 
 from fat5_jax.checkpoints import CheckpointConfig
-from fat5_jax.data import pipeline
+from fat5_jax.data import checks, pipeline
 from fat5_jax.distributed import hosts
 from fat5_jax.distributed.sharding import Partitioner
 from fat5_jax.errors import UserError
@@ -34,9 +34,6 @@ class Run:
       that of optimizers.Optimizer.
     model_dir: the run folder; all hosts see it.
     partitioner: the mesh; None puts a part of each batch on every device.
-    data_shards: streams into which the data is split, each read by the hosts
-      that need it; None is as many as hosts when the run began. The order of
-      the data depends on it, not on the hosts.
     total_steps: the step to reach; counts those of the checkpoint started from.
     relative_steps: instead, steps after that checkpoint.
     eval_steps: batches of train_eval_dataset_cfg an evaluation reads; None all.
@@ -64,7 +61,6 @@ class Run:
   optimizer: optax.GradientTransformation
   model_dir: str
   partitioner: Partitioner | None = None
-  data_shards: int | None = None
   total_steps: int | None = None
   relative_steps: int | None = None
   eval_steps: int | None = 20
@@ -140,6 +136,11 @@ class Run:
   def batch_size(self) -> int:
     return self.train_dataset_cfg.batch_size
 
+  @property
+  def row_multiple(self) -> int:
+    """What the rows of every batch must be a multiple of."""
+    return self.partitioner.ways("batch") * (self.num_microbatches or 1)
+
   def check(self) -> None:
     """Raises UserError for a mistake in the settings or in the first rows.
 
@@ -155,7 +156,7 @@ class Run:
       self.infer_eval_dataset_cfg,
     ):
       if cfg is not None:
-        pipeline.check_task(cfg, config)
+        checks.check_task(cfg, config)
         pipeline.check_rows(cfg, cfg is not self.train_dataset_cfg)
     self.partitioner.check(
       config,

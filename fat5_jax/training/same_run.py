@@ -7,7 +7,7 @@ import os
 import re
 from typing import Any
 
-from fat5_jax import console
+from fat5_jax import console, fetched, storage
 from fat5_jax.checkpoints import run_record
 from fat5_jax.data import records
 from fat5_jax.errors import UserError
@@ -44,7 +44,7 @@ def base_of(
   """The checkpoint that a run started from, as recorded then."""
   if own_step is not None:
     return (run_record.read_or_none(model_dir) or {}).get("base")
-  return initial_path and os.path.abspath(os.path.expanduser(initial_path))
+  return initial_path and fetched.pinned(initial_path)
 
 
 # Lines of a configuration: MACRO = value, or scope/module.name.parameter.
@@ -65,10 +65,9 @@ def _settings(config_text: str) -> dict[str, str]:
 def tell_changes(model_dir: str, config_text: str) -> None:
   """Says in a line what differs from the settings that the run had."""
   path = os.path.join(model_dir, "config.gin")
-  if not os.path.exists(path):
+  if not storage.exists(path):
     return
-  with open(path, encoding="utf-8") as file:
-    before = _settings(file.read())
+  before = _settings(storage.read(path).decode(errors="replace"))
   now = _settings(config_text)
   changed = [
     f"{key} {_short(before.get(key))} -> {_short(now.get(key))}"

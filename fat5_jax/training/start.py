@@ -24,8 +24,8 @@ class Start:
     state: parameters and optimizer; the first step of training takes them.
     step: the one that they are of.
     begin_step: where the run once began.
-    position: in the training data: `batches` seen of the `dataset` in
-      `data_shards` streams.
+    data: the `dataset` that it was trained on, and its `position` in it, None
+      for the beginning.
     sums: of a row of metrics that was not complete yet.
     own_step: the step of this run's own checkpoint, None for a new run.
   """
@@ -33,14 +33,9 @@ class Start:
   state: TrainState
   step: int
   begin_step: int
-  position: dict[str, Any]
+  data: dict[str, Any]
   sums: dict[str, float] = dataclasses.field(default_factory=dict)
   own_step: int | None = None
-
-  def position_at(self, step: int) -> dict[str, Any]:
-    """Where the data is at a later step of this process."""
-    seen = self.position["batches"] + step - self.step
-    return self.position | {"batches": seen, "begin_step": self.begin_step}
 
 
 def find_start(run: Run, checkpointer: Checkpointer, model_dir: str) -> Start:
@@ -64,30 +59,21 @@ def find_start(run: Run, checkpointer: Checkpointer, model_dir: str) -> Start:
   else:
     console.say(f"starting from scratch, seed {run.random_seed}")
     found = Start(run.program.init_state(), 0, 0, _beginning(run))
-  hosts.everyone.agree("step and data position", [found.step, found.position])
+  hosts.everyone.agree("step and data position", [found.step, found.data])
   return found
 
 
 def _beginning(run: Run) -> dict[str, Any]:
-  groups = run.partitioner.row_groups(run.batch_size)
-  return {
-    "batches": 0,
-    "dataset": run.train_dataset_cfg.fingerprint(),
-    "data_shards": run.data_shards or groups,
-  }
+  return {"dataset": run.train_dataset_cfg.fingerprint(), "position": None}
 
 
 def _own_checkpoint(run, checkpointer, model_dir, step) -> Start:
-  abstract, position = run.program.abstract_state, _beginning(run)
+  abstract, data = run.program.abstract_state, _beginning(run)
   params, opt_state, found = checkpointer.restore(
     step, abstract.params, abstract.opt_state, run.partitioner
   )
-  shards_then = found.get("data_shards", 1)
-  if found["dataset"] == position["dataset"] and (
-    run.data_shards in (None, shards_then)
-  ):
-    position["batches"] = found["batches"]
-    position["data_shards"] = shards_then
+  if found["dataset"] == data["dataset"]:
+    data["position"] = found["position"]
   else:
     console.say(
       "the training data's settings changed since the checkpoint; reading it"
@@ -97,7 +83,7 @@ def _own_checkpoint(run, checkpointer, model_dir, step) -> Start:
   if run.config_text is not None:
     same_run.tell_changes(model_dir, run.config_text())
   state = TrainState(jnp.int32(step), params, opt_state)
-  return Start(state, step, found["begin_step"], position, found["sums"], step)
+  return Start(state, step, found["begin_step"], data, found["sums"], step)
 
 
 def _other_checkpoint(run: Run) -> Start:

@@ -14,6 +14,7 @@ import optax
 
 from fat5_jax import objectives
 from fat5_jax.models.config import T5Config
+from fat5_jax.objectives import totals
 from fat5_jax.training import trainable
 
 Batch = Mapping[str, jax.Array]
@@ -155,7 +156,11 @@ def make_eval_step(
   label_smoothing: float = 0.0,
   loss_normalizing_factor: float | str | None = None,
 ) -> Callable[[Any, Batch], dict[str, jax.Array]]:
-  """(params, batch) -> sums, without dropout."""
+  """(params, batch) -> sums, without dropout.
+
+  Of batches of many sizes they add up to those of one: a batch counts, in
+  `steps`, by what its loss is divided by.
+  """
   objective = objectives.of(
     model.config, z_loss, label_smoothing, loss_normalizing_factor
   )
@@ -165,6 +170,8 @@ def make_eval_step(
     _, sums = objective.loss_and_sums(
       model, params, batch, weights_BL, normalizer, None
     )
-    return sums | {"steps": jnp.float32(1)}
+    weight = jnp.float32(normalizer)
+    losses = {name: sums[name] * weight for name in totals.NORMALISED}
+    return sums | losses | {"steps": weight}
 
   return eval_step

@@ -16,6 +16,7 @@ import lzma
 import os
 import random
 import sys
+import tempfile
 from typing import Any
 
 COMPRESS = {"gz": gzip.compress, "xz": lzma.compress, "bz2": bz2.compress}
@@ -86,9 +87,24 @@ def parquet(rows: Rows, columns=None) -> bytes:
   return file.getvalue()
 
 
+def tfrecord(rows: Rows) -> bytes:
+  import tensorflow as tf
+
+  text = lambda x: tf.train.Feature(
+    bytes_list=tf.train.BytesList(value=[str(x).encode()])
+  )
+  with tempfile.NamedTemporaryFile() as file:
+    with tf.io.TFRecordWriter(file.name) as writer:
+      for row in rows:
+        feature = {name: text(value) for name, value in row.items()}
+        features = tf.train.Features(feature=feature)
+        writer.write(tf.train.Example(features=features).SerializeToString())
+    return file.read()
+
+
 def encoded(rows: Rows, kind: str) -> bytes:
-  if kind == "parquet":
-    return parquet(rows)
+  if kind in ("parquet", "tfrecord"):
+    return parquet(rows) if kind == "parquet" else tfrecord(rows)
   if kind == "jsonl":
     return jsonl(rows).encode()
   return delimited(rows, "," if kind == "csv" else "\t").encode()
@@ -493,10 +509,10 @@ def _spans(rng) -> Iterator[Case]:
 def mutations(rng: random.Random, count: int) -> Iterator[Case]:
   """Good files of which some bytes are not what they were."""
   for number in range(count):
-    kind = rng.choice(("tsv", "csv", "jsonl", "jsonl", "parquet", "parquet"))
+    kind = rng.choice(("tsv", "csv", "jsonl", "jsonl", "parquet", "tfrecord"))
     content = encoded(good_rows(rng), kind)
     name = f"rows.{kind}"
-    if kind != "parquet" and rng.random() < 0.5:
+    if kind not in ("parquet", "tfrecord") and rng.random() < 0.5:
       ending = rng.choice(list(COMPRESS))
       content, name = COMPRESS[ending](content), f"{name}.{ending}"
     for _ in range(rng.randint(1, 4)):

@@ -70,6 +70,16 @@ def test_the_folder_may_have_any_name_and_keeps_the_latest(saved):
   assert {x for x in os.listdir(saved) if "tmp" in x or "writing" in x} == set()
 
 
+def test_a_step_holds_what_was_so_when_its_save_began(tmp_path):
+  """The caller goes on counting while it is written."""
+  config, data = checkpoints.SaveCheckpointConfig(), {"sums": {"steps": 1.0}}
+  with checkpointer.Checkpointer(str(tmp_path), config) as saver:
+    saver.save(3, state(3), state(4), data)
+    data["sums"]["steps"] += 1
+  found = integrity.read_data(str(tmp_path / "checkpoint_3"))
+  assert found["sums"] == {"steps": 1.0}
+
+
 @pytest.mark.parametrize("way", damage.WAYS)
 def test_a_damaged_newest_is_passed_over_and_said(run, way, seed, capfd):
   damage.WAYS[way](os.path.join(run, "checkpoint_6"), random.Random(seed))

@@ -1,4 +1,8 @@
-"""kill -9 at any moment, the newest checkpoint damaged between: same bits."""
+"""kill -9 at any moment, the newest checkpoint damaged between: same bits.
+
+Whatever the batches are made of: padded rows, packed ones, buckets, a mixture,
+noise that is drawn anew in every epoch.
+"""
 
 import csv
 import json
@@ -18,6 +22,63 @@ from test_train import (
 from fat5_jax.checkpoints import history
 
 pytestmark = pytest.mark.slow
+MIXTURE = """
+MIXTURE_OR_TASK_NAME = @tasks.mixture()
+tasks.mixture.tasks = {
+  @tasks.text_to_text(): 2.0, @other/tasks.text_to_text(): 1.0
+}
+tasks.mixture.name = 'both'
+other/tasks.text_to_text:
+  inputs = 'not {text}'
+  name = 'other'
+"""
+# A task of SeqIO's own, whose last step draws what an epoch sees of a row.
+NOISY = """
+import seqio
+import tensorflow as tf
+
+@seqio.map_over_dataset(num_seeds=1)
+def noise(row, seed):
+  kept = tf.random.stateless_uniform(tf.shape(row["inputs"]), seed) < 0.7
+  return {
+    "inputs": tf.boolean_mask(row["inputs"], kept), "targets": row["targets"]
+  }
+
+def split(ds):
+  def one(line):
+    parts = tf.strings.split(line, "\\t")
+    return {"inputs": parts[0], "targets": parts[1]}
+  return ds.map(one)
+
+seqio.TaskRegistry.add(
+  "noisy",
+  source=seqio.TextLineDataSource(
+    {name: "rows.tsv" for name in ("train", "validation")}, skip_header_lines=1
+  ),
+  preprocessors=[
+    split,
+    seqio.preprocessors.tokenize,
+    seqio.CacheDatasetPlaceholder(),
+    noise,
+    seqio.preprocessors.append_eos_after_trim,
+  ],
+  output_features={
+    name: seqio.Feature(seqio.ByteVocabulary(), add_eos=True)
+    for name in ("inputs", "targets")
+  },
+  metric_fns=[lambda targets, predictions: {"rows": len(targets)}],
+)
+"""
+STEPS = int(os.environ.get("FAT5_JAX_KILL_STEPS", "120"))
+# How the batches come about, in gin.
+SORTS = {
+  "packed": "",
+  "padded": "PACK = False",
+  "bucketed": "PACK = False\nBUCKETS = 3",
+  "mixture": MIXTURE,
+  "workers": "NUM_WORKERS = 2",
+  "noise": "MIXTURE_OR_TASK_NAME = 'noisy'\nMIXTURE_OR_TASK_MODULE = 'noisy'",
+}
 FLAGS = (
   "--gin.CHECKPOINT_PERIOD=5",
   "--gin.EVAL_PERIOD=15",
@@ -29,8 +90,11 @@ def metrics(folder):
   """All that a run measured but its speed."""
   with open(folder / "metrics.csv", newline="") as file:
     rows = [tuple(row.values()) for row in csv.DictReader(file)]
-  with open(folder / "inference_eval" / "tiny-metrics.jsonl") as file:
-    scores = [json.loads(line) for line in file]
+  scores = {
+    path.name: path.read_text().splitlines()
+    for path in (folder / "inference_eval").glob("*-metrics.jsonl")
+  }
+  assert scores
   return [row for row in rows if not row[2].startswith("timing/")], scores
 
 
@@ -46,6 +110,7 @@ def folder(tmp_path):
   rows = "".join(f"number {i}\t{i * 7 % 100}\n" for i in range(60))
   (tmp_path / "rows.tsv").write_text("text\tlabel\n" + rows)
   (tmp_path / "tiny.gin").write_text(TINY)
+  (tmp_path / "noisy.py").write_text(NOISY)
   return tmp_path
 
 
@@ -100,14 +165,19 @@ def survives(train, folder, steps, seed):
   assert not left and len(told) == killed
 
 
-def test_killed_and_damaged_a_run_ends_with_the_same_bits(zygote, seed, folder):
+@pytest.mark.parametrize("sort", SORTS)
+def test_killed_and_damaged_a_run_ends_with_the_same_bits(
+  sort, zygote, seed, folder
+):
+  (folder / "tiny.gin").write_text(TINY + SORTS[sort])
+
   def train(name, seconds):
-    flags = ["--gin_file=tiny.gin", *FLAGS, "--gin.TRAIN_STEPS=300"]
+    flags = ["--gin_file=tiny.gin", *FLAGS, f"--gin.TRAIN_STEPS={STEPS}"]
     flags.append(f"--gin.MODEL_DIR={name}")
     outcome = zygote.run("train", flags, str(folder), seconds)
     return outcome.status, outcome.seconds, outcome.stderr
 
-  survives(train, folder, 300, seed)
+  survives(train, folder, STEPS, seed)
 
 
 def test_so_does_a_run_of_two_hosts_of_which_one_or_both_are_killed(

@@ -172,6 +172,8 @@ def _fork(case: dict, files: list) -> int:
   for number, file in enumerate(files):
     os.dup2(file.fileno(), number)
   os.chdir(case["cwd"])
+  # As `python -m` has it: a user's own module lies in the folder of the call.
+  sys.path.insert(0, os.getcwd())
   # No core files, and no more of disk than a test should take.
   resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
   resource.setrlimit(resource.RLIMIT_FSIZE, (2**30, 2**30))

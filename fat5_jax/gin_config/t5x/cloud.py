@@ -1,4 +1,7 @@
-"""What T5X's files name on Google Cloud: found here, or how to get it."""
+"""What T5X's files name in T5X's own bucket: found here, or how to get it.
+
+Other addresses are read where they lie, as in files of ours.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +9,7 @@ from collections.abc import Iterable
 import os
 import re
 
+from fat5_jax import fetched
 from fat5_jax.convert import sentencepiece_file
 from fat5_jax.errors import UserError
 
@@ -34,7 +38,7 @@ _ON_THE_HUB = (
 
 
 def is_there(path: str) -> bool:
-  return path.startswith("gs://")
+  return path.startswith("gs://t5-data/")
 
 
 def _hub_name(name: str) -> str | None:
@@ -58,17 +62,14 @@ def explain_checkpoint(path: str, macro: str, where: str) -> str:
   """How to get a checkpoint that lies on Google Cloud, in a line."""
   folder = path.rstrip("/").rsplit("/", 1)[-1]
   text = (
-    f"{where}: {path} lies on Google Cloud, and nothing is downloaded here. Get"
-    f" it with `gcloud storage cp -r {path.rstrip('/')} .` and give"
+    f"{where}: {path} lies in T5X's bucket, which is not read from here. Get it"
+    f" with `gcloud storage cp -r {path.rstrip('/')} .` and give"
     f" --gin.{macro}={folder}"
   )
   match = _CHECKPOINT.match(path)
   hub = _hub_name(match["name"]) if match else None
   if hub is not None:
-    text += (
-      f"; or the same weights with `hf download {hub} --local-dir"
-      f" {hub.split('/')[1]}` and --gin.{macro}={hub.split('/')[1]}"
-    )
+    text += f"; or take the same weights, --gin.{macro}=hf://{hub}"
     if macro == "INITIAL_CHECKPOINT_PATH":
       text += (
         ", which counts no steps: set --gin.TRAIN_STEPS_RELATIVE to those that"
@@ -116,7 +117,7 @@ def vocabulary(
   if match is None and vocab_file is None:
     if is_there(path):
       raise UserError(
-        f"{where}: {path} lies on Google Cloud, and nothing is downloaded here:"
+        f"{where}: {path} lies in T5X's bucket, which is not read from here:"
         " --gin.VOCAB_FILE=its copy"
       )
     return path, extra_ids, ""
@@ -126,20 +127,21 @@ def vocabulary(
   stem = re.sub(r"\.\d+extra$", "", name)
   tail = re.search(r"\.(\d+)extra$", name)
   wanted = extra_ids + (int(tail[1]) if tail else 0)
-  found = vocab_file or _beside(name, stem, folders)
+  found = fetched.local(vocab_file) if vocab_file else None
+  found = found or _beside(name, stem, folders)
   if found is None:
     raise UserError(
-      f"{where}: {path} lies on Google Cloud, and nothing is downloaded here."
-      f" Get it with `gcloud storage cp {path} .`, or take the spiece.model of"
-      " a Hugging Face folder of that family, and give --gin.VOCAB_FILE=it; or"
-      f" put it into DATA_DIR, beside the gin file or here as"
-      f" {name}/sentencepiece.model"
+      f"{where}: {path} lies in T5X's bucket, which is not read from here. Get"
+      f" it with `gcloud storage cp {path} .`, or take the spiece.model of a"
+      " Hugging Face folder of that family, and give --gin.VOCAB_FILE=it"
+      " (hf://google/t5-v1_1-base/spiece.model, say); or put it into DATA_DIR,"
+      f" beside the gin file or here as {name}/sentencepiece.model"
     )
   if not os.path.isfile(found):
     raise UserError(f"VOCAB_FILE {found}: no such file")
   pieces, extra = _extra_pieces(found)
   added = max(wanted - extra, 0)
-  told = f"{path} is {found}, with extra_ids = {added}"
+  told = f"{path} is {vocab_file or found}, with extra_ids = {added}"
   if _PIECES.get(stem, pieces) != pieces:
     told += (
       f"; another vocabulary: it has {pieces:,} pieces, that of the name"

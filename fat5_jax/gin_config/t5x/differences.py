@@ -11,6 +11,7 @@ import importlib
 import os
 from typing import TYPE_CHECKING, Any
 
+from fat5_jax import storage
 from fat5_jax.errors import UserError
 from fat5_jax.gin_config.t5x import cloud, ours
 from fat5_jax.gin_config.t5x.model_rows import NETWORKS, OURS
@@ -148,10 +149,10 @@ def restoring(run: Translation, scope: str) -> None:
 
 def dataset(run: Translation, scope: str) -> None:
   """Tasks that are built by name have no cache, and may have a folder."""
-  from fat5_jax.data import tasks
+  from fat5_jax.data import ready
 
   task = run.get(_DATASET, "mixture_or_task_name", scope)
-  if not isinstance(task, str) or task not in tasks.BUILTIN_TASKS:
+  if not isinstance(task, str) or task not in ready.TASKS:
     return
   if run.get(_DATASET, "use_cached", scope) is True:
     run.ours[scope, f"{OURS[_DATASET]}.use_cached"] = False
@@ -161,7 +162,7 @@ def dataset(run: Translation, scope: str) -> None:
   folder = run.macro("DATA_DIR")
   files = (
     f"FOLDER, or FOLDER/{task}, has files named after the splits:"
-    f" {_files(tasks.BUILTIN_TASKS[task])}"
+    f" {_files(ready.TASKS[task])}"
   )
   if not isinstance(folder, str):
     run.note(
@@ -172,7 +173,7 @@ def dataset(run: Translation, scope: str) -> None:
   inside = os.path.join(folder, task)
   if os.path.isdir(inside):
     run.ours[scope, f"{OURS[_DATASET]}.data_dir"] = folder = inside
-  if not _columns(tasks.BUILTIN_TASKS[task]) or run.is_plan:
+  if not _columns(ready.TASKS[task]) or run.is_plan:
     return
   names = os.listdir(folder) if os.path.isdir(folder) else []
   if not any(
@@ -274,11 +275,10 @@ def inferring(run: Translation) -> None:
         run.ours["", f"{ours.INFER}.max_{end}_length"] = lengths[side]
   folder = run.get(run.root, "output_dir")
   if isinstance(folder, str):
-    if cloud.is_there(folder):
-      raise UserError(f"output_dir = {folder!r}: give a folder of this machine")
     task = run.get(_DATASET, "mixture_or_task_name", scope)
     name = task if isinstance(task, str) else "task"
-    os.makedirs(folder, exist_ok=True)
+    if not storage.is_remote(folder):
+      os.makedirs(folder, exist_ok=True)
     run.ours["", f"{ours.INFER}.output"] = os.path.join(
       folder, f"{name}-predict.jsonl-00000-of-00001"
     )

@@ -303,7 +303,10 @@ OWN_MACROS = {
   "ATTENTION": f"{ours.CONFIG}.attention_implementation",
   "TRAINABLE": f"{ours.TRAIN}.trainable",
   "FROZEN": f"{ours.TRAIN}.frozen",
-  "DATA_SHARDS": f"{ours.TRAIN}.data_shards",
+  "CACHE_DIR": f"{ours.DATA}.cache_dir",
+  "BUCKETS": f"{ours.DATA}.buckets",
+  "STREAM": f"{ours.DATA}.stream",
+  "NUM_WORKERS": f"{ours.DATA}.num_workers",
   "REINITIALIZE": f"{ours.CHECKPOINTS}.RestoreCheckpointConfig.reinitialize",
 }
 

@@ -1,0 +1,1 @@
+"""Which example comes next, and where it lies: store, order, packing."""
