@@ -3,12 +3,10 @@
 The oracles are SeqIO's own tokeniser and feature converter, and counting.
 """
 
-import dataclasses
 import importlib
 import itertools
 import json
 import os
-import signal
 import subprocess
 import sys
 import threading
@@ -394,132 +392,6 @@ def test_a_run_goes_on_where_it_was(name, tmp_path):
     for number in range(start + 1, start + 8):
       equal(batches[number], next(again))
       assert json.dumps(again.position) == positions[number]
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("name", ["packed", "mixture", "head in buckets"])
-def test_worker_processes_prepare_and_read_the_same(name, tmp_path):
-  """Two processes against a thread of this one: stores, batches, positions."""
-  one = configs(tmp_path)[name]
-  one = dataclasses.replace(one, cache_dir=str(tmp_path / "one"))
-  two = dataclasses.replace(one, cache_dir=str(tmp_path / "two"), num_workers=2)
-  batches = [pipeline.train_batches(config, 384) for config in (one, two)]
-  for _ in range(30):
-    a, b = map(next, batches)
-    equal(a, b)
-    assert batches[0].position == batches[1].position
-    assert batches[0].epochs == batches[1].epochs
-  batches[1].close()
-  names = stores(tmp_path / "one")
-  assert names == stores(tmp_path / "two")
-  for folder, file in itertools.product(names, ("index.json", SHARD)):
-    paths = [tmp_path / where / folder / file for where in ("one", "two")]
-    assert paths[0].read_bytes() == paths[1].read_bytes()
-
-
-@pytest.mark.parametrize("num_workers", [0, 2])
-def test_a_process_may_end_amid_a_stream(num_workers, tmp_path):
-  """A script that has seen enough is not aborted by a thread that reads on."""
-  text_task(tmp_path)
-  program = f"""
-import pathlib, sys
-sys.path.insert(0, {os.path.join(ROOT, "tests")!r})
-import conftest, test_reading
-if __name__ == "__main__":
-  task = test_reading.text_task(pathlib.Path({str(tmp_path)!r}))
-  batches = test_reading.pipeline.train_batches(
-    test_reading.dataset(task, num_workers={num_workers}), 384
-  )
-  print(len(next(batches)))
-"""
-  (tmp_path / "program.py").write_text(program)
-  done = subprocess.run(
-    [sys.executable, str(tmp_path / "program.py")],
-    env=os.environ | {"PYTHONPATH": ROOT},
-    capture_output=True,
-    text=True,
-    timeout=120,
-  )
-  assert done.returncode == 0 and done.stdout == "8\n", done.stderr
-  assert "Exception" not in done.stderr and "Error" not in done.stderr
-
-
-def processes(mark):
-  """Ids of the processes whose environment holds a text."""
-  found = []
-  for entry in os.listdir("/proc"):
-    try:
-      with open(f"/proc/{entry}/environ", "rb") as file:
-        if mark.encode() in file.read():
-          found.append(int(entry))
-    except (OSError, ValueError):
-      continue
-  return found
-
-
-@pytest.mark.slow
-def test_readers_end_with_their_parent_and_a_dead_reader_is_a_line(tmp_path):
-  text_task(tmp_path)
-  program = f"""
-import os, pathlib, signal, sys
-sys.path.insert(0, {os.path.join(ROOT, "tests")!r})
-import conftest, test_reading
-if __name__ == "__main__":
-  task = test_reading.text_task(pathlib.Path({str(tmp_path)!r}))
-  batches = test_reading.pipeline.train_batches(
-    test_reading.dataset(task, num_workers=2), 384
-  )
-  next(batches)
-  mark = os.environ["READERS"]
-  def readers():
-    found = test_reading.processes(mark)
-    return [pid for pid in found if pid != os.getpid()]
-  print(len(readers()), flush=True)
-  if sys.argv[1] == "parent":
-    os.kill(os.getpid(), signal.SIGKILL)
-  for pid in readers():
-    os.kill(pid, signal.SIGKILL)
-  try:
-    while True:
-      next(batches)
-  except test_reading.UserError as e:
-    print(e)
-"""
-  (tmp_path / "program.py").write_text(program)
-  for case in ("parent", "readers"):
-    mark = f"READERS={tmp_path}/{case}"
-    done = subprocess.run(
-      [sys.executable, str(tmp_path / "program.py"), case],
-      env=os.environ | {"PYTHONPATH": ROOT, "READERS": f"{tmp_path}/{case}"},
-      stdout=subprocess.PIPE,
-      text=True,
-      timeout=300,
-    )
-    count, _, said = done.stdout.partition("\n")
-    assert int(count) >= 2
-    if case == "parent":
-      assert done.returncode == -signal.SIGKILL
-    else:
-      assert "NUM_WORKERS = 2: a process that reads data has ended" in said
-    end = time.monotonic() + 30
-    while processes(mark) and time.monotonic() < end:
-      time.sleep(0.2)
-    assert not processes(mark), "they outlive their parent"
-
-
-@pytest.mark.slow
-def test_a_bad_row_in_a_worker_process_is_the_same_line(tmp_path):
-  path = tmp_path / "bad.jsonl"
-  lines = [json.dumps(row) + "\n" for row in rows(3000)]
-  lines[2100] = '{"text": "", "label": "x"}\n'
-  path.write_text("".join(lines))
-  task = tasks.text_to_text(
-    sources.Files({"train": str(path)}), "{text}", "{label}", BYTES, name="bad"
-  )
-  config = dataset(task, num_workers=2, cache_dir=str(tmp_path / "cache"))
-  with pytest.raises(UserError, match="bad.jsonl, row 2101: column 'text' is"):
-    pipeline.train_batches(config, 384)
-  assert stores(tmp_path / "cache") == []
 
 
 @pytest.mark.parametrize("name", ["packed", "padded", "bucketed"])

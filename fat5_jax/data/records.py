@@ -64,7 +64,7 @@ def recorded(factory: Callable[..., seqio.Task]) -> Callable[..., seqio.Task]:
     found["own_code"] = own_code
     task.source.record = found
     if bound.arguments.get("rename") is not None:
-      task.source.own_code = bound.arguments["rename"]
+      task.source.row_code = bound.arguments["rename"]
     return task
 
   _FACTORIES[name] = make

@@ -123,7 +123,7 @@ class SeqioSource(seqio.DataSource):
     record: the task as plain data (records.py); set by its factory.
     read_like: how its files are read, of sources.read_file, where rows to be
       asked about shall be read so too.
-    own_code: a person's own function by which rows are read, or None.
+    row_code: a person's own function by which rows are read, or None.
   """
 
   def __init__(
@@ -153,7 +153,7 @@ class SeqioSource(seqio.DataSource):
     self.columns = tuple(columns)
     self.record: dict[str, Any] = {}
     self.read_like: dict[str, Any] = {}
-    self.own_code: Any = None
+    self.row_code: Any = None
     super().__init__(splits=tuple(source.splits), caching_permitted=False)
 
   @property

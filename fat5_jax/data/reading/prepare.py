@@ -94,7 +94,6 @@ def prepared(
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
     make(folder)
     return Store(folder)
-
   name = f"{_plain_name(task.name)}-{split}-{key}"
   path = os.path.join(root, name)
   if is_remote:
@@ -238,8 +237,8 @@ def identity_of(task: seqio.Task) -> Any:
     source = {k: v for k, v in vars(task.source).items() if k not in _TOLD}
     found["source"] = [identity.of(type(task.source)), identity.of(source)]
     found["steps"] = identity.of(list(task.preprocessors))
-  elif task.source.own_code is not None:
-    found["rename"] = identity.of(task.source.own_code)
+  elif task.source.row_code is not None:
+    found["rename"] = identity.of(task.source.row_code)
   return found
 
 

@@ -14,7 +14,6 @@ import os
 import pickle
 import re
 import threading
-import time
 from typing import Any
 
 from absl import flags
@@ -28,8 +27,6 @@ from fat5_jax.errors import UserError
 
 # Blocks of a process that wait to be written.
 _AHEAD = 4
-# How soon a process sees that its parent is gone.
-_LOOK_SECONDS = 2.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -104,11 +101,9 @@ def check_process() -> None:
 def _end_with_parent(number: int, count: int) -> None:
   """Ends this process once its parent is gone, which kill -9 cannot say."""
   del number, count
-  parent = os.getppid()
 
   def watch():
-    while os.getppid() == parent:
-      time.sleep(_LOOK_SECONDS)
+    multiprocessing.parent_process().join()
     os._exit(1)
 
   threading.Thread(target=watch, daemon=True).start()
