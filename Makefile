@@ -7,6 +7,7 @@ STAMP := $(VENV)/.installed
 ORACLE := $(VENV)/oracle-4.37
 GPU_ENV := $(VENV)/gpu
 LIBTPU := $(VENV)/libtpu
+CHROMIUM := $(VENV)/chromium
 
 .PHONY: help install quickstart gpu-env test test-slow test-chips \
   test-chips-ci lint clean
@@ -53,10 +54,26 @@ $(GPU_ENV): $(STAMP)
 
 gpu-env: $(GPU_ENV)
 
+UNPACK = const [, name] = process.argv, fs = require("fs"); fs.writeFileSync(name.slice(0, -3), require("zlib").brotliDecompressSync(fs.readFileSync(name)))
+
+# A browser that looks at the report; npm has one whole. Where it cannot be made,
+# `missing` says why, and the tests that want it skip.
+$(CHROMIUM): $(STAMP)
+	@rm -rf $@ && mkdir -p $@
+	@( cd $@ && npm pack --silent @sparticuz/chromium@147.0.0 \
+	  && tar xzf *.tgz --strip-components=2 --wildcards 'package/bin/*' \
+	  && rm *.tgz && for file in *.br; do node -e '$(UNPACK)' $$file || exit 1; done \
+	  && for file in *.tar; do mkdir $${file%.tar} \
+	    && tar xf $$file -C $${file%.tar} || exit 1; done \
+	  && rm *.br *.tar && chmod +x chromium \
+	) > $@.log 2>&1 || ( tail -1 $@.log > $@/missing; rm -f $@/chromium; \
+	  echo "tests of the report in a browser will be skipped: $$(cat $@/missing)" )
+	@mv $@.log $@/log
+
 # A test that hangs fails, and says where it was.
 PYTEST = $(BIN)/python -m pytest -n 2
 
-test: $(STAMP) $(ORACLE)
+test: $(STAMP) $(ORACLE) $(CHROMIUM)
 	$(PYTEST) --timeout=600 --dist loadgroup tests -m 'not chips and not slow'
 
 test-slow: $(STAMP)

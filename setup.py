@@ -35,6 +35,7 @@ setup(
     # A file for torch, copied into exports; not a module of this package.
     "fat5_jax.convert": ["shipped/*.py"],
     "fat5_jax.gin_config.t5x": ["files/**/*.gin"],
+    "fat5_jax.evaluation": ["report.html"],
   },
   install_requires=[
     "absl-py",

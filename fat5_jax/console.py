@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Iterator, Mapping
+import math
 import sys
 import time
 from typing import Any
@@ -35,6 +36,10 @@ def duration(seconds: float) -> str:
   return f"{seconds}s"
 
 
+# Between two lines of a training's progress in a log.
+LOG_SECONDS = 10.0
+
+
 class Progress:
   """A line that is rewritten on a terminal, and printed now and then in a log.
 
@@ -48,7 +53,7 @@ class Progress:
     self._mark = time.monotonic()
     self._text = ""
     self._live = console.is_terminal
-    self._shown = 0.0
+    self._shown = -math.inf
 
   def pause(self) -> None:
     """Stops the clock (evaluation, saving)."""
@@ -75,24 +80,25 @@ class Progress:
     epochs: Collection[float],
     force: bool,
   ) -> None:
-    """Shows a step; in a log only where `force`."""
+    """Shows a step; in a log now and then, only where `force`, and the last."""
     self._step = step
     now = time.monotonic()
-    if not force and (not self._live or now - self._shown < 0.2):
+    wait = 0.2 if self._live else LOG_SECONDS
+    is_due = now - self._shown >= wait or step == self._last
+    if not (is_due and (force or self._live)):
       return
     self._shown = now
     done = max(1, step - self._begin_step)
     left = self.elapsed() / done * (self._last - step)
     rate = "" if learning_rate is None else f"  lr {learning_rate:.2e}"
+    # What a narrow terminal cuts off comes last.
     self._text = (
-      f"step {step}/{self._last}  loss {loss:.4f}{rate}"
+      f"step {step}/{self._last}  loss {loss:.4f}  {duration(left)} left{rate}"
       f"  {tokens_per_second:,.0f} target tokens/s  padding {padding:.0%}"
       f"{_epochs(epochs)}"
-      f"  {duration(left)} left"
     )
     if self._live and not console.quiet:
-      sys.stderr.write(f"\r\x1b[2K{self._text}")
-      sys.stderr.flush()
+      _rewrite(self._text)
     else:
       say(self._text)
 
@@ -107,35 +113,76 @@ def _epochs(counts: Collection[float]) -> str:
   return f"  epochs {least:.2f}-{most:.2f}"
 
 
-def counted(items: Iterable[Any], what: str, unit: str) -> Iterator[Any]:
-  """The items, with a line of how many there were, where it takes a while.
+class Count:
+  """How far a command is: how much of how much, how fast, how long still.
 
-  Rewritten on a terminal; in a log a line each half minute, and one at the end.
+  Rewritten on a terminal; in a log a line each half minute. What is done at
+  once is not told; the rest has a last line.
   """
-  begin = shown = time.monotonic()
-  is_live = console.is_terminal and not console.quiet
-  wait, told, count = (0.5 if is_live else 30.0), False, 0
 
-  def line(now: float) -> str:
-    seconds = max(now - begin, 1e-9)
-    return (
-      f"{what}: {count:,} {unit}, {count / seconds:,.0f}/s, {duration(seconds)}"
-    )
+  def __init__(self, what: str, unit: str, total: float | None = None):
+    """
+    Args:
+      what: is done.
+      unit: of what is counted, in the plural.
+      total: how many there will be, about; None of a stream, which has no time
+        left either.
+    """
+    self._what, self._unit, self._total = what, unit, total
+    self._begin = self._shown = time.monotonic()
+    self._live = console.is_terminal and not console.quiet
+    self._wait = 0.5 if self._live else 30.0
+    self._done, self._told = 0.0, False
 
-  for item in items:
-    yield item
-    count += 1
-    if count % 64 == 0 and time.monotonic() - shown > wait:
-      shown, told = time.monotonic(), True
-      if is_live:
-        sys.stderr.write(f"\r\x1b[2K{line(shown)}")
-        sys.stderr.flush()
-      else:
-        say(line(shown))
-  if told:
-    if is_live:
+  def __enter__(self) -> Count:
+    return self
+
+  def __exit__(self, kind: Any, *unused: Any) -> None:
+    """A last line; of a failure none, but its message begins a line."""
+    if self._told and self._live:
       sys.stderr.write("\r\x1b[2K")
-    say(line(time.monotonic()))
+    if self._told and kind is None:
+      say(self._line(time.monotonic(), is_last=True))
+
+  def add(self, number: float = 1) -> None:
+    """So many more are done."""
+    self._done += number
+    now = time.monotonic()
+    if now - self._shown < self._wait:
+      return
+    self._shown, self._told = now, True
+    if self._live:
+      _rewrite(self._line(now))
+    else:
+      say(self._line(now))
+
+  def _line(self, now: float, is_last: bool = False) -> str:
+    seconds = max(now - self._begin, 1e-9)
+    rate = self._done / seconds
+    text, end = f"{self._what}: {self._done:,.0f}", duration(seconds)
+    # A total that was too little says nothing.
+    if self._total and self._done <= self._total and not is_last:
+      text += f" of {self._total:,.0f}"
+      end = f"{duration((self._total - self._done) / rate)} left"
+    shown = f"{rate:,.0f}" if rate >= 10 else f"{rate:.2g}"
+    return f"{text} {self._unit}, {shown}/s, {end}"
+
+
+def counted(
+  items: Iterable[Any], what: str, unit: str, total: float | None = None
+) -> Iterator[Any]:
+  """The items, while a `Count` tells of them."""
+  with Count(what, unit, total) as count:
+    for item in items:
+      yield item
+      count.add()
+
+
+def _rewrite(text: str) -> None:
+  """The last line of a terminal, in the place of what was there."""
+  # What is wider is folded, and would stay.
+  sys.stderr.write(f"\r\x1b[2K{text[: console.width - 1]}")
+  sys.stderr.flush()
 
 
 def metrics_table(title: str, rows: Iterable[tuple[str, str, float]]) -> None:

@@ -191,6 +191,38 @@ MACROS: dict[str, Macro] = {
   "INITIAL_CHECKPOINT_PATH": Macro(
     _or_none(_text), "a checkpoint of any format to start from"
   ),
+  "EVAL_BEFORE_TRAINING": Macro(_flag, "evaluate the start too"),
+  "EMA_DECAY": Macro(
+    _or_none(_rate()), "average the parameters; the average is what is kept"
+  ),
+  "KEEP_BEST": Macro(
+    _or_none(_text), "TASK/METRIC; the best step stays, whatever KEEP says"
+  ),
+  "BEST_MODE": Macro(
+    _or_none(_choice("max", "min")), "of KEEP_BEST; None by the metric's name"
+  ),
+  "PATIENCE": Macro(
+    _or_none(_whole(1, _STEPS)),
+    "evaluations without a better one, after which the run ends",
+  ),
+  "LOGGERS": Macro(
+    Kind(
+      "a list of 'tensorboard', 'wandb', 'mlflow' and 'trackio'",
+      _is_list(_choice("tensorboard", "wandb", "mlflow", "trackio").holds, 0),
+    ),
+    "what takes the metrics; metrics.csv has them in any case",
+  ),
+  "PROFILE_STEPS": Macro(
+    _or_none(
+      Kind(
+        "two steps, (first, last)",
+        lambda v: _is_list(_whole(1, _STEPS).holds)(v)
+        and len(v) == 2
+        and v[0] <= v[1],
+      )
+    ),
+    "are captured into MODEL_DIR/profile, for XProf and TensorBoard",
+  ),
   "REINITIALIZE": Macro(
     _or_none(_pattern), "names of parameters that are not read from it"
   ),
@@ -255,8 +287,9 @@ MACROS: dict[str, Macro] = {
   ),
   # The machine.
   "DTYPE": Macro(
-    _choice("bfloat16", "float32"),
-    "of the products; float16 ends at 65504, which T5 exceeds",
+    _or_none(_choice("bfloat16", "float32")),
+    "of the products; float16 ends at 65504, which T5 exceeds. None, of infer"
+    " and eval alone, is the checkpoint's own",
   ),
   "ATTENTION": Macro(
     _or_none(
@@ -321,6 +354,15 @@ MACROS: dict[str, Macro] = {
   # eval and infer.
   "CHECKPOINT_PATH": Macro(_text, "what is read, if not MODEL_DIR's latest"),
   "EVAL_SPLIT": Macro(_or_none(_text), "what is evaluated; None nothing"),
+  "CHECKPOINTS": Macro(
+    _or_none(
+      Kind(
+        "'all', or a list of steps",
+        lambda v: v == "all" or _is_list(_whole(0, _STEPS).holds)(v),
+      )
+    ),
+    "of the run folder, each evaluated; None is CHECKPOINT_PATH",
+  ),
   "EVAL_BATCH_SIZE": Macro(_whole(1, _ROWS), "rows at a time"),
   "EVAL_FEATURE_LENGTHS": Macro(
     _or_none(_lengths), "None takes texts of any length whole"
@@ -348,6 +390,84 @@ MACROS: dict[str, Macro] = {
     _whole(1, MOST_PREDICTED), "tokens of a prediction"
   ),
   "USE_TEMPLATE": Macro(_flag, "ask in the words of the training's task"),
+  "MODE": Macro(
+    _choice("predict", "score", "rank"),
+    "answers, how likely the targets are, or the likeliest of ALLOWED_OUTPUTS",
+  ),
+  "SHARD": Macro(_whole(0, 2**20), "the number of this command, from 0"),
+  "NUM_SHARDS": Macro(_whole(1, 2**20), "commands that predict together"),
+  "OUTPUT_SCORES": Macro(_flag, "whether each answer has its score"),
+  # Where a head decides.
+  "THRESHOLD": Macro(
+    _or_none(
+      Kind(
+        "a number from 0 to less than 1, 'dev' or 'dev_by_class'",
+        lambda v: v in ("dev", "dev_by_class") or _rate().holds(v),
+      )
+    ),
+    "of a label's probability; 'dev': what the run's evaluation found best;"
+    " None is 0.5",
+  ),
+  "NO_ANSWER_THRESHOLD": Macro(
+    _or_none(Kind("a number", _is_number)),
+    "a question has no answer if that scores better by more; None always"
+    " answers",
+  ),
+  # How a language model answers (inference/decoding.py).
+  "NUM_BEAMS": Macro(_whole(1, 256), "2 or more is beam search"),
+  "NUM_RETURN_SEQUENCES": Macro(_whole(1, 4096), "answers to a row"),
+  "LENGTH_PENALTY": Macro(
+    Kind("a number", _is_number), "of beams; above 0 favours long answers"
+  ),
+  "EARLY_STOPPING": Macro(
+    Kind(
+      "True, False or 'never'", lambda v: isinstance(v, bool) or v == "never"
+    ),
+    "when beams are done, by Hugging Face's rule",
+  ),
+  "BEAM_RULE": Macro(_choice("hf", "t5x"), "whose length penalty and end"),
+  "DO_SAMPLE": Macro(_flag, "draw answers at random"),
+  "TEMPERATURE": Macro(
+    _or_none(_number(1e-6)), "of what is drawn; sets DO_SAMPLE"
+  ),
+  "TOP_K": Macro(
+    _or_none(_whole(1, _TOKENS)), "draw among so many tokens; sets DO_SAMPLE"
+  ),
+  "TOP_P": Macro(
+    _or_none(
+      Kind(
+        "a number above 0, at most 1", lambda v: _is_number(v) and 0 < v <= 1
+      )
+    ),
+    "draw among the likeliest, up to this mass; sets DO_SAMPLE",
+  ),
+  "SEARCH_SEED": Macro(_whole(0, 2**32 - 1), "of what is drawn"),
+  "MIN_OUTPUT_LENGTH": Macro(
+    _whole(0, MOST_PREDICTED), "tokens before a prediction may end"
+  ),
+  "NO_REPEAT_NGRAM_SIZE": Macro(
+    _whole(0, 64), "so many tokens do not come a second time; 0 is no rule"
+  ),
+  "REPETITION_PENALTY": Macro(
+    _number(0, open_end=True), "above 1, what is there becomes less likely"
+  ),
+  "FORCED_FIRST_TOKEN": Macro(
+    Kind(
+      "a piece of the vocabulary, or its number, or None",
+      lambda v: v is None or _is_text(v) or _whole(0, _TOKENS).holds(v),
+    ),
+    "every answer begins with it",
+  ),
+  "OUTPUT_PROMPT": Macro(_or_none(_text), "every answer begins with it"),
+  "ALLOWED_OUTPUTS": Macro(
+    _or_none(
+      Kind(
+        "a list of texts, or a file with one a line",
+        lambda v: _is_text(v) or _is_list(_is_text)(v),
+      )
+    ),
+    "the only answers there may be",
+  ),
 }
 
 

@@ -13,11 +13,13 @@ if __name__ == "__main__":
 from fat5_jax.distributed.hosts import everyone
 from fat5_jax.distributed.stop import StopSignal
 from fat5_jax.loggers.metrics import MetricsLog
-from fat5_jax.training import folder, words
+from fat5_jax.training import describe, folder, words
 from fat5_jax.training.batches import RunBatches
+from fat5_jax.training.best import Best
 from fat5_jax.training.describe import dry_run, prepare_data
 from fat5_jax.training.evaluations import Evaluations
 from fat5_jax.training.meter import Meter
+from fat5_jax.training.profile import Profile
 from fat5_jax.training.run import Run
 from fat5_jax.training.start import find_start
 from fat5_jax.training.steps import TrainState
@@ -42,41 +44,55 @@ def train(run: Run) -> TrainState | None:
     evaluations = Evaluations(run, home.path)
     data = RunBatches(run, begin.data["position"])  # Bad data shows now.
     home.write_records(begin)
-    log = MetricsLog(home.path, begin.step)
+    log = home.closing(MetricsLog(home.path, begin.step, run.loggers))
+    log.settings(describe.settings(run), describe.text(run))
     evaluations.log_to(log, begin)
     words.opening_words(run, begin, last_step, home.path)
     meter = Meter(run, begin, last_step, log, home.checkpoints)
+    best = Best(run.keep_best, run.patience, run.best_mode, home.path)
     state, step = begin.state, begin.step
 
     def save():
       place = begin.data | {"position": data.position}
       everyone.agree("step and data position", [step, place])
       log.flush()
+      kept = run.program.swapped(state)
       home.checkpoints.save(
         step,
-        state.params,
-        state.opt_state,
+        kept.params,
+        kept.opt_state,
         place | {"begin_step": begin.begin_step, "sums": meter.sums},
       )
 
     def evaluate():
       with meter.off_the_clock(), stop.evaluating():
-        evaluations.at(step, state.params)
+        evaluations.at(step, run.program.swapped(state).params)
+      follow()
 
-    with StopSignal() as stop:
+    def follow():
+      best.look(log)
+      home.checkpoints.best = best.step
+
+    profile = Profile(run.profile_steps, home.path, meter, step, last_step)
+    with StopSignal() as stop, profile:
+      follow()
       if begin.own_step is None:
         save()
-      elif evaluations.is_due(begin):
+      if evaluations.is_due(begin):
         evaluate()
-      while step < last_step and not stop.at(step):
-        state, sums = run.program.train_step(state, next(data))
+      while step < last_step and not (best.exhausted or stop.at(step)):
+        batch = next(data)
+        with profile.step(step + 1), meter.begun(batch):
+          state, sums = run.program.train_step(state, batch)
         step += 1
         meter.push(step, sums, data.epochs)
+        profile.after(step)
         if run.saves_at(step):
           with meter.off_the_clock():
             save()
         if run.evaluates_at(step) and not stop.received:
           evaluate()
+      profile.close()
       meter.close()
       save()
       if not stop.received and not evaluations.has(step):
@@ -87,6 +103,6 @@ def train(run: Run) -> TrainState | None:
       state = None
     else:
       words.closing_words(run, log, evaluations.generation, home.path, step)
+      best.tell(step, last_step)
     data.close()
-    log.close()
     return state

@@ -67,6 +67,9 @@ CHECKPOINT_PERIOD = 5000
 KEEP = None
 # T5X's byT5 has no sentinels.
 seqio.ByteVocabulary.extra_ids = 0
+# T5X's search, where a file names none.
+BEAM_RULE = 't5x'
+LENGTH_PENALTY = 0.6
 config.T5Config:
   emb_dim = 16
   num_heads = 2

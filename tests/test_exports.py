@@ -390,7 +390,8 @@ def test_a_language_model_generates_what_ours_does(version, exported, answered):
     if "generated" not in one:
       model, params = factory.create(config), table.read_all(one["leaves"])
       generate = functools.partial(decoding.generate, model, max_length=8)
-      one["generated"] = np.asarray(jax.jit(generate)(params, one["x"]))
+      answers = jax.jit(generate)(params, one["x"])
+      one["generated"] = np.asarray(answers.tokens[:, 0])
     ours = one["generated"]
     for result in jobs[key]["loaded"].values():
       found = np.array(result["generated"])[:, 1:]

@@ -16,7 +16,7 @@ import seqio
 import tensorflow as tf
 from test_seqio_tasks import BYTES, END, LENGTHS, TOKENIZE, add, seqios
 
-from fat5_jax.data import head_tasks, pipeline, sources
+from fat5_jax.data import head_tasks, identity, pipeline, sources
 from fat5_jax.data.reading import prepare
 from fat5_jax.errors import UserError
 
@@ -308,3 +308,18 @@ def test_a_file_that_changes_while_it_is_prepared_is_a_line(
 def test_a_factory_s_missing_arguments_are_named():
   with pytest.raises(UserError, match="classification needs inputs and label"):
     head_tasks.classification(source=None, vocabulary=BYTES)
+
+
+def test_an_object_that_is_made_of_a_class_of_iterators_is_known():
+  class Counting:
+    def __iter__(self):
+      return self
+
+    def __next__(self):
+      return 1
+
+  class Holder:
+    def __reduce_ex__(self, _):
+      return Counting, ()
+
+  assert identity.of(Holder()) == identity.of(Holder())

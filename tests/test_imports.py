@@ -48,22 +48,25 @@ ALLOWED = {
   },
   "fat5_jax/loggers": {
     *("clu", "jax", "matplotlib", "numpy", "tensorflow"),
-    "fat5_jax.checkpoints",
+    # trackers.py, where a run asks for them.
+    *("mlflow", "trackio", "wandb"),
+    *("fat5_jax.checkpoints", "fat5_jax.convert.plain_files"),
   },
   "fat5_jax/inference": {
-    *("jax", "numpy", "seqio", "tensorflow_datasets"),
+    *("fat5_jax", "jax", "numpy", "seqio", "tensorflow_datasets"),
     *("fat5_jax.checkpoints", "fat5_jax.data", "fat5_jax.distributed"),
     *("fat5_jax.models", "fat5_jax.objectives"),
   },
   "fat5_jax/evaluation": {
     *("jax", "numpy", "seqio", "tensorflow", "tensorflow_datasets"),
-    *("fat5_jax.data", "fat5_jax.distributed", "fat5_jax.inference"),
+    *("fat5_jax.checkpoints", "fat5_jax.data", "fat5_jax.distributed"),
+    *("fat5_jax.inference", "fat5_jax.loggers", "fat5_jax.models"),
   },
   "fat5_jax/training": {
     *("flax", "jax", "numpy", "optax", "seqio"),
     *("fat5_jax.checkpoints", "fat5_jax.data", "fat5_jax.distributed"),
     *("fat5_jax.evaluation", "fat5_jax.loggers", "fat5_jax.models"),
-    "fat5_jax.objectives",
+    *("fat5_jax.objectives", "fat5_jax.inference.decoding"),
   },
   "fat5_jax/planning": {
     *("jax", "numpy", "fat5_jax.convert.plain_files"),

@@ -19,6 +19,7 @@ from fat5_jax.gin_config import cli
 from fat5_jax.models import factory
 from fat5_jax.models.config import T5Config
 from fat5_jax.planning import chips, cost, rehearse, schedule, search, tell
+from fat5_jax.training import flops
 from fat5_jax.training.program import Program
 
 SMALL = textwrap.dedent("""
@@ -51,11 +52,11 @@ def test_products_in_loops_count_as_often_as_they_run():
 
   shapes = (jnp.zeros((4, 8)), jnp.zeros((5, 8, 8)))
   forward = 2 * 4 * 8 * 8 * 5
-  assert cost.product_flops(jax.make_jaxpr(layers)(*shapes)) == forward
+  assert flops.product_flops(jax.make_jaxpr(layers)(*shapes)) == forward
   both = jax.make_jaxpr(jax.grad(layers, argnums=(0, 1)))(*shapes)
-  assert cost.product_flops(both) == 3 * forward
+  assert flops.product_flops(both) == 3 * forward
   again = jax.grad(jax.checkpoint(layers), argnums=(0, 1))
-  assert cost.product_flops(jax.make_jaxpr(again)(*shapes)) == 4 * forward
+  assert flops.product_flops(jax.make_jaxpr(again)(*shapes)) == 4 * forward
 
 
 TEXT = """HloModule step, is_scheduled=true

@@ -450,8 +450,9 @@ def test_a_long_row_is_predicted_alone(user, capfd):
   groups = list(batches.group(lengths, lambda n: n, 4))
   assert [n for group in groups for n in group] == lengths
   assert [9000] in groups
+  shapes = batches.Shapes(4)
   for group in groups:
-    rows, length = batches.shape(group, 4)
+    rows, length = shapes.of(group)
     assert rows >= len(group) and length >= max(group)
     assert rows * length <= 2 * 4 * 512 or rows == 1
   (user / "lines.txt").write_text(f"short\n{'long ' * 1000}\nshort\n")
@@ -647,16 +648,16 @@ def test_an_evaluation_leaves_a_pending_error_of_the_training_data():
       next(training)
 
 
-def test_a_metric_of_scores_is_refused_in_words():
+def test_a_metric_of_what_nobody_computes_is_refused_in_words():
   import seqio
 
   from fat5_jax.data import sources, tasks
   from fat5_jax.errors import UserError
 
-  def perplexity(targets, scores):
-    return {"perplexity": float(np.mean(scores))}
+  def perplexity(targets, losses):
+    return {"perplexity": float(np.mean(losses))}
 
-  with pytest.raises(UserError, match="perplexity asks for targets, scores"):
+  with pytest.raises(UserError, match="perplexity asks for targets, losses"):
     tasks.text_to_text(
       sources.Function({"train": lambda: []}),
       "{a}",

@@ -22,6 +22,7 @@ from fat5_jax.data import (
 )
 from fat5_jax.errors import UserError
 from fat5_jax.inference import heads
+from fat5_jax.inference.thresholds import Decisions
 from fat5_jax.models.config import HeadConfig
 
 BYTES = seqio.ByteVocabulary(0)
@@ -242,7 +243,9 @@ def test_classes_of_multirc_are_predicted_like_others(folder):
     "sequence_classification", label_names=("False", "True"), num_labels=2
   )
   found = list(
-    heads._records(zip(tfds.as_numpy(dataset), values), task, head, True)
+    heads._records(
+      zip(tfds.as_numpy(dataset), values), task, head, True, Decisions()
+    )
   )
   assert [(r["prediction"], r["targets"]) for r in found] == [
     ("True", "True"),

@@ -22,6 +22,7 @@ from t5x_user import (  # noqa: F401
 from fat5_jax.convert import orbax_files
 from fat5_jax.gin_config import t5x
 from fat5_jax.gin_config.t5x import ours
+from fat5_jax.inference import decoding
 import gin
 
 # What gin calls or builds for `train`.
@@ -328,17 +329,17 @@ def test_a_binding_that_changes_nothing_in_t5x_is_told(folder):
     ),
     ("EVALUATOR_NUM_EXAMPLES = 5", "--gin.EVALUATOR_NUM_EXAMPLES: "),
     ("seqio.Evaluator.num_examples = 5", "make a split of that many rows"),
-    ("train_script.train.run_eval_before_training = True", "fat5_jax.eval"),
     (
       "train_script.train.actions"
       " = {'TRAIN': [@trainer.EarlyStoppingAction()]}",
-      "early stopping is not here yet",
+      "KEEP_BEST",
     ),
     (
-      "models.EncoderDecoderModel.predict_batch_with_aux.num_decodes = 4",
-      "beam search is not here yet",
+      "models.EncoderDecoderModel.predict_batch_with_aux.num_decodes = 0",
+      "1 or more",
     ),
-    ("decoding.beam_search.alpha = 1.0", "0.6"),
+    ("decoding.beam_search.alpha = 'long'", "a number"),
+    ("decoding.beam_search.max_decode_len = 9", "length of the targets"),
     (
       "partitioning.PjitPartitioner.ici_mesh_shape = (1, 2, 4)",
       "set MESH and DCN_MESH",
@@ -355,26 +356,86 @@ def test_what_cannot_be_honoured_is_refused(folder, flag, told):
   )
 
 
-def test_sampling_is_refused_and_greedy_is_not(folder):
-  given = [
-    "DATA_DIR = 'data'",
-    "MODEL_DIR = 'r'",
-    "models.EncoderDecoderModel.decode_fn = @decoding.temperature_sample",
-  ]
-  # T5X's own topk is 1.
-  _, notes = translated(["mine.gin"], given)
-  assert not any("greedy" in note for note in notes)
-  for other in (
-    ["decoding.temperature_sample.topk = 40"],
-    ["decoding.temperature_sample.topk = 0"],
-    ["decoding.temperature_sample.topp = 0.9"],
-  ):
-    gin.clear_config()
-    assert "sampling is not here yet" in refused(["mine.gin"], given + other)
-  gin.clear_config()
-  greedy = ["decoding.temperature_sample.topk = 0"]
-  greedy += ["decoding.temperature_sample.temperature = 0.0"]
-  translated(["mine.gin"], given + greedy)
+METHOD = "models.EncoderDecoderModel.predict_batch_with_aux"
+SAMPLE = "models.EncoderDecoderModel.decode_fn = @decoding.temperature_sample"
+T5X_BEAM = {"beam_rule": "t5x", "length_penalty": 0.6}
+
+
+@pytest.mark.parametrize(
+  "flags,ours",
+  [
+    # T5X's default is a beam of 1 with a length penalty, not greedy.
+    ([], T5X_BEAM),
+    ([f"{METHOD}.num_decodes = 4"], T5X_BEAM | {"num_beams": 4}),
+    (
+      [
+        f"{METHOD}.num_decodes = 4",
+        f"{METHOD}.return_all_decodes = True",
+        "decoding.beam_search.alpha = 1.0",
+      ],
+      {"beam_rule": "t5x", "num_beams": 4, "num_return_sequences": 4},
+    ),
+    # T5X's own topk is 1.
+    ([SAMPLE], {}),
+    (
+      [
+        SAMPLE,
+        "decoding.temperature_sample.topk = 0",
+        "decoding.temperature_sample.temperature = 0.0",
+      ],
+      {},
+    ),
+    (
+      [SAMPLE, "decoding.temperature_sample.topk = 40"],
+      {"do_sample": True, "temperature": 1.0, "top_k": 40},
+    ),
+    (
+      [
+        SAMPLE,
+        "decoding.temperature_sample.topk = 0",
+        "decoding.temperature_sample.topp = 0.9",
+        "decoding.temperature_sample.temperature = 0.7",
+        f"{METHOD}.num_decodes = 3",
+        f"{METHOD}.return_all_decodes = True",
+      ],
+      {
+        "do_sample": True,
+        "temperature": 0.7,
+        "top_p": 0.9,
+        "num_return_sequences": 3,
+      },
+    ),
+  ],
+)
+def test_t5x_s_search_is_ours(folder, flags, ours):
+  given = ["DATA_DIR = 'data'", "MODEL_DIR = 'r'", *flags]
+  translated(["mine.gin"], given)
+  built = gin.get_configurable("fat5_jax.inference.decoding.Decoding")()
+  assert built == decoding.Decoding(**ours)
+  bound = gin.query_parameter("Run.decoding")
+  assert "Decoding" in str(bound)
+
+
+@pytest.mark.parametrize(
+  "flags,told",
+  [
+    (["decoding.temperature_sample.topp = 0.9"], "topk is 1 where it is left"),
+    (
+      [
+        "decoding.temperature_sample.topk = 5",
+        "decoding.temperature_sample.topp = 0.9",
+      ],
+      "one of them must be 0",
+    ),
+    (
+      ["decoding.temperature_sample.topk = 5", f"{METHOD}.num_decodes = 3"],
+      "return_all_decodes",
+    ),
+  ],
+)
+def test_a_sampling_that_t5x_has_not_is_refused(folder, flags, told):
+  given = ["DATA_DIR = 'data'", "MODEL_DIR = 'r'", SAMPLE, *flags]
+  assert told in refused(["mine.gin"], given)
 
 
 def test_a_refusal_names_file_and_line(folder):

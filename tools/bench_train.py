@@ -31,31 +31,21 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from fat5_jax.distributed import chips
 from fat5_jax.inference import decoding
 from fat5_jax.models import initial
 from fat5_jax.models.config import T5Config
 from fat5_jax.models.t5 import Transformer
-from fat5_jax.planning import chips, cost
-from fat5_jax.training import steps
+from fat5_jax.training import flops, steps
 
 VOCABULARY = 32128
 # T5 1.1 by size: width, width of the feed-forward, layers of a stack, heads.
 SIZES = {
   "tiny": (64, 128, 1, 2),
+  "mini": (384, 1536, 4, 8),
   "small": (512, 1024, 8, 6),
   "base": (768, 2048, 12, 12),
   "large": (1024, 2816, 24, 16),
-}
-# What jax calls a chip -> fat5_jax.planning.chips.
-KINDS = {
-  "H200": "h200",
-  "H100": "h100",
-  "A100": "a100",
-  "TPU v4": "v4",
-  "TPU v5 lite": "v5e",
-  "TPU v5": "v5p",
-  "TPU v6 lite": "v6e",
-  "TPU7x": "tpu7x",
 }
 
 
@@ -186,10 +176,11 @@ def decoding_sides(model, config, params, x, length):
         num_beams=1,
       ).numpy()[:, 1:]
 
+  whole = decoding.Search(decoding.Decoding(min_new_tokens=length))
   predict = jax.jit(
     lambda params, x: decoding.generate(
-      Transformer(config.replace(eos_token_id=-1)), params, x, length
-    )
+      Transformer(config), params, x, length, whole
+    ).tokens[:, 0]
   )
   params = jax.device_put(params)
 
@@ -258,19 +249,11 @@ def train_rate(
   row |= dict(seconds_a_step=seconds, start_seconds=start, loss=loss())
   row["tokens_per_second"] = batch * (inputs + targets) / seconds
   row["model_tflops"] = model_flops(size, x, y) / seconds / 1e12
-  if peak := peak_flops(jax.devices()[0].device_kind):
-    row["mfu"] = row["model_tflops"] * 1e12 / peak
+  if chip := chips.of_kind(jax.devices()[0].device_kind):
+    row["mfu"] = row["model_tflops"] * 1e12 / chip.flops
   if memory() is not None:
     row["memory_gib"] = memory() / 2**30
   return row
-
-
-def peak_flops(kind: str) -> float | None:
-  """Of the chip that jax calls so, bfloat16."""
-  for name, chip in KINDS.items():
-    if name in kind:
-      return chips.CHIPS[chip].flops
-  return None
 
 
 def model_flops(size: str, x, y) -> float:
@@ -281,7 +264,7 @@ def model_flops(size: str, x, y) -> float:
   model = Transformer(config)
   params = jax.eval_shape(lambda: initial.init_params(model, 0))
   forward = steps.make_eval_step(model)
-  return 3 * cost.product_flops(
+  return 3 * flops.product_flops(
     jax.make_jaxpr(forward)(params, our_batch(x, y))
   )
 

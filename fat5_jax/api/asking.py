@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+import dataclasses
 from typing import Any
 
 import numpy as np
@@ -11,18 +12,11 @@ from fat5_jax.api import questions as ask
 from fat5_jax.api.predict import Answers, Options
 from fat5_jax.api.words import of_python
 from fat5_jax.errors import UserError, nearest
+from fat5_jax.inference.decoding import Decoding
 from fat5_jax.models.config import T5Config
 
 CLASSIFIERS = ("sequence_classification", "enct5")
-# Searches that come later; what each does without.
-_SEARCH = {
-  "num_beams": 1,
-  "do_sample": False,
-  "temperature": 1.0,
-  "top_k": None,
-  "top_p": None,
-  "num_return_sequences": 1,
-}
+_SEARCH = [field.name for field in dataclasses.fields(Decoding)]
 
 
 class Asks:
@@ -42,9 +36,10 @@ class Asks:
     batch_size: int = 32,
     max_input_tokens: int | None = None,
     use_template: bool = True,
+    with_scores: bool = False,
     **search: Any,
-  ) -> list[str]:
-    """An answer to each text, the most likely token after the other.
+  ) -> list[Any]:
+    """An answer to each text: the most likely token after the other.
 
     A model from a run folder is asked in the words of its training, as `infer`
     does: a text is the column that the template asks about, a dictionary a row
@@ -57,17 +52,30 @@ class Asks:
       max_input_tokens: longer texts are cut there (and it is said); None cuts
         none.
       use_template: False takes texts as whole inputs.
-      **search: beams and sampling are not there yet: only what means greedy.
+      with_scores: whether a `score` is wanted beside each `prediction`, in a
+        dictionary: the log-probability of its tokens; of beams as they compare.
+      **search: how answers are searched for, by Hugging Face's names:
+        `num_beams`, `num_return_sequences`, `length_penalty`, `temperature`,
+        `top_k`, `top_p`, `no_repeat_ngram_size`, `allowed_outputs` and others,
+        see inference.decoding.Decoding.
+
+    Returns:
+      A text for each; a list of them, the best first, where
+      `num_return_sequences` is more than 1.
 
     Raises:
-      UserError: for what are no texts, and on a head.
+      UserError: for what are no texts, for a setting that is none, and on a
+        head.
     """
     _check_search(search)
     with of_python():
       options = Options(batch_size, max_input_tokens, max_tokens, use_template)
       texts = ask.listed(texts, "texts")
       found = self._ask("language_model")
-      return found.generate(texts, options) if texts else []
+      decoding = Decoding(**search)
+      if not texts:
+        return []
+      return found.generate(texts, options, decoding, with_scores)
 
   def score(
     self,
@@ -93,6 +101,34 @@ class Asks:
       ask.same_length(inputs=inputs, targets=targets)
       found = self._ask("language_model")
       return found.score(inputs, targets, options)
+
+  def rank(
+    self,
+    texts: Sequence[str | Mapping[str, Any]],
+    choices: Sequence[str],
+    **options: Any,
+  ) -> list[dict[str, Any]]:
+    """The likeliest of some answers to each text: rank classification.
+
+    `options` are those of `score`.
+
+    Returns:
+      `prediction`, one of the choices, and `scores`, each one's log-likelihood.
+    """
+    with of_python():
+      texts = ask.listed(texts, "texts")
+      choices = ask.listed(choices, "choices")
+    if not texts or not choices:
+      return []
+    asked = [text for text in texts for _ in choices]
+    found = self.score(asked, list(choices) * len(texts), **options)
+    return [
+      {
+        "prediction": choices[int(row.argmax())],
+        "scores": dict(zip(choices, row.tolist())),
+      }
+      for row in found.reshape(len(texts), len(choices))
+    ]
 
   def embed(
     self,
@@ -184,16 +220,11 @@ class Asks:
 
 
 def _check_search(search: Mapping[str, Any]) -> None:
-  """Raises UserError for a search that is not there, or no setting of one."""
-  for name, value in search.items():
+  """Raises UserError for what is no setting of a search."""
+  for name in search:
     if name in ("max_new_tokens", "max_length"):
       raise UserError(f"{name} is max_tokens here")
     if name not in _SEARCH:
       raise UserError(
         f"generate has no argument {name!r}.{nearest(name, _SEARCH)}"
-      )
-    if value not in (_SEARCH[name], None):
-      raise UserError(
-        f"{name} = {value!r}: generate is greedy; beam search and sampling are"
-        " not there yet"
       )

@@ -6,6 +6,7 @@ import os
 from typing import Any
 
 from fat5_jax import fetched
+from fat5_jax.loggers import curves
 from fat5_jax.loggers import metrics as metrics_lib
 
 
@@ -62,7 +63,7 @@ class FineTuned:
     """The path of curves.png: loss, rate and metrics over steps."""
     path = fetched.local(os.path.join(self.folder, "curves.png"))
     if not os.path.exists(path):
-      metrics_lib.plot(self._rows(), path)
+      curves.plot(self._rows(), path)
     return path
 
   def _repr_png_(self) -> bytes:

@@ -25,6 +25,7 @@ from fat5_jax.inference import (
   score,
   settings,
 )
+from fat5_jax.inference.decoding import GREEDY, Decoding
 from fat5_jax.inference.predictor import Predictor
 from fat5_jax.models import factory
 from fat5_jax.models.config import HeadConfig
@@ -81,11 +82,13 @@ class Answers:
       self._made[key] = make()
     return self._made[key]
 
-  def _predictor(self, batch_size, max_tokens=None, embeds=False) -> Predictor:
+  def _predictor(
+    self, batch_size, max_tokens=None, embeds=False, how=GREEDY
+  ) -> Predictor:
     model = self._embedder if embeds else self._loaded.model
     partitioner = self._loaded.partitioner
-    make = lambda: Predictor(model, partitioner, batch_size, max_tokens)
-    return self._once(("predictor", batch_size, max_tokens, embeds), make)
+    make = lambda: Predictor(model, partitioner, batch_size, max_tokens, how)
+    return self._once(("predictor", batch_size, max_tokens, embeds, how), make)
 
   def _asked(self, options: Options) -> tuple[Any, int | None]:
     own, window = self._own if options.use_template else (None, None)
@@ -101,19 +104,31 @@ class Answers:
     columns = ("inputs",) if own is None else own.source.columns
     return rows.texts(questions.rows(values, name, columns)(), own)
 
-  def generate(self, values: list[Any], options: Options) -> list[str]:
-    """An answer to each text."""
+  def generate(
+    self,
+    values: list[Any],
+    options: Options,
+    decoding: Decoding,
+    with_scores: bool,
+  ) -> list[Any]:
+    """An answer to each text, or several, or with their scores."""
     told = rows.Told()
     own, limit = self._asked(options)
+    how = decoding.bind(self._vocabulary, self._config)
     found = language_model.answers(
-      self._predictor(options.batch_size, options.max_tokens),
+      self._predictor(options.batch_size, options.max_tokens, how=how),
       self._loaded.params,
       self._texts(values, "texts", own),
       self._vocabulary,
       limit,
       told,
+      with_scores,
     )
-    answers = [record["prediction"] for record in found]
+    keys = ("prediction", "score")
+    answers = [
+      {key: record[key] for key in keys} if with_scores else record[keys[0]]
+      for record in found
+    ]
     self._tell(told, limit)
     return answers
 

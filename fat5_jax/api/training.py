@@ -26,7 +26,7 @@ LORA_TRAINABLE = r"lora_|^head/|^classifier/|^prompt_embedder/"
 # Fields of Run that a call may set besides: gin's macros of the same names.
 RUN_FIELDS = (
   *("eval_steps", "eval_period", "stats_period", "z_loss", "label_smoothing"),
-  *("loss_normalizing_factor", "num_microbatches"),
+  *("loss_normalizing_factor", "num_microbatches", "loggers", "profile_steps"),
 )
 
 

@@ -132,12 +132,16 @@ class Checkpointer:
   Every step is a folder of its own, which gets its name when all of it is on
   disk, read back, and summed (integrity.py). In a bucket it is bucket.py that
   writes it.
+
+  Attributes:
+    best: a step that stays whatever comes after it, or None.
   """
 
   def __init__(self, model_dir: str, config: SaveCheckpointConfig):
     _silence_late_writes()
     self._folder, self._keep = model_dir, config.keep
     self._saving: int | None = None
+    self.best: int | None = None
     self._last = max(history.steps(model_dir), default=None)
     self._opened = contextlib.ExitStack()
     self._there = self._opened.enter_context(_without_wildcards(model_dir))
@@ -234,7 +238,7 @@ class Checkpointer:
     except (ValueError, KeyError, TypeError) as e:
       raise UserError(
         f"{self._folder}: the optimizer of step {step} is that of"
-        " other settings (optimizer, TRAINABLE, FROZEN):"
+        " other settings (optimizer, TRAINABLE, FROZEN, EMA_DECAY):"
         f" {str(e).splitlines()[0][:200]}. Use another --gin.MODEL_DIR=..., and"
         " this one as INITIAL_CHECKPOINT_PATH"
       ) from None
@@ -258,7 +262,7 @@ class Checkpointer:
     if jax.process_index() == 0:
       if not storage.is_remote(self._folder):
         plain_files.sync_folder(self._folder)
-      history.drop_old(self._folder, self._keep)
+      history.drop_old(self._folder, self._keep, self.best)
 
   @contextlib.contextmanager
   def _explaining(self):

@@ -5,13 +5,14 @@ tools/convert_checkpoint.py and Python's `Model.export` are doors to it.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+import contextlib
 import dataclasses
 import os
 import re
 from typing import Any
 
-from fat5_jax import fetched, hub, storage
+from fat5_jax import console, fetched, hub, storage
 from fat5_jax.checkpoints import (
   export_checks,
   history,
@@ -114,13 +115,40 @@ def export(path: str, dest: str, how: Export = Export()) -> None:
     config, leaves = lora.merged(config, leaves)
   marks = {"marks": ()} if to == "fat5" else {}
   with folders.whole_folder(dest, **marks) as target:
-    _write(source, config, leaves, target, to, how)
+    with _told_of(leaves) as counted:
+      _write(source, config, counted, target, to, how)
     said = [export_checks.compared(config, leaves, target, to)]
     if to in ("hf", "enct5") and how.check_transformers:
       said.append(export_checks.in_transformers(config, leaves, target))
   how.say(f"{dest}: written as {formats.NAMES.get(to, to)}")
   for line in filter(None, said):
     how.say(line)
+
+
+@contextlib.contextmanager
+def _told_of(leaves: table.Leaves) -> Iterator[table.Leaves]:
+  """The tensors to write, while a line tells how many bytes were read."""
+  total = sum(leaf.nbytes for leaf in leaves.values()) / 2**20
+  with console.Count("writing", "MiB", total) as count:
+    yield {
+      path: dataclasses.replace(
+        leaf,
+        read=_counting(leaf.read, count),
+        read_part=leaf.read_part and _counting(leaf.read_part, count),
+      )
+      for path, leaf in leaves.items()
+    }
+
+
+def _counting(
+  read: Callable[..., Any], count: console.Count
+) -> Callable[..., Any]:
+  def counted(*index):
+    found = read(*index)
+    count.add(found.nbytes / 2**20)
+    return found
+
+  return counted
 
 
 def _real(path: str) -> str:

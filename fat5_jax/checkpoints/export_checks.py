@@ -11,6 +11,7 @@ import tempfile
 import jax
 import numpy as np
 
+from fat5_jax import console
 from fat5_jax.checkpoints import reference
 from fat5_jax.convert import hf_heads, peft, table
 from fat5_jax.errors import UserError
@@ -42,10 +43,13 @@ def compared(config, leaves, folder, to) -> str:
     again_config, again = reference.open_params(reference.find(folder))
   if leaves.keys() != again.keys():
     raise UserError(f"{what}: it does not hold the same parameters")
-  for path, leaf in leaves.items():
-    a, b = leaf.read(), again[path].read()
-    if a.dtype != b.dtype or a.tobytes() != b.tobytes():
-      raise UserError(f"{what}: {'/'.join(path)} is not the same")
+  total = sum(leaf.nbytes for leaf in leaves.values()) / 2**20
+  with console.Count("comparing", "MiB", total) as progress:
+    for path, leaf in leaves.items():
+      a, b = leaf.read(), again[path].read()
+      if a.dtype != b.dtype or a.tobytes() != b.tobytes():
+        raise UserError(f"{what}: {'/'.join(path)} is not the same")
+      progress.add(a.nbytes / 2**20)
   expected = _outputs(config, leaves)
   if not np.isfinite(expected).all():
     raise UserError(

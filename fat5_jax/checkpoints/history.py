@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 import functools
 import itertools
+import json
 import os
 import re
 import shutil
@@ -17,6 +18,8 @@ from fat5_jax.errors import UserError
 STEP_FOLDER = re.compile(r"checkpoint_(\d+)$")
 _UNFINISHED = re.compile(r"checkpoint_\d+\.orbax-checkpoint-tmp")
 DAMAGED = "damaged"
+# Of a run that follows a metric; also what it may be named by.
+BEST = "best.json"
 
 
 def steps(model_dir: str) -> list[int]:
@@ -109,9 +112,26 @@ def remove_unfinished(model_dir: str) -> None:
         os.unlink(entry.path)
 
 
-def drop_old(model_dir: str, keep: int | None) -> None:
-  """Removes what is beyond `keep`; a name is gone before its files are."""
+def best(model_dir: str) -> tuple[str, int, float] | None:
+  """(metric, step, value) that a run found best (training/best.py), if any."""
+  path = os.path.join(model_dir, BEST)
+  if not storage.exists(path):
+    return None
+  try:
+    found = json.loads(storage.read(path))
+    return str(found["metric"]), int(found["step"]), float(found["value"])
+  except (ValueError, KeyError, TypeError):
+    raise UserError(f"{path} does not tell metric, step and value") from None
+
+
+def drop_old(
+  model_dir: str, keep: int | None, best_step: int | None = None
+) -> None:
+  """Removes what is beyond `keep`, but for the best; a name is gone before its
+  files are."""
   for step in steps(model_dir)[:-keep] if keep else []:
+    if step == best_step:
+      continue
     folder = os.path.join(model_dir, f"checkpoint_{step}")
     if storage.is_remote(folder):
       bucket.remove(folder)

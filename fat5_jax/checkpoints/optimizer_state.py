@@ -13,7 +13,7 @@ from fat5_jax import storage, trees
 from fat5_jax.checkpoints import integrity, layout
 from fat5_jax.checkpoints.load import put
 from fat5_jax.checkpoints.reference import SLOT_READERS, CheckpointRef
-from fat5_jax.convert import hf, t5x, table
+from fat5_jax.convert import hf, orbax_files, t5x, table
 from fat5_jax.distributed.sharding import Partitioner
 from fat5_jax.errors import UserError
 from fat5_jax.models.config import T5Config
@@ -61,6 +61,14 @@ def load_optimizer(
         " tools/convert_checkpoint.py and start from the weights alone"
       ) from None
   return layout.to_run_layout(found, abstract)
+
+
+def has_average(source: CheckpointRef) -> bool:
+  """Whether its parameters are an average (training/averaging.py)."""
+  if source.kind != "fat5":
+    return False
+  leaves = orbax_files.read_item(os.path.join(source.path, "optimizer"))
+  return any(where[0] == "average" for where in leaves)
 
 
 def _adafactor_reads(source: CheckpointRef, on_disk: Any) -> Any:

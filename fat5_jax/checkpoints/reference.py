@@ -51,6 +51,20 @@ class CheckpointRef:
       return self.base
     return os.path.dirname(self.path) if self.kind == "fat5" else self.path
 
+  def state(self) -> dict[str, str]:
+    """What is another when what lies there is: of every file."""
+    if storage.is_remote(self.path):
+      return storage.states(self.path)
+    names = [self.path]
+    if os.path.isdir(self.path):
+      names = [
+        os.path.join(folder, name)
+        for folder, _, files in os.walk(self.path)
+        for name in sorted(files)
+      ]
+    found = {os.path.relpath(n, self.path): os.stat(n) for n in sorted(names)}
+    return {name: f"{s.st_size} {s.st_mtime_ns}" for name, s in found.items()}
+
 
 # google/flan-t5-small, or t5-small
 _HUB_NAME = re.compile(r"([\w.-]+/)?[\w-][\w.-]*$")
@@ -58,8 +72,8 @@ _HUB_NAME = re.compile(r"([\w.-]+/)?[\w-][\w.-]*$")
 
 def find(path: str) -> CheckpointRef:
   """What lies at a path or an address: a run folder (its latest checkpoint),
-  one checkpoint of a run, or a checkpoint of another library, of which there is
-  a copy on this machine then.
+  one checkpoint of a run (`best` in its folder is the best), or a checkpoint of
+  another library, of which there is a copy on this machine then.
 
   Raises:
     UserError: if it is none of these.
@@ -67,6 +81,9 @@ def find(path: str) -> CheckpointRef:
   given, path = path, storage.absolute(path)
   if hub.is_there(path):
     path = fetched.local(path)
+  folder, name = os.path.split(path)
+  if name == "best" and (best := history.best(folder)) is not None:
+    path = os.path.join(folder, f"checkpoint_{best[1]}")
   is_here = not storage.is_remote(path)
   if is_here and not os.path.exists(path) and formats.find(path) is None:
     hint = ""

@@ -476,7 +476,7 @@ def spans(
 
 
 def _answer(values, example=None, is_target=False, **unused):
-  """A target's accepted answers, or a prediction's text and score."""
+  """A target's accepted answers, or a prediction's text and scores."""
   question = preprocessors.as_text(example["id"])
   if is_target:
     answers = [preprocessors.as_text(answer) for answer in example["answers"]]
@@ -484,7 +484,9 @@ def _answer(values, example=None, is_target=False, **unused):
   first, last, score = int(values[0]), int(values[1]), float(values[2])
   context = preprocessors.as_text(example["context"])
   text = context[int(example["begin"][first]) : int(example["end"][last])]
-  return {"id": question, "text": text.strip(), "score": score}
+  found = {"id": question, "text": text.strip(), "score": score}
+  # SQuAD 2.0's null score; a position and a score alone are a target's.
+  return found | ({"no_answer": float(values[4])} if len(values) > 4 else {})
 
 
 @records.recorded

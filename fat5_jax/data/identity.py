@@ -161,7 +161,9 @@ def _object(value: Any, within: Callable[[Any], Any]) -> Any:
     raise Unknown(type(value).__qualname__) from e
   if isinstance(reduced, str):
     return [within(type(value)), reduced]
-  parts = [list(p) if hasattr(p, "__next__") else p for p in reduced]
+  # A class of iterators is none itself.
+  is_iterator = lambda p: hasattr(p, "__next__") and not isinstance(p, type)
+  parts = [list(p) if is_iterator(p) else p for p in reduced]
   return [within(type(value)), *map(within, parts)]
 
 
@@ -280,7 +282,10 @@ def _installed_roots() -> tuple[str, ...]:
 
 
 def _is_installed(path: str) -> bool:
-  return os.path.realpath(path).startswith(_installed_roots())
+  path = os.path.realpath(path)
+  # Another environment's packages may be seen too (a .pth file).
+  is_package = {"site-packages", "dist-packages"} & {*path.split(os.sep)}
+  return bool(is_package) or path.startswith(_installed_roots())
 
 
 @functools.cache

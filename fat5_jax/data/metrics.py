@@ -8,12 +8,14 @@ from __future__ import annotations
 import collections
 from collections.abc import Callable, Iterable, Mapping, Sequence
 import inspect
+import itertools
 import re
 import string
 from typing import Any, NamedTuple
 
 import numpy as np
 
+from fat5_jax.data import thresholds
 from fat5_jax.errors import UserError, nearest
 
 
@@ -158,21 +160,23 @@ def entities(tags: Sequence[str]) -> list[Entity]:
   return found
 
 
-def _sentences(rows) -> dict[int, list[str]]:
-  """Tags by sentence; a long sentence comes in several rows, in order."""
-  found: dict[int, list[str]] = collections.defaultdict(list)
-  for row in rows:
-    found[row["sentence"]].extend(row["tags"])
-  return found
+def _sentences(rows) -> list[list[str]]:
+  """The tags of each sentence; a long one comes in several rows, in order.
+
+  Rows that are apart are no windows of one: processes that prepare data each
+  number their own (NUM_WORKERS).
+  """
+  windows = itertools.groupby(rows, key=lambda row: row["sentence"])
+  return [[t for row in found for t in row["tags"]] for _, found in windows]
 
 
 def entity_f1(targets, predictions) -> dict[str, float]:
   """Precision, recall and F1 of whole names (conlleval's, seqeval's micro)."""
   targets, predictions = _sentences(targets), _sentences(predictions)
   correct = wanted = given = 0
-  for sentence, tags in targets.items():
+  for tags, given_tags in zip(targets, predictions, strict=True):
     target = set(entities(tags))
-    prediction = set(entities(predictions[sentence]))
+    prediction = set(entities(given_tags))
     correct += len(target & prediction)
     wanted, given = wanted + len(target), given + len(prediction)
   precision, recall = correct / max(given, 1), correct / max(wanted, 1)
@@ -193,22 +197,90 @@ def tag_accuracy(targets, predictions) -> dict[str, float]:
   return {"tag_accuracy": _match(same)}
 
 
-def best_spans(rows: Iterable[Mapping[str, Any]]) -> dict[str, str]:
-  """The answer of each question: that of its window with the highest score."""
-  best: dict[str, tuple[float, str]] = {}
+def best_span(one: Mapping[str, Any], other: Mapping[str, Any]):
+  """Of two windows' answers to a question the one with the highest score.
+
+  No answer scores as in the window where it scores least, as in BERT's
+  run_squad.py.
+  """
+  best = max(one, other, key=lambda row: row["score"])
+  if "no_answer" not in best:
+    return best
+  return {**best, "no_answer": min(one["no_answer"], other["no_answer"])}
+
+
+def best_spans(
+  rows: Iterable[Mapping[str, Any]],
+) -> dict[str, Mapping[str, Any]]:
+  """The answer of each question, of all its windows."""
+  best: dict[str, Mapping[str, Any]] = {}
   for row in rows:
-    found = (row["score"], row["text"])
-    if row["id"] not in best or found[0] > best[row["id"]][0]:
-      best[row["id"]] = found
-  return {question: text for question, (_, text) in best.items()}
+    known = best.get(row["id"])
+    best[row["id"]] = row if known is None else best_span(known, row)
+  return best
 
 
-def span_squad(targets, predictions) -> dict[str, float]:
-  """`squad` over questions whose contexts were split into windows."""
-  # Nothing is the answer of a question that has none (SQuAD 2.0).
-  answers = {row["id"]: row["answers"] or [""] for row in targets}
-  texts = best_spans(predictions)
-  return squad(list(answers.values()), [texts[q] for q in answers])
+def decide_answer(row: Mapping[str, Any], threshold: float | None):
+  """An answer, empty where no answer is better by more than the threshold."""
+  if threshold is None or row["no_answer"] - row["score"] <= threshold:
+    return row
+  return {**row, "text": ""}
+
+
+def span_squad(targets, predictions, no_answer_threshold=None):
+  """SQuAD's exact match and F1 of questions whose contexts came in windows.
+
+  Where some have no answer, also SQuAD 2.0's `best_exact` and `best_f1`, the
+  thresholds of NO_ANSWER_THRESHOLD that give them, and both kinds of questions
+  apart.
+  """
+  # What is nothing but articles and marks is no answer (evaluate-v2.0.py).
+  answers = {
+    row["id"]: [a for a in row["answers"] if _normalise_answer(a)] or [""]
+    for row in targets
+  }
+  spans = best_spans(predictions)
+  given = {
+    q: decide_answer(spans[q], no_answer_threshold)["text"] for q in answers
+  }
+  exact, f1 = _answer_scores(answers, given)
+  mean = lambda values: 100.0 * float(np.mean(values))
+  found = {"em": mean([*exact.values()]), "f1": mean([*f1.values()])}
+  has_answer = {row["id"]: bool(row["answers"]) for row in targets}
+  if all(has_answer.values()) or "no_answer" not in next(iter(spans.values())):
+    return found
+  for name, wanted in (("HasAns", True), ("NoAns", False)):
+    of_kind = [q for q in answers if has_answer[q] == wanted]
+    if of_kind:
+      found[f"{name}_f1"] = mean([f1[q] for q in of_kind])
+  # The best is looked for among the answers as if none were left out.
+  texts = {q: spans[q]["text"] for q in answers}
+  exact, f1 = _answer_scores(answers, texts)
+  without = {q: spans[q]["no_answer"] - spans[q]["score"] for q in answers}
+  is_empty = {q: not _normalise_answer(text) for q, text in texts.items()}
+  for name, values in (("exact", exact), ("f1", f1)):
+    threshold, best = thresholds.best_no_answer(
+      without, values, has_answer, is_empty
+    )
+    found[f"best_{name}"] = 100.0 * best
+    found[f"best_{name}_thresh"] = threshold
+  return found
+
+
+def _answer_scores(
+  answers: Mapping[str, Sequence[str]], texts: Mapping[str, str]
+) -> tuple[dict[str, float], dict[str, float]]:
+  """(exact match, F1) by question; nothing for nothing is right."""
+  exact, f1 = {}, {}
+  for question, accepted in answers.items():
+    text = _normalise_answer(texts[question])
+    wanted = [_normalise_answer(answer) for answer in accepted]
+    exact[question] = float(text in wanted)
+    f1[question] = max(
+      _token_f1(answer, text) if answer and text else float(answer == text)
+      for answer in wanted
+    )
+  return exact, f1
 
 
 def multilabel_f1(targets, predictions) -> dict[str, float]:
@@ -292,19 +364,32 @@ def find(
   return found
 
 
+def arguments(metric: Callable[..., Any]) -> list[str]:
+  """The names that a metric must be given, as SeqIO looks for them."""
+  return [
+    name
+    for name, parameter in inspect.signature(metric).parameters.items()
+    if parameter.default is inspect.Parameter.empty
+    and parameter.kind is inspect.Parameter.POSITIONAL_OR_KEYWORD
+  ]
+
+
+# What a metric may ask for, as seqio.Task's metric_fns do.
+_ARGUMENTS = (
+  ["targets", "predictions"],
+  ["targets", "scores"],
+  ["targets", "predictions", "aux_values"],
+)
+
+
 def check(metrics: Sequence[Callable[..., Any]], task: str) -> None:
   """Raises UserError for a metric of what an evaluation does not compute."""
   for metric in metrics:
-    required = [
-      name
-      for name, parameter in inspect.signature(metric).parameters.items()
-      if parameter.default is inspect.Parameter.empty
-      and parameter.kind is inspect.Parameter.POSITIONAL_OR_KEYWORD
-    ]
-    if required != ["targets", "predictions"]:
+    required = arguments(metric)
+    if required not in _ARGUMENTS:
       name = getattr(metric, "__name__", repr(metric))
+      known = ", ".join(f"({', '.join(names)})" for names in _ARGUMENTS)
       raise UserError(
         f"task {task!r}: metric {name} asks for {', '.join(required)}; an"
-        " evaluation gives (targets, predictions) alone, no scores or"
-        " probabilities. The loss is reported in training_eval"
+        f" evaluation gives one of {known}"
       )

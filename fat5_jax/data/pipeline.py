@@ -370,6 +370,16 @@ def one_pass(config: DatasetConfig) -> Iterator[Example]:
           yield streams.cut(part, example, lengths)
 
 
+def count_examples(config: DatasetConfig) -> int | None:
+  """Of one_pass, where that is known without reading them."""
+  total = 0
+  for part, _ in mixtures.drawn(config.task(), config.split):
+    if opening.goes_through_seqio(config, part):
+      return None
+    total += len(opening.store_of(config, part))
+  return total
+
+
 def eval_batches(
   config: DatasetConfig,
   vocab_size: int,

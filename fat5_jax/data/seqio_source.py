@@ -161,16 +161,28 @@ class SeqioSource(seqio.DataSource):
     """Where the rows come from; see sources.py."""
     return self._source
 
+  def _renamed(self, row: Row) -> Row:
+    row = dict(row)
+    if hasattr(self._source, "rename"):
+      # A person's row has the names of the data set, or the task's.
+      row = self._source.rename(row, whole=False)
+    return row
+
+  def answered(self, row: Row) -> Row:
+    """The features of a row with its answer.
+
+    Raises:
+      UserError: if it lacks a column.
+    """
+    return self._row_fn(self._renamed(row))
+
   def question(self, row: Row) -> Row:
     """The features of a row whose answer is not known.
 
     Raises:
       UserError: if it has not the columns that a question needs.
     """
-    row = dict(row)
-    if hasattr(self._source, "rename"):
-      # A person's row has the names of the data set, or the task's.
-      row = self._source.rename(row, whole=False)
+    row = self._renamed(row)
     try:
       return self._row_fn(self._unanswered(row))
     except UserError as e:
@@ -297,6 +309,17 @@ class SeqioSource(seqio.DataSource):
       generate, output_signature=self._signature
     )
     return dataset if num_epochs == 1 else dataset.repeat(num_epochs)
+
+  def known_rows(self, split: str) -> int | None:
+    """Rows of a split, bad ones too, where they are counted quickly: without
+    making any. None too where reading them will tell what is wrong."""
+    count = getattr(self._source, "num_rows", None)
+    if count is None or getattr(self._source, "is_stream", False):
+      return None
+    try:
+      return count(split)
+    except UserError:
+      return None
 
   def num_input_examples(self, split: str) -> int | None:
     """Rows of a split, counted once; None of a stream that nobody counted."""

@@ -13,6 +13,7 @@ from fat5_jax.data import (
   features,
   head_tasks,
   labels,
+  metrics,
   records,
   seqio_source,
   sources,
@@ -22,6 +23,7 @@ from fat5_jax.data.seqio_source import ROWS
 from fat5_jax.errors import UserError
 from fat5_jax.inference.predictor import Predictor
 from fat5_jax.inference.rows import Told, check_tokens, texts
+from fat5_jax.inference.thresholds import Decisions
 from fat5_jax.inference.writers import Record
 from fat5_jax.models.config import HeadConfig
 
@@ -147,11 +149,14 @@ def predict_task(
   split: str,
   max_input_length: int | None,
   told: Told,
+  part: slice = slice(None),
+  decisions: Decisions = Decisions(),
 ) -> Iterator[Record]:
   """A record for every row of a task, in order.
 
   A sentence or context that came in several windows is one record again. `told`
-  counts what a person should know.
+  counts what a person should know. Of the rows, those of `part` are predicted.
+  `decisions` are where labels are told apart, and answers from none.
   """
   lengths = None
   if max_input_length is not None:
@@ -167,34 +172,34 @@ def predict_task(
       told.add_tokens(ids, unknown)
       yield example
 
-  windows = predictor(params, examples())
+  def asked_about():
+    """The windows of the rows of `part`."""
+    grouped = itertools.groupby(examples(), _row_of(config.head))
+    for _, windows in itertools.islice(grouped, part.start, part.stop):
+      yield from windows
+
+  windows = predictor(params, asked_about(), part.start or 0)
   with seqio_source.reraise():
     if config.head.kind == "embedding":
       for example, values in windows:
         text = as_text(example["inputs_pretokenized"])
         yield {"inputs": text, "embedding": values.tolist()}
     else:
-      yield from _records(windows, task, config.head, split != ROWS)
+      yield from _records(windows, task, config.head, split != ROWS, decisions)
   told.cut += cuts.by_feature["inputs"]
 
 
 def _records(
-  windows, task, head: HeadConfig, with_targets: bool
+  windows, task, head: HeadConfig, with_targets: bool, decisions: Decisions
 ) -> Iterator[Record]:
   postprocess = task.postprocess_fn
-  key = {"question_answering": "id", "token_classification": "sentence"}
   has_tags = head.kind == "token_classification"
-  numbers = itertools.count()
-
-  def group(window):
-    # A row of classes is a group of its own.
-    name = key.get(head.kind)
-    return next(numbers) if name is None else window[0][name]
+  row_of = _row_of(head)
 
   def read(window):
     """(prediction, target) of a window."""
     example, values = window
-    classes = values[:, 0] if has_tags else values
+    classes = values[:, 0] if has_tags else decisions.of_labels(values)
     found = postprocess(classes, example=example, is_target=False)
     if isinstance(found, dict) and "value" in found:
       found = found["value"]  # Of a group, which only metrics want.
@@ -205,14 +210,17 @@ def _records(
     wanted = postprocess(example["targets"], example=example, is_target=True)
     return found, wanted
 
-  for _, parts in itertools.groupby(windows, group):
+  for _, parts in itertools.groupby(windows, lambda found: row_of(found[0])):
     example, values = first = next(parts)
     # One window after the other: each holds the whole text.
     found, wanted = read(first)
     targets: Any = describe(wanted, head)
     if head.kind == "question_answering":
       for other, _ in map(read, parts):
-        found = max(found, other, key=lambda part: part["score"])
+        found = metrics.best_span(found, other)
+      found = metrics.decide_answer(found, decisions.no_answer)
+      # What NO_ANSWER_THRESHOLD is held against.
+      found["no_answer"] = round(found["no_answer"] - found["score"], 6)
       record = {**found, "question": _question(example)}
       targets = wanted["answers"]
     elif head.kind == "token_classification":
@@ -227,6 +235,17 @@ def _records(
       text = as_text(example["inputs_pretokenized"])
       record = {"inputs": text} | _labels(found, values, head)
     yield record | ({"targets": targets} if with_targets else {})
+
+
+def _row_of(head: HeadConfig) -> Callable[[Any], Any]:
+  """What tells the windows of a row from those of the next."""
+  key = {"question_answering": "id", "token_classification": "sentence"}
+  name = key.get(head.kind)
+  if name is not None:
+    return lambda window: window[name]
+  # A row of classes is one window.
+  numbers = itertools.count()
+  return lambda window: next(numbers)
 
 
 def _of_words(values, targets) -> list[float]:
@@ -247,17 +266,27 @@ def _question(example) -> str:
 def _labels(found, values, head: HeadConfig) -> Record:
   if head.problem_type == "regression":
     return {"prediction": found}
-  names = head.label_names or tuple(map(str, range(head.num_labels)))
-  rounded = lambda values: (round(float(v), 6) for v in values)
+  by_name = probabilities(values, head)
+  names = [*by_name]
   if head.problem_type == "multi_label_classification":
     return {
       "prediction": [name for name, on in zip(names, found) if on],
-      "probabilities": dict(zip(names, rounded(values))),
+      "probabilities": by_name,
     }
-  probabilities = dict(zip(names, rounded(values[1:])))
   return {
     "prediction": names[found],
     "label": found,
-    "probability": probabilities[names[found]],
-    "probabilities": probabilities,
+    "probability": by_name[names[found]],
+    "probabilities": by_name,
   }
+
+
+def probabilities(values: Any, head: HeadConfig) -> dict[str, float]:
+  """Of each class by its name, from what a head says of a sequence; none of a
+  regression."""
+  if head.problem_type == "regression":
+    return {}
+  if head.problem_type == "single_label_classification":
+    values = values[1:]
+  names = head.label_names or tuple(map(str, range(head.num_labels)))
+  return {name: round(float(v), 6) for name, v in zip(names, values)}

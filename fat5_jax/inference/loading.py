@@ -16,6 +16,10 @@ from fat5_jax.distributed.sharding import Partitioner
 from fat5_jax.inference import own_task
 from fat5_jax.models import factory, initial
 
+# The parts of a model that are T5's own, and the parameters of their products.
+_BODY = ("encoder", "decoder", "token_embedder")
+_FACTORS = ("kernel", "embedding", "lora_a", "lora_b")
+
 
 @dataclasses.dataclass(frozen=True)
 class Loaded:
@@ -42,6 +46,8 @@ def load_model(
   partitioner: Partitioner | None = None,
   head_module: str | None = None,
   initialise: Callable[[list[str]], dict[str, jax.Array]] | None = None,
+  dtype: str | None = None,
+  is_trained: bool = True,
 ) -> Loaded:
   """What lies at a path, as a model.
 
@@ -54,6 +60,9 @@ def load_model(
       run folder gives it, to be imported.
     initialise: see load.load_params; None is for a checkpoint that has all
       parameters of the model.
+    dtype: of the products, where `model` is None; None is the checkpoint's own.
+    is_trained: whether parameters are all float32, as training wants them; else
+      those of products lie in their dtype: fewer bytes, the same predictions.
 
   Raises:
     UserError: if there is none, or it is damaged.
@@ -64,6 +73,8 @@ def load_model(
     config = reference.read_config(source).replace(
       scan_layers=False, remat_policy="none"
     )
+    if dtype is not None:
+      config = config.replace(dtype=dtype)
     own_head = own_task.head_module_of(source, head_module)
     model = factory.create(config, head_layers=own_head)
   partitioner = partitioner or Partitioner()
@@ -71,9 +82,36 @@ def load_model(
   params, source, _ = load.load_params(
     path,
     model.config,
-    partitioner.place(initial.abstract_params(model)),
+    _abstract(model, partitioner, is_trained),
     partitioner,
     initialise=initialise,
   )
   console.say(f"weights of {source.path}")
   return Loaded(model, params, vocabulary.read(source), source, partitioner)
+
+
+def _abstract(model: Any, partitioner: Partitioner, is_trained: bool) -> Any:
+  """Parameters as they shall lie on the devices."""
+
+  def as_used(path, x):
+    names = [key.key for key in path]
+    # What every use casts to the dtype of the products.
+    is_factor = names[0] in _BODY and names[-1] in _FACTORS
+    return x if not is_factor else x.update(dtype=model.config.dtype)
+
+  abstract = initial.abstract_params(model)
+  if not is_trained:
+    abstract = jax.tree_util.tree_map_with_path(as_used, abstract)
+  return partitioner.place(abstract)
+
+
+def another(loaded: Loaded, path: str) -> Loaded:
+  """The same model with the parameters of another of its run's checkpoints."""
+  model, partitioner = loaded.model, loaded.partitioner
+  like = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype)
+  abstract = partitioner.place(jax.tree.map(like, loaded.params))
+  params, source, _ = load.load_params(
+    path, model.config, abstract, partitioner
+  )
+  console.say(f"weights of {source.path}")
+  return dataclasses.replace(loaded, params=params, source=source)

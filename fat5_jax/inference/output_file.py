@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 import contextlib
+import dataclasses
+import errno
+import fcntl
+import json
 import os
 import secrets
 import stat
 import sys
 import tempfile
+from typing import Any
 
 import jax
 
@@ -109,13 +114,84 @@ def check_beside_run(path: str, run_dir: str, checkpoint: str) -> None:
     )
 
 
+@dataclasses.dataclass(frozen=True)
+class Kept:
+  """What makes the file of a command that was killed one to go on with.
+
+  Attributes:
+    identity: all that decides what is written, as JSON holds it.
+    whole: of the bytes that are there, (records, bytes) that are whole.
+  """
+
+  identity: dict[str, Any]
+  whole: Callable[[bytes], tuple[int, int]]
+
+
+def records_there(path: str, kept: Kept) -> int:
+  """Whole records of a command like this one, which was cut short; the file
+  ends after them. None where OUTPUT is no file of this machine's.
+
+  Raises:
+    UserError: if a command is writing it.
+  """
+  if path == "-" or _is_sink(path) or storage.is_remote(path):
+    return 0
+  partial = _partial(path)
+  try:
+    with open(_note(partial), encoding="utf-8") as file:
+      if json.load(file) != kept.identity:
+        return 0
+    with open(partial, "rb") as file:
+      _lock(file, path)
+      count, size = kept.whole(file.read())
+    os.truncate(partial, size)
+  except (OSError, ValueError):
+    return 0
+  return count
+
+
+def _lock(file: Any, path: str) -> None:
+  """Holds a partial file until it is closed.
+
+  Raises:
+    UserError: if another command does, or has made it whole just now.
+  """
+  try:
+    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    is_there = os.path.samestat(os.fstat(file.fileno()), os.stat(file.name))
+  except FileNotFoundError:
+    is_there = False
+  except OSError as e:
+    if e.errno not in (errno.EAGAIN, errno.EACCES):
+      return  # A file system that has no locks.
+    is_there = False
+  if not is_there:
+    raise UserError(
+      f"OUTPUT {path!r} is being written by another command: wait for it, or"
+      " give another name"
+    )
+
+
+def _note(partial: str) -> str:
+  """The file that tells whose a `.partial` is."""
+  return f"{partial}.json"
+
+
 def _is_sink(path: str) -> bool:
   return path == os.devnull or bool(jax.process_index())
 
 
 @contextlib.contextmanager
-def opened(path: str) -> Iterator:
+def opened(
+  path: str, kept: Kept | None = None, goes_on: bool = False
+) -> Iterator:
   """The file to write, complete or not there; or standard output.
+
+  Args:
+    path: OUTPUT.
+    kept: what is told beside a file that is not whole yet, so that the same
+      command goes on with it after a kill or an interrupt.
+    goes_on: whether it does (see `records_there`).
 
   Raises:
     UserError: if it cannot be written, as on a full disk.
@@ -136,7 +212,7 @@ def opened(path: str) -> Iterator:
           yield file
         storage.upload(here, path)
     else:
-      with _replaced(path) as file:
+      with _replaced(path, kept, goes_on) as file:
         yield file
   except BrokenPipeError:
     raise  # `| head` has seen enough.
@@ -151,15 +227,31 @@ def opened(path: str) -> Iterator:
 
 
 @contextlib.contextmanager
-def _replaced(path: str) -> Iterator:
+def _replaced(path: str, kept: Kept | None, goes_on: bool) -> Iterator:
   """A file beside `path` that takes its place once it is whole."""
   partial = _partial(path)
-  try:
-    with open(partial, "w", encoding="utf-8") as file:
+  note = _note(partial)
+  with open(partial, "a", encoding="utf-8") as file:
+    _lock(file, path)
+    try:
+      if not goes_on:
+        # What is there is another command's: it goes before its note does.
+        file.truncate(0)
+        if kept is not None:
+          with open(note, "w", encoding="utf-8") as told:
+            json.dump(kept.identity, told)
       yield file
       file.flush()
       os.fsync(file.fileno())
-    os.replace(partial, os.path.realpath(path))
-  finally:
-    with contextlib.suppress(FileNotFoundError):
-      os.remove(partial)
+      os.replace(partial, os.path.realpath(path))
+    except BaseException as e:
+      if kept is None or isinstance(e, Exception):
+        _remove(partial)
+        _remove(note)
+      raise
+    _remove(note)
+
+
+def _remove(path: str) -> None:
+  with contextlib.suppress(FileNotFoundError):
+    os.remove(path)

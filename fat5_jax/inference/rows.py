@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 import dataclasses
+import math
 import sys
 from typing import Any
 
@@ -30,9 +31,22 @@ class Told:
   cut: int = 0
   tokens: int = 0
   unknown: int = 0
+  # Sums of what was scored: log-likelihood, and tokens of targets.
+  likelihood: float = 0.0
+  targets: int = 0
+  # Whether there were rows of a command that was cut short before them.
+  is_part: bool = False
+  # Whether those were answers to choose from.
+  ranked: bool = False
   # Column `index` of a file's rows, where somebody wants it; None where a row
   # has none.
   index: list[Any] | None = None
+
+  def forget(self) -> None:
+    """Counts anew; rows were only counted."""
+    self.blank = self.cut = self.tokens = self.unknown = 0
+    if self.index is not None:
+      self.index.clear()
 
   def add_tokens(self, ids: Sequence[int], unknown_id: int | None) -> None:
     self.tokens += len(ids)
@@ -51,6 +65,13 @@ class Told:
       found.append(
         f"{self.unknown:,} of {self.tokens:,} tokens are unknown to the"
         " vocabulary"
+      )
+    if self.targets and not self.ranked:
+      mean = self.likelihood / self.targets
+      found.append(
+        f"log-likelihood {mean:.4f} a token, perplexity"
+        f" {math.exp(min(-mean, 700)):.4g}, of {self.targets:,} tokens"
+        + (" (of the rows that were not there already)" if self.is_part else "")
       )
     return found
 
@@ -163,19 +184,27 @@ def texts(
   rows: Iterable[sources.LocatedRow],
   own: seqio.Task | None,
   pairs: bool = False,
+  answered: bool = False,
 ) -> Iterator[sources.LocatedRow]:
-  """What a model is asked about each row: `inputs`, and `second` of `pairs`."""
-  keys = ("inputs", "second") if pairs else ("inputs",)
+  """What a model is asked about each row: `inputs`, and `second` of `pairs`;
+  where they are `answered`, `targets` too."""
+  keys = ("inputs", *["second"] * pairs, *["targets"] * answered)
   for where, row in rows:
     try:
+      if own is not None and answered:
+        found = own.source.answered(row)
+        yield where, {key: found[key] for key in keys}
+        continue
       if own is not None:
         yield where, {"inputs": own.source.question(row)["inputs"]}
         continue
       for key in keys:
         text = sources.column(row, key)
         if not isinstance(text, str) or not text.strip():
+          is_empty = isinstance(text, str)
           raise UserError(
-            f"column {key!r} is {sources.shown(text)}, not a text"
+            f"column {key!r} is"
+            + (" empty" if is_empty else f" {sources.shown(text)}, not a text")
           )
     except UserError as e:
       raise UserError(f"{where}: {e}") from None

@@ -64,6 +64,7 @@ class Scorer:
   def __init__(self, model: Any, partitioner: Partitioner, batch_size: int):
     self.model, self.batch_size = model, batch_size
     self._partitioner = partitioner
+    self._shapes = batches.Shapes(batch_size)
     self._score = make_score_step(model, partitioner)
 
   def __call__(
@@ -86,14 +87,15 @@ class Scorer:
 
   def _scores(self, params, rows) -> np.ndarray:
     config = self.model.config
-    shapes = {
-      side: batches.shape([len(row[side]) for row in rows], self.batch_size)
+    lengths = {
+      side: max(len(row[side]) for row in rows)
       for side in ("inputs", "targets")
     }
-    height = self._partitioner.round_up(max(n for n, _ in shapes.values()))
+    height, _ = self._shapes.of([max(lengths.values())] * len(rows))
+    height = self._partitioner.round_up(height)
 
     def padded(side):
-      shape = height, shapes[side][1]
+      shape = height, batches.padded_length(lengths[side])
       ids = [row[side] for row in rows]
       return batches.padded(ids, shape, config.pad_token_id)
 

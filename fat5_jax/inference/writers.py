@@ -58,11 +58,14 @@ def write(
   form: str,
   head: HeadConfig | None,
   index: Sequence[Any] | None = None,
+  first: int = 0,
 ) -> Iterator[str]:
-  """Lines of a file in one of `forms(head)`; glue is a submission.
+  """A text for each record, of a file in one of `forms(head)`.
 
-  Its rows are named by `index`, which fills while the records come; where there
-  is none, or None throughout, they are numbered.
+  glue is a submission. Its rows are named by `index`, which fills while the
+  records come; where there is none, or None throughout, they are numbered.
+  `first` is the number of the first record, which has the header before it if
+  it is 0.
 
   Raises:
     UserError: if some of `index` are None.
@@ -72,15 +75,15 @@ def write(
       yield json.dumps(record, ensure_ascii=False) + "\n"
   elif form == "conll":
     for record in records:
-      yield from conll.write([(record["words"], record["tags"])])
+      yield "".join(conll.write([(record["words"], record["tags"])]))
   elif form == "squad":
     answers = {record["id"]: record["text"] for record in records}
     yield json.dumps(answers, ensure_ascii=False) + "\n"
   elif form == "glue":
-    yield "index\tprediction\n"
+    header = "index\tprediction\n"
     # GLUE's server wants names where the labels are not 0 and 1.
     named = "entailment" in head.label_names
-    for i, record in enumerate(records):
+    for i, record in enumerate(records, first):
       value = record["prediction"]
       number = index[i] if index else None
       if index and (number is None) != (index[0] is None):
@@ -88,9 +91,26 @@ def write(
       if not named and "label" in record:
         value = record["label"]
       text = f"{value:.3f}" if isinstance(value, float) else value
-      yield f"{i if number is None else cell(number)}\t{cell(text)}\n"
+      line = f"{i if number is None else cell(number)}\t{cell(text)}\n"
+      yield header * (i == 0) + line
   else:
-    for i, record in enumerate(records):
-      if i == 0:
-        yield "\t".join(record) + "\n"
-      yield "\t".join(map(cell, record.values())) + "\n"
+    for i, record in enumerate(records, first):
+      header = "\t".join(record) + "\n"
+      yield header * (i == 0) + "\t".join(map(cell, record.values())) + "\n"
+
+
+def whole_records(data: bytes, form: str, is_first: bool) -> tuple[int, int]:
+  """(records, bytes) of what `write` had written whole when it was cut short.
+
+  `is_first`: whether the first record, and so a header, is in it.
+  """
+  if form == "squad":  # One text, written at its end.
+    return 0, 0
+  mark = b"\n\n" if form == "conll" else b"\n"
+  size = data.rfind(mark) + len(mark)
+  if size < len(mark):
+    return 0, 0
+  count = data[:size].count(mark)
+  if form in ("tsv", "glue") and is_first:
+    count -= 1
+  return (count, size) if count > 0 else (0, 0)

@@ -1,44 +1,123 @@
-"""Scalars to metrics.csv, TensorBoard and a plot."""
+"""Scalars of a run: to metrics.csv, and to the loggers that it asks for."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-import csv
-import errno
+from collections.abc import Mapping, Sequence
+import importlib.util
+import itertools
 import json
 import math
 import os
+from typing import Any
 
-from clu import metric_writers
 import jax
 import numpy as np
-import tensorflow as tf
 
-from fat5_jax import staging, storage
-from fat5_jax.checkpoints import run_folder
+from fat5_jax import console, staging
+from fat5_jax.checkpoints import history, run_folder
+from fat5_jax.errors import UserError, nearest
+from fat5_jax.loggers import curves, sender, tensorboard, trackers
+from fat5_jax.loggers.csv_file import CsvFile, Row, read_csv
+from fat5_jax.loggers.logger import Logger
 
-_COLUMNS = ("step", "dataset", "metric", "value")
+__all__ = ["LOGGERS", "MetricsLog", "check_loggers", "read_csv"]
+
+_TRACKERS = {
+  "wandb": trackers.Wandb,
+  "mlflow": trackers.MLflow,
+  "trackio": trackers.Trackio,
+}
+LOGGERS = ("tensorboard", *_TRACKERS)
+
+
+def check_loggers(names: Sequence[str]) -> None:
+  """Raises UserError for what is no logger, or is not installed."""
+  for name in names:
+    if name not in LOGGERS:
+      raise UserError(
+        f"LOGGERS: no logger {name!r}.{nearest(str(name), LOGGERS)} There are"
+        f" {', '.join(LOGGERS)}"
+      )
+    if name not in _TRACKERS:
+      continue
+    found = importlib.util.find_spec(name)
+    # A folder that a tool writes here has its name, and is no package.
+    if found is None or found.origin is None:
+      raise UserError(
+        f"LOGGERS: {name} is not installed here: pip install {name}"
+      )
 
 
 class MetricsLog:
-  """metrics.csv and TensorBoard events of a run folder, written by host 0.
+  """metrics.csv of a run folder and what else takes it, written by host 0.
 
-  A resumed run first drops what a killed one wrote after its last checkpoint.
-  In a bucket it is written now and then, at the latest with `flush`.
+  A resumed run first drops what a killed one wrote after its last checkpoint,
+  and hands to the loggers what they have not of what came before. In a bucket
+  files are written now and then, at the latest with `flush`.
   """
 
-  def __init__(self, model_dir: str, first_step: int):
+  def __init__(
+    self, model_dir: str, first_step: int, loggers: Sequence[str] = ()
+  ):
+    """
+    Args:
+      model_dir: the run folder.
+      first_step: that is gone on from.
+      loggers: of LOGGERS.
+
+    Raises:
+      UserError: if a tracker that this run has not used before cannot be
+        opened.
+    """
     self._folder = model_dir
     self._mirror = staging.Mirror(model_dir)
     self._model_dir = model_dir = self._mirror.path
     self._mirror.pull(_goes_on)
-    self._path = os.path.join(model_dir, "metrics.csv")
-    self._writers: dict[str, metric_writers.SummaryWriter] = {}
-    self._rows = [row for row in read_csv(self._path) if row[0] <= first_step]
-    self._rewrite()
+    self._csv = CsvFile(model_dir, first_step)
     evaluated = self.has(first_step, "inference_eval/")
     _drop_later_lines(model_dir, first_step if evaluated else first_step - 1)
+    self._loggers: list[Logger] = []
+    if jax.process_index() == 0:
+      self._open(loggers, first_step)
+    place = lambda row: row[:2]
+    for (step, dataset), rows in itertools.groupby(self._csv.rows, place):
+      values = {name: value for _, _, name, value in rows}
+      for logger in self._loggers:
+        logger.metrics(step, dataset, values)
     self.flush()
+
+  def _open(self, names: Sequence[str], first_step: int) -> None:
+    try:
+      for name in names:
+        logger = self._opened(name, first_step)
+        self._loggers += [logger] if logger is not None else []
+    except UserError:
+      for logger in self._loggers:
+        logger.close(failed=True)
+      raise
+
+  def _opened(self, name: str, first_step: int) -> Logger | None:
+    if name == "tensorboard":
+      return tensorboard.TensorBoard(self._model_dir, first_step)
+    is_known = trackers.record_of(self._model_dir, name) is not None
+    try:
+      tracker = _TRACKERS[name](self._model_dir, self._folder)
+    except Exception as e:  # Whatever a tool of others raises.
+      said = f"{name} cannot be opened: {sender.brief(e)}"
+      if not is_known:
+        raise UserError(f"LOGGERS: {said}") from e
+      # Nobody may be there to see it, and training can go on.
+      console.say(
+        f"warning: {said}. Training goes on without it; the next start of this"
+        " run hands in what it has missed"
+      )
+      return None
+    return sender.Sender(name, tracker)
+
+  def settings(self, values: Mapping[str, Any], text: str | None) -> None:
+    """What the run is, for loggers that keep it; see Logger.settings."""
+    for logger in self._loggers:
+      logger.settings(values, text)
 
   def flush(self) -> None:
     """Until all of it is where the run folder is.
@@ -49,55 +128,27 @@ class MetricsLog:
     if jax.process_index() == 0:
       self._mirror.push()
 
-  def _rewrite(self) -> None:
-    lines = [",".join(_COLUMNS)]
-    lines += [f"{s},{d},{m},{v!r}" for s, d, m, v in self._rows]
-    run_folder.write_atomically(self._path, "\n".join(lines) + "\n")
-
-  def write(
-    self,
-    step: int,
-    dataset: str,
-    values: Mapping[str, float],
-    events: str | None = None,
-  ) -> None:
-    """Adds scalars to the CSV and, where `events` names a folder, there too."""
+  def write(self, step: int, dataset: str, values: Mapping[str, float]) -> None:
+    """Adds scalars of a data set at a step."""
     values = {key: float(np.asarray(v)) for key, v in values.items()}
-    rows = [(step, dataset, key, value) for key, value in values.items()]
-    # An evaluation that a kill cut short is run, and written, again.
-    again = {row[:3] for row in rows} & {row[:3] for row in self._rows}
-    self._rows = [row for row in self._rows if row[:3] not in again] + rows
-    if again:
-      self._rewrite()
-    elif jax.process_index() == 0:
-      with open(self._path, "a", encoding="utf-8", newline="") as file:
-        csv.writer(file, lineterminator="\n").writerows(rows)
-    if events is not None and jax.process_index() == 0:
-      self._write_events(events, step, values)
+    self._csv.metrics(step, dataset, values)
+    for logger in self._loggers:
+      logger.metrics(step, dataset, values)
     if jax.process_index() == 0:
       self._mirror.push_if_due()
 
-  def _write_events(self, events: str, step: int, values) -> None:
-    """To TensorBoard; TensorFlow's own errors become OSError."""
-    folder = os.path.join(self._model_dir, events)
-    try:
-      if events not in self._writers:
-        self._writers[events] = metric_writers.SummaryWriter(folder)
-      self._writers[events].write_scalars(step, values)
-      self._writers[events].flush()
-    except tf.errors.OpError as e:
-      is_full = isinstance(e, tf.errors.ResourceExhaustedError)
-      number = errno.ENOSPC if is_full else errno.EIO
-      raise OSError(number, os.strerror(number), folder) from e
-
   def has(self, step: int, prefix: str) -> bool:
     """Whether a data set whose name starts so has values at a step."""
-    return any(s == step and d.startswith(prefix) for s, d, _, _ in self._rows)
+    return any(s == step and d.startswith(prefix) for s, d, _, _ in self.rows())
+
+  def rows(self) -> list[Row]:
+    """(step, data set, metric, value) of all there is."""
+    return list(self._csv.rows)
 
   def latest(self) -> dict[str, dict[str, float]]:
     """The last value of every metric, by data set."""
     found: dict[str, dict[str, float]] = {}
-    for _, dataset, metric, value in self._rows:
+    for _, dataset, metric, value in self._csv.rows:
       found.setdefault(dataset, {})[metric] = value
     return found
 
@@ -105,44 +156,29 @@ class MetricsLog:
     """Draws curves.png; its path."""
     path = os.path.join(self._model_dir, "curves.png")
     if jax.process_index() == 0:
-      plot(self._rows, path)
+      best = history.best(self._folder)
+      name = os.path.basename(self._folder)
+      curves.plot(self._csv.rows, path, name, best)
     self.flush()
     return os.path.join(self._folder, "curves.png")
 
-  def close(self) -> None:
-    for writer in self._writers.values():
-      writer.close()
-    self.flush()
+  def close(self, failed: bool = False) -> None:
+    """No more will come; `failed` of a run that ended by an error."""
+    for logger in self._loggers:
+      logger.close(failed)
+    if not failed:
+      self.flush()
     self._mirror.close()
 
 
 def _goes_on(name: str) -> bool:
   """Whether a file of a run folder is added to by a resumed run."""
-  return name == "metrics.csv" or (
-    name.startswith("inference_eval/") and name.endswith("-metrics.jsonl")
+  return (
+    name == "metrics.csv"
+    or (name.startswith("inference_eval/") and name.endswith("-metrics.jsonl"))
+    or name.startswith(f"{trackers.FOLDER}/")
+    or tensorboard.is_event_file(name)
   )
-
-
-def read_csv(path: str) -> list[tuple[int, str, str, float]]:
-  """Rows (step, data set, metric, value) of a metrics.csv; none if absent."""
-  if not storage.exists(path):
-    return []
-  rows = []
-  lines = storage.read(path).decode().splitlines(keepends=True)
-  for record in csv.DictReader(lines):
-    try:
-      rows.append(
-        (
-          int(record["step"]),
-          record["dataset"],
-          record["metric"],
-          float(record["value"]),
-        )
-      )
-    except (TypeError, ValueError):
-      # The last line of a killed run may be cut short.
-      continue
-  return rows
 
 
 def _drop_later_lines(model_dir: str, last_step: int) -> None:
@@ -167,46 +203,3 @@ def _step_of(line: str) -> float:
     return json.loads(line)["step"]
   except (ValueError, KeyError, TypeError):
     return math.inf
-
-
-def plot(rows: Iterable[tuple[int, str, str, float]], path: str) -> None:
-  """Loss, learning rate, and evaluation metrics over steps, as a PNG."""
-  import matplotlib
-
-  matplotlib.use("Agg")
-  from matplotlib import pyplot as plt
-
-  curves: dict[tuple[str, str], tuple[list[int], list[float]]] = {}
-  for step, dataset, metric, value in rows:
-    xs, ys = curves.setdefault((dataset, metric), ([], []))
-    xs.append(step)
-    ys.append(value)
-  panels = [
-    ("loss per target or label (nats)", "loss_per_nonpadding_target_token"),
-    ("accuracy of targets or labels", "accuracy"),
-    ("learning rate", "learning_rate"),
-  ]
-  # Fixed margins: a layout that is solved for would draw everything twice.
-  figure, axes = plt.subplots(2, 2, figsize=(11, 7))
-  figure.subplots_adjust(0.06, 0.07, 0.98, 0.95, wspace=0.15, hspace=0.28)
-  for axis, (title, metric) in zip(axes.flat, panels):
-    for (dataset, name), (xs, ys) in curves.items():
-      if name == metric and not dataset.startswith("inference_eval"):
-        axis.plot(xs, ys, label=dataset, marker="." if len(xs) < 30 else None)
-    axis.set_title(title)
-  # A loss that falls a hundredfold needs a logarithm to be seen.
-  axes.flat[0].set_yscale("log")
-  axis = axes.flat[3]
-  for (dataset, name), (xs, ys) in curves.items():
-    if dataset.startswith("inference_eval"):
-      axis.plot(xs, ys, label=f"{dataset.split('/')[-1]} {name}", marker="o")
-  axis.set_title("predictions")
-  for axis in axes.flat:
-    axis.set_xlabel("step")
-    axis.grid(alpha=0.3)
-    if axis.get_legend_handles_labels()[0]:
-      axis.legend(fontsize="small")
-  temporary = os.path.join(os.path.dirname(path), ".writing-curves.png")
-  figure.savefig(temporary, dpi=110)
-  os.replace(temporary, path)
-  plt.close(figure)

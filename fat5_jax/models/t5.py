@@ -3,7 +3,9 @@
 The decoder's key/value cache is an explicit pytree, in and out, so that
 decoding is a pure function. One entry a layer (stacked where layers are
 scanned): `{"self": {key, value}, "cross": {key, value}}`, each (B, H, L, D), so
-that no step transposes what the steps before have written.
+that no step transposes what the steps before have written. Where several rows
+of the decoder answer one of the encoder (the beams of a search), those are next
+to each other, and `cross` has the encoder's rows: it is read once for all.
 """
 
 from __future__ import annotations
@@ -115,12 +117,14 @@ class DecoderLayer(nn.Module):
       cross = attention.project_memory(encoded_BKM)
     else:
       cross = _heads_first(cache["cross"])
+    # Beams of a row are so many queries more: no position tells them apart.
+    shape, rows = h.shape, cross["key"].shape[0]
     h = attention(
-      h,
+      h.reshape(rows, -1, shape[-1]),
       cross,
       q_segment_ids=cross_q_segment_ids,
       kv_segment_ids=encoder_segment_ids,
-    )
+    ).reshape(shape)
     x_BLM = x_BLM + layers.Dropout(config, on)(h)
 
     h = layers.RMSNorm(config, name="pre_mlp_layer_norm")(x_BLM)
@@ -148,6 +152,18 @@ def _write_cache(cache, new, index, length):
       lambda x: jnp.zeros((*x.shape[:2], length, x.shape[3]), x.dtype), new
     )
   return jax.tree.map(write, cache, new)
+
+
+def reorder_cache(cache: Any, rows_B: jax.Array) -> Any:
+  """The cache whose rows of the decoder are those that `rows_B` names."""
+
+  def reordered(layer, axis):
+    take = lambda x: jnp.take(x, rows_B, axis=axis)
+    return layer | {"self": jax.tree.map(take, layer["self"])}
+
+  if isinstance(cache, dict):
+    return reordered(cache, 1)
+  return [reordered(layer, 0) for layer in cache]
 
 
 def _apply_layers(
@@ -341,7 +357,9 @@ class Transformer(nn.Module):
     Args:
       encoded_BKM: encoder output; unused, may be None, once a cache exists.
       encoder_segment_ids: (B, K); 0 is padding.
-      decoder_input_tokens: (B, L) tokens at positions index ... index + L - 1.
+      decoder_input_tokens: (B, L) tokens at positions index ... index + L - 1;
+        with a cache also (W B, L), W rows after each other for each of the
+        encoder's.
       decoder_segment_ids: (B, L), for packed rows, or None.
       cache: what the previous call returned, or None in the first.
       cache_length: positions the cache shall hold; 0 keeps none (training).

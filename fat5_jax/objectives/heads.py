@@ -79,7 +79,8 @@ class Tags(SingleLabel):
 
 class Spans(SingleLabel):
   """The first and the last token of an answer; it says both, their score (the
-  sum of their logits), and their probability among the tokens of the row.
+  sum of their logits), their probability among the tokens of the row, and the
+  score of no answer, which is that of the first token of the row.
 
   Positions beyond the row count for nothing. The batch it predicts has
   `answerable` (B, L), 1 where an answer may be.
@@ -179,7 +180,9 @@ def _sums(weights_BK, loss_BK, z_BK, right_BK):
 
 
 def _best_spans(logits_BL2, answerable_BL, max_tokens: int) -> jax.Array:
-  """(first, last, score, probability) of the best span a row, (B, 4)."""
+  """(first, last, score, probability, score of none) of the best span a row,
+  (B, 5)."""
+  none_B = logits_BL2[:, 0].sum(axis=-1)
   logits_BL2 = jnp.where(answerable_BL[..., None] != 0, logits_BL2, -1e9)
   start_BL, end_BL = logits_BL2[..., 0], logits_BL2[..., 1]
   length = start_BL.shape[1]
@@ -196,5 +199,5 @@ def _best_spans(logits_BL2, answerable_BL, max_tokens: int) -> jax.Array:
   score_B = pick(best_per_size)
   totals_B2 = jax.nn.logsumexp(logits_BL2, axis=1)
   probability_B = jnp.exp(score_B - totals_B2.sum(axis=1))
-  columns = (first_B, first_B + more_B, score_B, probability_B)
+  columns = (first_B, first_B + more_B, score_B, probability_B, none_B)
   return jnp.stack([c.astype(jnp.float32) for c in columns], axis=1)

@@ -7,6 +7,8 @@ from typing import Any
 
 # Of a step's sums, those that are divided by its normalizer.
 NORMALISED = ("loss", "cross_entropy", "z_loss")
+# Of a step's update, over all parameters that train together.
+NORMS = ("gradient_norm", "update_norm", "weight_norm")
 
 
 def scalars(sums: Mapping[str, float]) -> dict[str, float]:
@@ -14,7 +16,7 @@ def scalars(sums: Mapping[str, float]) -> dict[str, float]:
 
   `loss` and its parts are as normalised, a step's mean (of an evaluation, that
   of all its rows); the per-token values are natural logarithms. A head's labels
-  stand for target tokens.
+  stand for target tokens. Norms are L2, the mean of the steps'.
   """
   tokens = max(sums["target_tokens"], 1.0)
   count = sums["steps"] or 1.0
@@ -34,8 +36,9 @@ def scalars(sums: Mapping[str, float]) -> dict[str, float]:
   }
   if "correct" in sums:  # Regression has no right answers.
     result["accuracy"] = sums["correct"] / tokens
-  if "gradient_norm" in sums:
-    result["gradient_norm"] = sums["gradient_norm"] / count
+  for name in NORMS:
+    if name in sums:
+      result[name] = sums[name] / count
   return result
 
 

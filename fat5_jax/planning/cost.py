@@ -1,4 +1,4 @@
-"""What a step costs: products by its jaxpr, traffic by its compiled text.
+"""What a step moves, by its compiled text.
 
 XLA's own cost analysis counts the body of a loop once, and a scan over layers
 is a loop; here a loop counts as often as it runs.
@@ -6,51 +6,9 @@ is a loop; here a loop counts as often as it runs.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 import dataclasses
-import math
-from typing import Any
-
-from jax.extend.core import ClosedJaxpr, Jaxpr
 
 from fat5_jax.planning import hlo
-
-# ---- Products ----------------------------------------------------------------
-
-
-def product_flops(jaxpr: Any) -> float:
-  """Floating-point operations of the matrix products of a jaxpr.
-
-  A multiplication and an addition are two. Loops of unknown length count once,
-  of a conditional the dearest branch.
-  """
-  total = 0.0
-  for eqn in getattr(jaxpr, "jaxpr", jaxpr).eqns:
-    name = eqn.primitive.name
-    if name == "dot_general":
-      (contracted, _), _ = eqn.params["dimension_numbers"]
-      left = eqn.invars[0].aval.shape
-      width = math.prod(left[axis] for axis in contracted)
-      total += 2.0 * math.prod(eqn.outvars[0].aval.shape) * width
-      continue
-    inner = [product_flops(j) for j in _inner_jaxprs(eqn.params)]
-    if name == "scan":
-      total += eqn.params["length"] * sum(inner)
-    elif name == "cond":
-      total += max(inner, default=0.0)
-    else:
-      total += sum(inner)
-  return total
-
-
-def _inner_jaxprs(params: dict[str, Any]) -> Iterator[Any]:
-  for value in params.values():
-    for item in value if isinstance(value, (tuple, list)) else (value,):
-      if isinstance(item, (ClosedJaxpr, Jaxpr)):
-        yield item
-
-
-# ---- Traffic ----------------------------------------------------------------
 
 
 @dataclasses.dataclass

@@ -18,6 +18,7 @@ import numpy as np
 from fat5_jax.distributed.sharding import Partitioner
 from fat5_jax.inference.decoding import make_predict_step
 from fat5_jax.planning import chips, cost, schedule
+from fat5_jax.training import flops as flops_lib
 from fat5_jax.training import steps
 from fat5_jax.training.program import Program
 
@@ -132,7 +133,9 @@ def step_flops(program: Program, shapes, **config: Any) -> float:
     num_microbatches=dense.num_microbatches,
     trains=dense.trains,
   )
-  return cost.product_flops(jax.make_jaxpr(step)(dense.abstract_state, batch))
+  return flops_lib.product_flops(
+    jax.make_jaxpr(step)(dense.abstract_state, batch)
+  )
 
 
 def useful_and_all_flops(program: Program, shapes) -> tuple[float, float]:

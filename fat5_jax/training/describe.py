@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import jax
@@ -43,6 +44,44 @@ def parameter_lines(program: Program) -> list[str]:
       lines.append(f"training: {count(trained):,}, frozen: {count(frozen):,}")
     lines.append("")
   return lines
+
+
+def text(run: Run) -> str | None:
+  """The gin file of a run; None of one that was built in Python."""
+  return None if run.config_text is None else run.config_text()
+
+
+def settings(run: Run) -> dict[str, Any]:
+  """Plain values of a run by name, for whoever compares runs."""
+  parts = {
+    "": run,
+    "model/": run.model.config,
+    "head/": run.model.config.head,
+    "lora/": run.model.config.lora,
+    "data/": run.train_dataset_cfg,
+  }
+  found = {
+    prefix + field.name: getattr(part, field.name)
+    for prefix, part in parts.items()
+    if part is not None
+    for field in dataclasses.fields(part)
+  }
+  plain = (str, int, float, bool, type(None))
+  found = {k: v for k, v in found.items() if isinstance(v, plain)}
+  sizes = {
+    f"data/{k}_length": v for k, v in run.train_dataset_cfg.lengths().items()
+  }
+  return (
+    found
+    | sizes
+    | {
+      "data/task": run.train_dataset_cfg.task().name,
+      "parameters": count(run.program.abstract_state.params),
+      "parameters_training": count(run.program.trained),
+      "devices": jax.device_count(),
+      "device_kind": jax.devices()[0].device_kind,
+    }
+  )
 
 
 def dry_run(run: Run) -> None:

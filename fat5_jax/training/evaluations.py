@@ -24,7 +24,12 @@ class Evaluations:
     self.generation = None
     if run.infer_eval_dataset_cfg is not None:
       self.generation = InferenceEvaluator(
-        run.model, run.infer_eval_dataset_cfg, model_dir, run.partitioner
+        run.model,
+        run.infer_eval_dataset_cfg,
+        model_dir,
+        run.partitioner,
+        run.decoding,
+        tensorboard="tensorboard" in run.loggers,
       )
     # Of a mixture, every task apart.
     self._loss_parts = []
@@ -42,11 +47,15 @@ class Evaluations:
   def is_due(self, begin: Start) -> bool:
     """Whether a run was killed between saving a step and evaluating it."""
     return (
-      begin.own_step is not None
-      and begin.step > begin.begin_step
-      and self._run.evaluates_at(begin.step)
+      (begin.own_step is not None or begin.step == begin.begin_step)
+      and self._evaluates(begin)
       and not self.has(begin.step)
     )
+
+  def _evaluates(self, begin: Start) -> bool:
+    if begin.step > begin.begin_step:
+      return self._run.evaluates_at(begin.step)
+    return self._run.eval_before_training
 
   def has(self, step: int) -> bool:
     return self._last == step
@@ -57,7 +66,7 @@ class Evaluations:
     for cfg in self._loss_parts:
       values = _loss_metrics(run.program, params, cfg, run.eval_steps)
       name = f"training_eval/{cfg.task().name}"
-      log.write(step, name, values, events=name)
+      log.write(step, name, values)
       shown = ("loss_per_nonpadding_target_token", "accuracy")
       _say(step, name, {k: values[k] for k in shown if k in values}, ".4f")
     if self.generation is not None:
@@ -86,7 +95,13 @@ def _loss_metrics(
   partitioner = program.partitioner
   ways = partitioner.ways("batch")
   vocab_size = program.model.config.vocab_size
-  for batch in pipeline.eval_batches(config, vocab_size, max_batches, ways):
+  found = pipeline.eval_batches(config, vocab_size, max_batches, ways)
+  what = f"loss of {config.task().name}"
+  # At most: a packed batch holds more examples than rows.
+  count = pipeline.count_examples(config)
+  most = [max_batches, count and -(-count // config.batch_size)]
+  most = min((n for n in most if n is not None), default=None)
+  for batch in console.counted(found, what, "batches", most):
     rows = len(next(iter(batch.values())))
     placed = partitioner.to_devices(batch, 0, rows)
     totals.add(total, jax.device_get(program.eval_step(params, placed)))

@@ -12,6 +12,7 @@ from fat5_jax.checkpoints import run_folder, run_lock, run_record
 from fat5_jax.checkpoints.checkpointer import Checkpointer
 from fat5_jax.data import features, vocabularies
 from fat5_jax.errors import UserError
+from fat5_jax.loggers.metrics import MetricsLog
 from fat5_jax.training import describe, same_run
 from fat5_jax.training.run import Run
 from fat5_jax.training.start import Start
@@ -25,8 +26,20 @@ class RunFolder:
     checkpoints: its Checkpointer.
   """
 
-  def __init__(self, run: Run, path: str, checkpoints: Checkpointer):
+  def __init__(
+    self,
+    run: Run,
+    path: str,
+    checkpoints: Checkpointer,
+    stack: contextlib.ExitStack,
+  ):
     self._run, self.path, self.checkpoints = run, path, checkpoints
+    self._stack = stack
+
+  def closing(self, log: MetricsLog) -> MetricsLog:
+    """The log; it is closed with the folder, told whether training failed."""
+    self._stack.push(lambda kind, *_: log.close(failed=kind is not None))
+    return log
 
   def write_records(self, begin: Start) -> None:
     """What the run is: model.json, model-info.txt, config.gin."""
@@ -74,7 +87,7 @@ def opened(run: Run) -> Iterator[RunFolder]:
       Checkpointer(path, run.checkpoint_cfg.save)
     )
     stack.enter_context(_disk_errors(path, checkpoints))
-    yield RunFolder(run, path, checkpoints)
+    yield RunFolder(run, path, checkpoints, stack)
 
 
 @contextlib.contextmanager

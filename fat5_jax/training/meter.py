@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import collections
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 import contextlib
 import time
 from typing import Any
@@ -16,11 +16,17 @@ from fat5_jax.checkpoints.checkpointer import Checkpointer
 from fat5_jax.errors import UserError
 from fat5_jax.loggers.metrics import MetricsLog
 from fat5_jax.objectives import totals
+from fat5_jax.training import machine
 from fat5_jax.training.run import Run
 from fat5_jax.training.start import Start
 
 # Steps that may be in flight; bounds how late a NaN or a signal is seen.
 _IN_FLIGHT = 2
+_RATES = (
+  ("steps", "steps"),
+  ("target_tokens", "target_tokens"),
+  ("input_tokens", "encoder_tokens"),
+)
 
 
 class Meter:
@@ -43,16 +49,35 @@ class Meter:
     self.sums = dict(begin.sums)
     self._pending: collections.deque = collections.deque()
     self._progress = console.Progress(begin.step, last_step)
+    self._machine = machine.Machine(run.program)
+    # Of the row, what was done since the mark: not what another process did.
+    self._timed: collections.Counter[str] = collections.Counter()
+    self._compile_seconds, self._flops = 0.0, 0.0
     self._mark, self._waited = time.monotonic(), 0.0
+
+  @contextlib.contextmanager
+  def begun(self, batch: Mapping[str, Any]) -> Iterator[None]:
+    """Where a step of a batch is begun; the first of its shapes compiles."""
+    if self._machine.is_new(batch):
+      with self.off_the_clock():
+        begin = time.monotonic()
+        yield
+        seconds = time.monotonic() - begin
+        self._flops = self._machine.flops(batch)
+      self._compile_seconds += seconds
+      console.say(f"compiled the training step in {seconds:.1f} s")
+      return
+    yield
+    self._flops = self._machine.flops(batch)
 
   def push(
     self, step: int, sums: dict[str, Any], epochs: dict[str, float]
   ) -> None:
-    """Takes the sums of a step that was just begun.
+    """Takes the sums of the step that was just begun.
 
     `epochs`: passes over the data of each task, its batch counted.
     """
-    self._pending.append((step, sums, epochs))
+    self._pending.append((step, sums, epochs, self._flops))
     self._take(_IN_FLIGHT)
 
   def drain(self) -> None:
@@ -79,11 +104,13 @@ class Meter:
 
   def _take(self, limit: int) -> None:
     while len(self._pending) > limit:
-      step, sums, epochs = self._pending.popleft()
+      step, sums, epochs, flops = self._pending.popleft()
       sums = jax.device_get(sums)
       rate = sums.pop("learning_rate", None)
       self._check_finite(step, sums)
       totals.add(self.sums, sums)
+      self._timed.update({key: float(sums[key]) for _, key in _RATES})
+      self._timed["flops"] += flops
       self._tell(step, rate, epochs)
 
   def _check_finite(self, step: int, sums: dict[str, Any]) -> None:
@@ -115,7 +142,7 @@ class Meter:
       step,
       loss=values["loss_per_nonpadding_target_token"],
       learning_rate=rate,
-      tokens_per_second=self.sums["target_tokens"] / seconds,
+      tokens_per_second=self._timed["target_tokens"] / seconds,
       padding=1 - values["non_padding_fraction/overall"],
       epochs=epochs.values(),
       force=due,
@@ -126,12 +153,23 @@ class Meter:
       values["learning_rate"] = rate
     for task, count in epochs.items():
       values["epoch" if len(epochs) == 1 else f"epoch/{task}"] = count
-    for name, key in (
-      ("steps", "steps"),
-      ("target_tokens", "target_tokens"),
-      ("input_tokens", "encoder_tokens"),
-    ):
-      values[f"timing/{name}_per_second"] = self.sums[key] / seconds
-    self._log.write(step, "train", values, events="train")
+    for name, value in self._of_the_clock(seconds).items():
+      values[f"timing/{name}"] = value
+    self._log.write(step, "train", values)
     self.sums = {}
+    self._timed.clear()
     self._mark, self._waited = time.monotonic(), 0.0
+
+  def _of_the_clock(self, seconds: float) -> dict[str, float]:
+    """What another day, or another machine, would have otherwise."""
+    found = {
+      f"{name}_per_second": self._timed[key] / seconds for name, key in _RATES
+    }
+    found |= self._machine.use(self._timed["flops"], seconds)
+    found |= machine.peak_memory()
+    if self._compile_seconds:
+      found["compile_seconds"], self._compile_seconds = (
+        self._compile_seconds,
+        0.0,
+      )
+    return found

@@ -17,7 +17,7 @@ import optax
 from fat5_jax import trees
 from fat5_jax.distributed.sharding import Partitioner
 from fat5_jax.models import initial, layer_stack
-from fat5_jax.training import steps, trainable
+from fat5_jax.training import averaging, steps, trainable
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,6 +98,23 @@ class Program:
       for name, x in jax.eval_shape(init).items()
     }
     return self.partitioner.jit(init, out_shardings=where)()
+
+  def swapped(self, state: steps.TrainState) -> steps.TrainState:
+    """The state with its average as parameters, as it is kept; or back."""
+    params, opt_state = averaging.swapped(
+      state.params, state.opt_state, self.trains
+    )
+    return steps.TrainState(state.step, params, opt_state)
+
+  def averaged(self, inner: Any, params: Any) -> averaging.AveragedState:
+    """The state of an average that begins with parameters."""
+    trained, _ = trainable.split(params, self.trains)
+    # A copy: a step gives up the parameters and the average, each once.
+    start = self.partitioner.jit(
+      lambda tree: jax.tree.map(jnp.copy, tree),
+      out_shardings=_shardings(self.abstract_state.opt_state.average),
+    )(trained)
+    return averaging.AveragedState(inner, start, jnp.int32(0))
 
   def init_optimizer(self, params: Any) -> Any:
     """A fresh optimizer state for parameters."""

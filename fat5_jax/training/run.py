@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 import dataclasses
 import functools
 from typing import Any
@@ -15,7 +15,10 @@ from fat5_jax.data import checks, pipeline
 from fat5_jax.distributed import hosts
 from fat5_jax.distributed.sharding import Partitioner
 from fat5_jax.errors import UserError
+from fat5_jax.inference.decoding import Decoding
+from fat5_jax.loggers.metrics import check_loggers
 from fat5_jax.models import factory
+from fat5_jax.training import averaging
 from fat5_jax.training.program import Program
 
 
@@ -48,6 +51,19 @@ class Run:
     trainable: regular expression of the names of the parameters that train,
       None for all; see trainable.choose.
     frozen: regular expression of those of them that do not.
+    decoding: how a language model's predictions are searched for.
+    ema_decay: of an average of the parameters (averaging.py), which then is
+      what is evaluated and kept; None averages nothing.
+    keep_best: TASK/METRIC of the evaluations whose best step stays, whatever
+      `keep` says; None follows none.
+    best_mode: "max" or "min"; None by the metric's name.
+    patience: evaluations without a better value after which the run ends; None
+      never.
+    eval_before_training: whether the start is evaluated too.
+    loggers: what takes the metrics beside metrics.csv: of
+      loggers.metrics.LOGGERS.
+    profile_steps: (first, last) of the steps that jax.profiler captures into
+      `profile` of the run folder; None captures none.
 
   Raises:
     UserError: for settings that no run has.
@@ -74,6 +90,14 @@ class Run:
   config_text: Callable[[], str] | None = None
   trainable: str | None = None
   frozen: str | None = None
+  decoding: Decoding = Decoding()
+  ema_decay: float | None = None
+  keep_best: str | None = None
+  best_mode: str | None = None
+  patience: int | None = None
+  eval_before_training: bool = False
+  loggers: Sequence[str] = ("tensorboard",)
+  profile_steps: Sequence[int] | None = None
 
   def __post_init__(self):
     if (self.total_steps is None) == (self.relative_steps is None):
@@ -92,6 +116,18 @@ class Run:
       if not isinstance(value, kind):
         raise UserError(
           f"{name} builds a {type(value).__name__}: no {kind.__name__}"
+        )
+    if self.patience is not None and self.keep_best is None:
+      raise UserError(
+        f"PATIENCE = {self.patience} needs a metric: KEEP_BEST = 'TASK/METRIC'"
+      )
+    check_loggers(self.loggers)
+    if self.profile_steps is not None:
+      first, last = self.profile_steps
+      if not 1 <= first <= last:
+        raise UserError(
+          f"PROFILE_STEPS = {tuple(self.profile_steps)}: (first, last), from"
+          " step 1 on and the first not after the last"
         )
     settle = functools.partial(object.__setattr__, self)
     for name in ("train", "train_eval", "infer_eval"):
@@ -114,7 +150,7 @@ class Run:
     return Program(
       self.model,
       self.partitioner,
-      self.optimizer,
+      self._averaging_optimizer(),
       seed=self.random_seed,
       z_loss=self.z_loss,
       label_smoothing=self.label_smoothing,
@@ -123,6 +159,11 @@ class Run:
       trainable=self.trainable,
       frozen=self.frozen,
     )
+
+  def _averaging_optimizer(self) -> optax.GradientTransformation:
+    if self.ema_decay is None:
+      return self.optimizer
+    return averaging.Averaged(self.optimizer, self.ema_decay)
 
   @functools.cached_property
   def own_head(self) -> dict[str, Any] | None:
@@ -183,7 +224,9 @@ class Run:
     return last
 
   def saves_at(self, step: int) -> bool:
-    return step % self.checkpoint_cfg.save.period == 0
+    """Whatever may be the best is there when it is evaluated."""
+    is_due = step % self.checkpoint_cfg.save.period == 0
+    return is_due or (self.keep_best is not None and self.evaluates_at(step))
 
   def evaluates_at(self, step: int) -> bool:
     return bool(self.eval_period) and step % self.eval_period == 0

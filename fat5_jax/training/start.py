@@ -12,6 +12,7 @@ from fat5_jax.checkpoints import load, optimizer_state, reference
 from fat5_jax.checkpoints.checkpointer import Checkpointer
 from fat5_jax.distributed import hosts
 from fat5_jax.training import same_run
+from fat5_jax.training.averaging import AveragedState
 from fat5_jax.training.run import Run
 from fat5_jax.training.steps import TrainState
 
@@ -83,6 +84,7 @@ def _own_checkpoint(run, checkpointer, model_dir, step) -> Start:
   if run.config_text is not None:
     same_run.tell_changes(model_dir, run.config_text())
   state = TrainState(jnp.int32(step), params, opt_state)
+  state = run.program.swapped(state)
   return Start(state, step, found["begin_step"], data, found["sums"], step)
 
 
@@ -100,7 +102,7 @@ def _other_checkpoint(run: Run) -> Start:
   begin_step, opt_state = 0, None
   if source.has_optimizer and source.continues:
     begin_step = reference.read_step(source)
-    opt_state = _its_optimizer(run, source)
+    opt_state = _its_optimizer(run, source, params)
   if opt_state is None:
     opt_state = program.init_optimizer(params)
   console.say(f"starting from {source.path}, step {begin_step}")
@@ -110,16 +112,28 @@ def _other_checkpoint(run: Run) -> Start:
   return Start(state, begin_step, begin_step, _beginning(run))
 
 
-def _its_optimizer(run: Run, source: reference.CheckpointRef) -> Any:
+def _its_optimizer(
+  run: Run, source: reference.CheckpointRef, params: Any
+) -> Any:
   """The state of a checkpoint's optimizer, None where it is not the run's."""
   abstract = run.program.abstract_state
+  if optimizer_state.has_average(source):
+    # Its live parameters are not those that the run starts from.
+    console.say("starting from an average of parameters: a fresh optimizer")
+    return None
   if len(run.program.trains) < len(trees.flatten(abstract.params)):
     console.say("a part of the parameters trains: a fresh optimizer")
     return None
+  wanted = abstract.opt_state
+  averages = isinstance(wanted, AveragedState)
   try:
-    return optimizer_state.load_optimizer(
-      source, abstract.opt_state, abstract.params, run.partitioner
+    found = optimizer_state.load_optimizer(
+      source,
+      wanted.inner if averages else wanted,
+      abstract.params,
+      run.partitioner,
     )
+    return run.program.averaged(found, params) if averages else found
   except optimizer_state.OtherOptimizerError as e:
     if source.kind == "fat5":
       raise

@@ -62,8 +62,10 @@ def make_train_step(
   transformation keeps its own count.
 
   The sums hold `bad_leaf`: the index, in tree order, of the first parameter
-  that trains whose gradient is not finite, or -1; and the `learning_rate` of
-  this update, where the optimizer tells it.
+  that trains whose gradient is not finite, or -1; the `learning_rate` of this
+  update, where the optimizer tells it; and the L2 norms, over all parameters
+  that train, of the gradient, of the update as it is added to them, and of what
+  they are then.
 
   Raises:
     UserError: if the model's objective has no such option.
@@ -129,9 +131,7 @@ def make_train_step(
     if trains is not None:
       trained, frozen = trainable.split(state.params, trains)
     grads, sums = run((trained, frozen), batch, weights_BL, normalizer, rng)
-    squares = jnp.stack(
-      [jnp.sum(jnp.square(g)) for g in jax.tree.leaves(grads)]
-    )
+    squares = _squares(grads)
     bad = ~jnp.isfinite(squares)
     sums["gradient_norm"] = jnp.sqrt(squares.sum())
     sums["bad_leaf"] = jnp.where(bad.any(), jnp.argmax(bad), -1)
@@ -142,11 +142,18 @@ def make_train_step(
       grads, state.opt_state, trained, step=state.step
     )
     params = optax.apply_updates(trained, updates)
+    sums["update_norm"] = jnp.sqrt(_squares(updates).sum())
+    sums["weight_norm"] = jnp.sqrt(_squares(params).sum())
     if frozen:
       params = trainable.merge(params, frozen)
     return TrainState(state.step + 1, params, opt_state), sums
 
   return train_step
+
+
+def _squares(tree: Any) -> jax.Array:
+  """(P,): the sum of the squares of each array of a tree."""
+  return jnp.stack([jnp.sum(jnp.square(x)) for x in jax.tree.leaves(tree)])
 
 
 def make_eval_step(

@@ -12,6 +12,7 @@ import seqio
 from fat5_jax import console
 from fat5_jax.data import seqio_source, sources
 from fat5_jax.errors import UserError
+from fat5_jax.evaluation import report
 from fat5_jax.evaluation.generation import InferenceEvaluator
 from fat5_jax.loggers.metrics import MetricsLog
 from fat5_jax.training import describe
@@ -76,8 +77,10 @@ def closing_words(
     ],
   )
   if evaluator is not None:
+    evaluator.tell_details(step)
     console.samples_table(evaluator.samples(step, 8))
   console.say(f"curves: {log.plot()}")
+  console.say(f"report: {report.write(model_dir, run.model.config.head)}")
   if run.config_text is None:
     return
   python = "python"

@@ -77,6 +77,9 @@ SORTS = {
   "bucketed": "PACK = False\nBUCKETS = 3",
   "mixture": MIXTURE,
   "workers": "NUM_WORKERS = 2",
+  "best": (
+    "EMA_DECAY = 0.9\nKEEP_BEST = 'training_eval/tiny/accuracy'\nPATIENCE = 3"
+  ),
   "noise": "MIXTURE_OR_TASK_NAME = 'noisy'\nMIXTURE_OR_TASK_MODULE = 'noisy'",
 }
 FLAGS = (
@@ -129,6 +132,9 @@ def survives(train, folder, steps, seed):
   rng = random.Random(seed)
   status, took, said = train("whole", 600)
   assert status == 0, said
+  # Patience may end it before.
+  ended = history.steps(folder / "whole")[-1]
+  assert ended == steps or (folder / "whole" / history.BEST).exists()
   killed, told = 0, []
   ways = list(damage.WAYS)
   rng.shuffle(ways)
@@ -154,13 +160,12 @@ def survives(train, folder, steps, seed):
   status, _, said = train("killed", 600)
   assert status == 0, (told, said)
   print("\n".join(told))
-  assert_equal_bit_for_bit(
-    final_state(folder / "whole", steps), final_state(folder / "killed", steps)
-  )
-  assert metrics(folder / "whole") == metrics(folder / "killed"), told
-  assert position(folder / "whole", steps) == position(
-    folder / "killed", steps
-  ), told
+  whole, other = folder / "whole", folder / "killed"
+  assert history.steps(other)[-1] == ended, told
+  assert_equal_bit_for_bit(final_state(whole, ended), final_state(other, ended))
+  assert metrics(whole) == metrics(other), told
+  assert position(whole, ended) == position(other, ended), told
+  assert history.best(whole) == history.best(other), told
   left = [n for n in os.listdir(folder / "killed") if "tmp" in n]
   assert not left and len(told) == killed
 

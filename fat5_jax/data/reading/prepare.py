@@ -281,9 +281,13 @@ def _write(
   else:
     rows = examples_lib.whole(task, split, limits, counts, use_cached)
   what = f"preparing {task.name}, {split}"
+  # Windows are more than their rows.
+  total = None
+  if is_ours and not task.source.layout.is_windowed:
+    total = task.source.known_rows(split)
   try:
     with seqio_source.reraise():
-      for example in console.counted(rows, what, "examples"):
+      for example in console.counted(rows, what, "examples", total):
         writer.add(example)
     if not writer.count:
       raise UserError(f"task {task.name!r}, split {split!r}: no rows")

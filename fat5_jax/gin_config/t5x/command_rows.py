@@ -103,15 +103,14 @@ COMMAND_ROWS: dict[str, dict[str, Row]] = {
     ),
     "concurrent_metrics": neutral("metrics never wait for a step"),
     "actions": Row(
-      "a loss that is not finite always stops a run; early stopping is to come",
+      "a loss that is not finite always stops a run; see KEEP_BEST",
       holds=lambda v: _action_names(v) <= {"TerminateOnNanAction"},
-      instead="early stopping is not here yet: set"
-      " --gin.train_script.train.actions=None and TRAIN_STEPS",
+      instead="KEEP_BEST = 'TASK/METRIC' and PATIENCE = 3 stop early here: set"
+      " them, and --gin.train_script.train.actions=None",
     ),
-    "run_eval_before_training": only(
-      *(False, None),
-      about="not yet",
-      instead="run fat5_jax.eval on the checkpoint, and set it to False",
+    "run_eval_before_training": same(
+      f"{ours.TRAIN}.eval_before_training",
+      ours=bool,
     ),
     "train_state_initializer_cls": _default(
       "t5x.utils.TrainStateInitializer",
@@ -153,9 +152,10 @@ COMMAND_ROWS: dict[str, dict[str, Row]] = {
   },
   "__main__.infer": {
     "mode": only(
-      "predict",
-      about="'predict'; scoring is to come",
-      instead="scoring is not here yet; mode = 'predict' writes predictions",
+      *("predict", "score"),
+      about="the same",
+      instead="'predict' and 'score' are here",
+      to=f"{ours.INFER}.mode",
     ),
     "model": built(_MODEL, to=f"{ours.INFER}.model"),
     "dataset_cfg": built(_DATASET, to=f"{ours.INFER}.dataset_cfg"),
@@ -170,16 +170,12 @@ COMMAND_ROWS: dict[str, dict[str, Row]] = {
       f"{ours.INFER}.output",
     ),
     "checkpoint_period": neutral("the file is written once it is whole"),
-    "shard_id": only(
-      *(0, None),
-      about="0: all rows are predicted by one command, on many hosts",
-      instead="leave it 0: one command, run on every host, predicts all rows",
+    "shard_id": same(
+      f"{ours.INFER}.shard",
+      "the same; shards are neighbouring rows",
+      ours=lambda v: v or 0,
     ),
-    "num_shards": only(
-      *(1, None),
-      about="1: see shard_id",
-      instead="leave it 1: one command, run on every host, predicts all rows",
-    ),
+    "num_shards": same(f"{ours.INFER}.num_shards", ours=lambda v: v or 1),
     "merge_chunked_results": neutral("there are no chunks"),
     "checkpoint_ds_iter": neutral("the file is written once it is whole"),
     "summarize_config_fn": neutral("predictions need no config.gin"),

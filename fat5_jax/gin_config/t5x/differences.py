@@ -26,6 +26,8 @@ _MODEL = "t5x.models.EncoderDecoderModel"
 _DATASET = "t5x.utils.DatasetConfig"
 _RULES = "t5x.partitioning.standard_logical_axis_rules"
 _ADAFACTOR = "t5x.adafactor.Adafactor"
+_PREDICT = f"{_MODEL}.predict_batch_with_aux"
+_BEAM = "t5x.decoding.beam_search"
 _SAMPLE = "t5x.decoding.temperature_sample"
 _PARTITIONER = "t5x.partitioning.PjitPartitioner"
 _RESTORE = "t5x.utils.RestoreCheckpointConfig"
@@ -115,14 +117,58 @@ def model(run: Translation, scope: str) -> None:
     )
 
 
-def sampling(run: Translation, scope: str) -> None:
-  """T5X's topk = 1 and temperature = 0 are greedy, all else is not."""
-  topk = run.get(_SAMPLE, "topk", scope)
-  if topk == 0 and run.get(_SAMPLE, "temperature", scope) != 0:
-    binding = run.raw(_SAMPLE, "topk", scope)
+def decoding(run: Translation, scope: str) -> None:
+  """A function and its settings, and those of the model's method, are one."""
+  count = run.get(_PREDICT, "num_decodes", scope)
+  returned = count if run.get(_PREDICT, "return_all_decodes", scope) else 1
+  search = run.get(_MODEL, "decode_fn", scope)
+  if search.name == _SAMPLE:
+    found = _sampling(run, search.scope or scope, count, returned)
+  else:
+    alpha = run.get(_BEAM, "alpha", search.scope or scope)
+    found = {
+      "beam_rule": "t5x",
+      "num_beams": count,
+      "length_penalty": float(alpha),
+      "num_return_sequences": returned,
+    }
+  root = {"train": ours.TRAIN, "eval": ours.EVAL, "infer": ours.INFER}
+  made = Reference("", ours.DECODING, True)
+  run.ours["", f"{root[run.command]}.decoding"] = made
+  for name, value in found.items():
+    run.ours["", f"{ours.DECODING}.{name}"] = value
+
+
+def _sampling(
+  run: Translation, scope: str, count: int, returned: int
+) -> dict[str, Any]:
+  top_k, top_p, temperature = (
+    run.get(_SAMPLE, name, scope) for name in ("topk", "topp", "temperature")
+  )
+  # As there: 0 is none, and both at once an error.
+  top_k, top_p = top_k or None, top_p or None
+  if top_k is not None and top_p is not None:
+    binding = run.raw(_SAMPLE, "topp", scope)
     raise UserError(
-      f"{binding.where}: topk = 0 samples: {TABLE[_SAMPLE]['topk'].instead}"
+      f"{run.place(binding)}: topk = {top_k} and topp = {top_p}: one of them"
+      " must be 0 in T5X, and topk is 1 where it is left out"
     )
+  if top_k == 1 or temperature == 0:
+    return {}
+  if count > returned:
+    binding = run.raw(_PREDICT, "num_decodes", scope)
+    raise UserError(
+      f"{run.place(binding)}: num_decodes = {count} samples, of which the"
+      " likeliest is taken, are not here: set return_all_decodes = True, or"
+      " num_decodes = 1"
+    )
+  return {
+    "do_sample": True,
+    "temperature": float(temperature),
+    "top_k": top_k,
+    "top_p": top_p,
+    "num_return_sequences": returned,
+  }
 
 
 def restoring(run: Translation, scope: str) -> None:
@@ -316,7 +362,7 @@ OF_SCOPES = {
   _VOCABULARY: vocabulary,
   _MODEL: model,
   _PARTITIONER: partitioner,
-  _SAMPLE: sampling,
+  _PREDICT: decoding,
   _RESTORE: restoring,
   _DATASET: dataset,
 }

@@ -28,11 +28,6 @@ _VOCABULARY_TO = {
   "eval": f"{ours.DATA}.vocabulary",
   "infer": f"{ours.INFER}.vocabulary",
 }
-# T5X's default, decoding.beam_search with a beam of 1, is not quite greedy.
-GREEDY = (
-  "predictions are greedy; T5X's default, a beam of 1 with a length penalty of"
-  " 0.6, may prefer a longer text"
-)
 
 
 def _is_own(value: Any) -> bool:
@@ -101,14 +96,19 @@ def _network_rows(module: str) -> dict[str, dict[str, Row]]:
   }
 
 
-_OTHER_BEAM = (
-  "beam search is not here yet; predictions are greedy with"
-  " --gin.models.EncoderDecoderModel.predict_batch_with_aux.num_decodes=1"
+_ELSEWHERE = (
+  "set decode_fn, predict_batch_with_aux.num_decodes, and what"
+  " decoding.beam_search or decoding.temperature_sample take"
 )
-_SAMPLING = (
-  "sampling is not here yet; topk = 1, T5X's default, and temperature = 0 are"
-  " greedy"
-)
+
+
+def _is_count(value: Any) -> bool:
+  return isinstance(value, int) and not isinstance(value, bool) and value > 0
+
+
+def _is_number(value: Any) -> bool:
+  return isinstance(value, (int, float)) and not isinstance(value, bool)
+
 
 MODEL_ROWS: dict[str, dict[str, Row]] = {
   "t5x.models.EncoderDecoderModel": {
@@ -137,9 +137,8 @@ MODEL_ROWS: dict[str, dict[str, Row]] = {
     "decode_fn": built(
       "t5x.decoding.beam_search",
       "t5x.decoding.temperature_sample",
-      about="greedy",
+      about="the same: Decoding.beam_rule = 't5x', or sampling",
       default=Reference("", "t5x.decoding.beam_search", False),
-      tells=lambda v: GREEDY if v.name.endswith("beam_search") else None,
     ),
     "z_loss": same({"train": f"{ours.TRAIN}.z_loss"}, default=0.0),
     "label_smoothing": same(
@@ -152,42 +151,61 @@ MODEL_ROWS: dict[str, dict[str, Row]] = {
       None, about="the task's", instead="leave it out"
     ),
     "default_decoder_params": only(
-      *(None, {}), about="greedy", instead=_OTHER_BEAM
+      *(None, {}), about="None", instead=_ELSEWHERE
     ),
   },
+  # What becomes of these: differences.decoding.
   "t5x.models.EncoderDecoderModel.predict_batch_with_aux": {
-    "num_decodes": only(
-      1, about="1; beam search is to come", instead=_OTHER_BEAM
+    "num_decodes": Row(
+      "beams, or samples",
+      holds=_is_count,
+      instead="a whole number of 1 or more",
+      default=1,
     ),
-    "return_all_decodes": only(
-      False, about="False; beam search is to come", instead=_OTHER_BEAM
+    "return_all_decodes": Row(
+      "Decoding.num_return_sequences; metrics see the best",
+      holds=lambda v: isinstance(v, bool),
+      instead="True or False",
+      default=False,
     ),
-    "decoder_params": only(*(None, {}), about="greedy", instead=_OTHER_BEAM),
+    "decoder_params": only(*(None, {}), about="None", instead=_ELSEWHERE),
     "prompt_with_targets": only(False, about="False", instead="leave it out"),
   },
   "t5x.decoding.beam_search": {
-    "alpha": only(
-      0.6, about="beam search is to come", instead="leave it 0.6, T5X's default"
+    "alpha": Row(
+      "Decoding.length_penalty",
+      holds=_is_number,
+      instead="a number",
+      default=0.6,
     ),
-    "num_decodes": only(1, about="1", instead=_OTHER_BEAM),
+    "num_decodes": Row("predict_batch_with_aux.num_decodes goes first"),
     "max_decode_len": refused(
       "leave it out: predictions end at the length of the targets"
     ),
   },
-  # topk = 1 is T5X's default.
   "t5x.decoding.temperature_sample": {
     "temperature": Row(
-      "greedy; see topk",
-      holds=lambda v: isinstance(v, (int, float)),
-      instead=_SAMPLING,
+      "the same; 0 is greedy",
+      holds=lambda v: _is_number(v) and v >= 0,
+      instead="a number, 0 or more",
+      default=1.0,
     ),
     "topk": Row(
-      "1 is greedy; sampling is to come",
-      holds=lambda v: v == 1 or v == 0,
-      instead=_SAMPLING,
+      "the same; 1, T5X's default, is greedy, and 0 draws among all",
+      holds=lambda v: _is_count(v) or v == 0,
+      instead="a whole number, 0 or more",
+      default=1,
     ),
-    "topp": only(*(0, 0.0), about="sampling is to come", instead=_SAMPLING),
-    "num_decodes": only(1, about="1", instead=_SAMPLING),
+    "topp": Row(
+      "the same; 0 is none",
+      holds=lambda v: _is_number(v) and 0 <= v <= 1,
+      instead="a number from 0 to 1",
+      default=0.0,
+    ),
+    "num_decodes": Row("predict_batch_with_aux.num_decodes goes first"),
+    "rescale_log_probs": only(
+      *(True, False), about="scores are the model's own", instead="leave it out"
+    ),
   },
   **_network_rows(NETWORKS[0]),
   **_network_rows(NETWORKS[1]),

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from fat5_jax.gin_config import annotations, files, grammar
 
-# What each command builds or calls.
+# What each command builds or calls; each has a parameter `decoding`.
 TRAIN = "fat5_jax.train.Run"
 EVAL = "fat5_jax.eval.Evaluation"
 INFER = "fat5_jax.infer.Inference"
@@ -19,6 +19,7 @@ SHARDING = "fat5_jax.distributed.sharding"
 OPTIMIZERS = "fat5_jax.optimizers"
 CONFIG = "fat5_jax.models.config.T5Config"
 MODEL = "fat5_jax.models.factory.create"
+DECODING = "fat5_jax.inference.decoding.Decoding"
 CHAIN = "fat5_jax.gin_config.t5x.optimizers.chain"
 # As our own gin files import our modules.
 ALIASES = {
@@ -31,6 +32,7 @@ ALIASES = {
   OPTIMIZERS: "optimizers",
   CONFIG.rpartition(".")[0]: "config",
   MODEL.rpartition(".")[0]: "factory",
+  DECODING.rpartition(".")[0]: "decoding",
 }
 GIN_ROOTS = files.GIN_ROOTS
 # A gin file's text; raises UserError, in words, for what is none.

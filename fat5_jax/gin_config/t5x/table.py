@@ -307,6 +307,10 @@ OWN_MACROS = {
   "BUCKETS": f"{ours.DATA}.buckets",
   "STREAM": f"{ours.DATA}.stream",
   "NUM_WORKERS": f"{ours.DATA}.num_workers",
+  "KEEP_BEST": f"{ours.TRAIN}.keep_best",
+  "BEST_MODE": f"{ours.TRAIN}.best_mode",
+  "PATIENCE": f"{ours.TRAIN}.patience",
+  "EMA_DECAY": f"{ours.TRAIN}.ema_decay",
   "REINITIALIZE": f"{ours.CHECKPOINTS}.RestoreCheckpointConfig.reinitialize",
 }
 
