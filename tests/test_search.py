@@ -81,8 +81,15 @@ BEAMS = [
 ]
 
 
-@pytest.mark.parametrize("how", BEAMS, ids=str)
-@pytest.mark.parametrize("family", ALL)
+# Whatever of a search has nothing to do with the model: of one family.
+CASES = [
+  (family, how)
+  for family in ALL
+  for how in (BEAMS if family == "t5_1_1" else [*BEAMS[:3], BEAMS[5]])
+]
+
+
+@pytest.mark.parametrize("family,how", CASES, ids=str)
 def test_beams_are_those_of_generate(family, how):
   model, config, params = random_model(family)
   x, _ = hf_models.tokens(rows=6)
