@@ -358,3 +358,5 @@ def test_a_probability_that_is_no_number_is_not_calibrated():
       {"target": 0, "prediction": 0, "output": [0, p, 1 - p], "input": {}}
     )
   assert told.found()["calibration"]["bins"][0][2] == 1
+  row = {"output": [0, float("nan"), 1.0]}
+  assert details.probability(row, head) is None

@@ -12,7 +12,12 @@ import time
 from conftest import with_devices
 import numpy as np
 import pytest
-from test_train import TINY, assert_equal_bit_for_bit, final_state
+from test_train import (
+  TINY,
+  assert_equal_bit_for_bit,
+  final_state,
+  write_tiny,
+)
 
 from fat5_jax.distributed import hosts
 from fat5_jax.errors import UserError
@@ -145,11 +150,7 @@ def test_the_environment_of_slurm_and_open_mpi_gives_the_place(monkeypatch):
 
 @pytest.fixture
 def folder(tmp_path):
-  rows = "".join(f"number {i}\t{i * 7 % 100}\n" for i in range(60))
-  (tmp_path / "rows.tsv").write_text("text\tlabel\n" + rows)
-  gin = TINY.replace("BATCH_SIZE = 4", "BATCH_SIZE = 8")
-  (tmp_path / "tiny.gin").write_text(gin)
-  return tmp_path
+  return write_tiny(tmp_path, TINY.replace("BATCH_SIZE = 4", "BATCH_SIZE = 8"))
 
 
 class Run:

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from test_train import TINY, assert_equal_bit_for_bit, final_state
+from test_train import assert_equal_bit_for_bit, final_state, write_tiny
 
 from fat5_jax import optimizers, trees
 from fat5_jax.distributed import chips
@@ -33,10 +33,7 @@ PLAIN = (
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
   """Two runs of the same: `plain`, and `seen`, profiled from step 3 to 4."""
-  folder = tmp_path_factory.mktemp("runs")
-  rows = "".join(f"number {i}\t{i * 7 % 100}\n" for i in range(60))
-  (folder / "rows.tsv").write_text("text\tlabel\n" + rows)
-  (folder / "tiny.gin").write_text(TINY)
+  folder = write_tiny(tmp_path_factory.mktemp("runs"))
   with pytest.MonkeyPatch.context() as patch:
     patch.chdir(folder)
     for name, flags in (

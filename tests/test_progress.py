@@ -10,7 +10,7 @@ import types
 
 from conftest import ROOT
 import pytest
-from test_train import TINY
+from test_train import write_tiny
 
 from fat5_jax import console
 
@@ -100,10 +100,7 @@ def test_a_training_tells_a_log_now_and_then_and_the_last_step(clock, said):
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-  folder = tmp_path_factory.mktemp("progress")
-  rows = "".join(f"number {i}\t{i * 7 % 100}\n" for i in range(60))
-  (folder / "rows.tsv").write_text("text\tlabel\n" + rows)
-  (folder / "tiny.gin").write_text(TINY)
+  folder = write_tiny(tmp_path_factory.mktemp("progress"))
   (folder / "lines.txt").write_text("".join(f"{i}\n" for i in range(40)))
   return folder
 

@@ -13,6 +13,7 @@ from test_run_folder import run
 import torch
 
 import fat5_jax
+from fat5_jax.errors import UserError
 from fat5_jax.inference import decoding, loading
 
 CHOICES = ["entailment", "not_entailment", "it does not follow, or so it seems"]
@@ -161,3 +162,9 @@ def test_weights_that_lie_as_they_are_used_change_no_bit(family, tmp_path):
   for a, b in zip(found[True][:-1], found[False][:-1]):
     assert np.array_equal(a, b)
   assert found[False][-1] < 0.55 * found[True][-1]
+
+
+def test_a_dtype_beside_another_model_s_is_a_line(model):
+  given = loading.load_model(str(model[0]), dtype="bfloat16").model
+  with pytest.raises(UserError, match="'float32'.*computes in bfloat16"):
+    loading.load_model(str(model[0]), given, dtype="float32")

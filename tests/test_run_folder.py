@@ -81,6 +81,19 @@ Z_LOSS = 0.0
 """
 
 
+def train_each(folder, runs):
+  """Runs by name, of what comes after MODEL in their gin files; the folder."""
+  with pytest.MonkeyPatch.context() as patch:
+    patch.chdir(folder)
+    for name, text in runs.items():
+      (folder / f"{name}.gin").write_text(MODEL + text)
+      flags = [f"--gin_file={name}.gin", f"--gin.MODEL_DIR={name}"]
+      with contextlib.redirect_stderr(io.StringIO()) as said:
+        assert command("train", *flags) == 0, said.getvalue()
+      (folder / f"{name}.log").write_text(said.getvalue())
+  return folder
+
+
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
   """A working folder with data, gin files, and two finished runs."""
@@ -92,19 +105,7 @@ def made(tmp_path_factory):
     "claim\treason\tverdict\n"
     + "".join(f"it is {i}\tso\t{('yes', 'no')[i % 2]}\n" for i in range(8))
   )
-  (folder / "text.gin").write_text(MODEL + TEXT)
-  (folder / "pairs.gin").write_text(MODEL + PAIRS)
-  here = os.getcwd()
-  os.chdir(folder)
-  try:
-    for name in ("text", "pairs"):
-      flags = [f"--gin_file={name}.gin", f"--gin.MODEL_DIR={name}"]
-      with contextlib.redirect_stderr(io.StringIO()) as said:
-        assert command("train", *flags) == 0
-      (folder / f"{name}.log").write_text(said.getvalue())
-  finally:
-    os.chdir(here)
-  return folder
+  return train_each(folder, {"text": TEXT, "pairs": PAIRS})
 
 
 @pytest.fixture

@@ -1,15 +1,13 @@
+# ruff: noqa: F811 (fixtures are imported)
 """Thresholds: the best on rows that are known, and decisions by them."""
 
-import contextlib
-import io
 import json
-import os
 import shutil
 
 import numpy as np
 import pytest
 import sklearn.metrics
-from test_run_folder import MODEL, command, run
+from test_run_folder import run, train_each, user  # noqa: F401
 
 from fat5_jax.data import metrics, thresholds
 from fat5_jax.objectives import heads as objectives_heads
@@ -226,25 +224,7 @@ def made(tmp_path_factory):
         "answers": [f"{i}"] if i % 2 else [],
       }
       file.write(json.dumps(row) + "\n")
-  here = os.getcwd()
-  os.chdir(folder)
-  try:
-    for name, text in (("topics", TOPICS), ("asked", ASKED)):
-      (folder / f"{name}.gin").write_text(MODEL + text)
-      flags = [f"--gin_file={name}.gin", f"--gin.MODEL_DIR={name}"]
-      with contextlib.redirect_stderr(io.StringIO()) as said:
-        assert command("train", *flags) == 0, said.getvalue()
-  finally:
-    os.chdir(here)
-  return folder
-
-
-@pytest.fixture
-def user(made, tmp_path, monkeypatch):
-  """A copy of it of one's own, the working folder of a test."""
-  shutil.copytree(made, tmp_path / "user")
-  monkeypatch.chdir(tmp_path / "user")
-  return tmp_path / "user"
+  return train_each(folder, {"topics": TOPICS, "asked": ASKED})
 
 
 def read(path):

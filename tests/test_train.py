@@ -70,13 +70,18 @@ optimizers.create_learning_rate_scheduler:
 """
 
 
+def write_tiny(folder, gin=TINY):
+  """rows.tsv and tiny.gin, as a user has them; the folder."""
+  rows = "".join(f"number {i}\t{i * 7 % 100}\n" for i in range(60))
+  (folder / "rows.tsv").write_text("text\tlabel\n" + rows)
+  (folder / "tiny.gin").write_text(gin)
+  return folder
+
+
 @pytest.fixture
 def folder(tmp_path):
   """A working directory with a gin file and data, as a user has."""
-  rows = "".join(f"number {i}\t{i * 7 % 100}\n" for i in range(60))
-  (tmp_path / "rows.tsv").write_text("text\tlabel\n" + rows)
-  (tmp_path / "tiny.gin").write_text(TINY)
-  return tmp_path
+  return write_tiny(tmp_path)
 
 
 def command(name, *flags):

@@ -73,7 +73,7 @@ class Details:
     elif head is not None and head.kind == "token_classification":
       self._entities.add(row["target"], row["prediction"])
     sure = probability(row, head)
-    if sure is None or math.isnan(sure) or value_of(row["target"]) < 0:
+    if sure is None or value_of(row["target"]) < 0:
       return
     is_right = row["target"] == row["prediction"]
     self._sure.add(sure, is_right)
@@ -251,13 +251,15 @@ def value_of(found: Any) -> Any:
 
 
 def probability(row, head: HeadConfig | None) -> float | None:
-  """Of the class that is predicted; None where a row is no single class."""
+  """Of the class that is predicted; None where a row is no single class, or its
+  numbers are none (NaN)."""
   if head is None or head.kind not in ("sequence_classification", "enct5"):
     return None
   if head.problem_type != "single_label_classification":
     return None
   values = row["output"]
-  return round(float(values[1 + int(values[0])]), 6)
+  found = float(values[1 + int(values[0])])
+  return round(found, 6) if math.isfinite(found) else None
 
 
 def sample(row, head: HeadConfig | None) -> dict[str, str]:

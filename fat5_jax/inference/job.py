@@ -28,7 +28,9 @@ from fat5_jax.data import (
   seqio_source,
   sources,
 )
-from fat5_jax.data import identity as identity_lib
+from fat5_jax.data import (
+  identity as identity_lib,
+)
 from fat5_jax.errors import UserError
 from fat5_jax.inference import (
   heads,

@@ -13,6 +13,7 @@ from fat5_jax import console
 from fat5_jax.checkpoints import load, reference, vocabulary
 from fat5_jax.distributed import hosts
 from fat5_jax.distributed.sharding import Partitioner
+from fat5_jax.errors import UserError
 from fat5_jax.inference import own_task
 from fat5_jax.models import factory, initial
 
@@ -60,12 +61,13 @@ def load_model(
       run folder gives it, to be imported.
     initialise: see load.load_params; None is for a checkpoint that has all
       parameters of the model.
-    dtype: of the products, where `model` is None; None is the checkpoint's own.
+    dtype: of the products; None is the model's own.
     is_trained: whether parameters are all float32, as training wants them; else
       those of products lie in their dtype: fewer bytes, the same predictions.
 
   Raises:
-    UserError: if there is none, or it is damaged.
+    UserError: if there is none, or it is damaged, or `dtype` is not that of a
+      model that is given.
   """
   source = reference.find(path)
   hosts.everyone.agree("the checkpoint to read", source.path)
@@ -77,6 +79,11 @@ def load_model(
       config = config.replace(dtype=dtype)
     own_head = own_task.head_module_of(source, head_module)
     model = factory.create(config, head_layers=own_head)
+  elif dtype not in (None, model.config.dtype):
+    raise UserError(
+      f"DTYPE = {dtype!r}: the model that is given computes in"
+      f" {model.config.dtype}; say it there (T5Config.dtype)"
+    )
   partitioner = partitioner or Partitioner()
   partitioner.check(model.config)
   params, source, _ = load.load_params(

@@ -17,6 +17,7 @@ from test_train import (
   TINY,
   assert_equal_bit_for_bit,
   final_state,
+  write_tiny,
 )
 
 from fat5_jax.checkpoints import history
@@ -110,9 +111,7 @@ def position(folder, steps):
 
 @pytest.fixture
 def folder(tmp_path):
-  rows = "".join(f"number {i}\t{i * 7 % 100}\n" for i in range(60))
-  (tmp_path / "rows.tsv").write_text("text\tlabel\n" + rows)
-  (tmp_path / "tiny.gin").write_text(TINY)
+  write_tiny(tmp_path)
   (tmp_path / "noisy.py").write_text(NOISY)
   return tmp_path
 

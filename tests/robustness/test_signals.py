@@ -13,7 +13,7 @@ import threading
 import time
 
 import pytest
-from test_train import TINY
+from test_train import write_tiny
 from zygote import ROOT
 
 from fat5_jax import interrupts
@@ -27,10 +27,7 @@ ENVIRONMENT = os.environ | {"PYTHONPATH": ROOT}
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
   """A working directory with a finished run, and lines to predict."""
-  folder = tmp_path_factory.mktemp("signals")
-  rows = "".join(f"number {i}\t{i * 7 % 100}\n" for i in range(60))
-  (folder / "rows.tsv").write_text("text\tlabel\n" + rows)
-  (folder / "tiny.gin").write_text(TINY)
+  folder = write_tiny(tmp_path_factory.mktemp("signals"))
   (folder / "lines.txt").write_text("number 5\n" * LINES)
   done = subprocess.run(
     command("train", "--gin.MODEL_DIR=done"), cwd=folder, env=ENVIRONMENT

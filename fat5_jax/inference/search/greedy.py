@@ -14,20 +14,21 @@ from fat5_jax.inference.search.ask import Ask, Found
 Choose = Callable[[jax.Array, Any], jax.Array]
 
 
-def greedy_search(ask: Ask, scores: bool = True) -> Found:
+def greedy_search(ask: Ask) -> Found:
   """The most likely token, one after the other; one answer a row."""
-  return walk(ask, 1, lambda logits_NV, _: logits_NV.argmax(axis=-1), scores)
+  return walk(ask, 1, lambda logits_NV, _: logits_NV.argmax(axis=-1))
 
 
-def walk(ask: Ask, ways: int, choose: Choose, scores: bool = True) -> Found:
+def walk(ask: Ask, ways: int, choose: Choose) -> Found:
   """Answers that never look back, until every one has its end.
+
+  Scores are sums of the log-probabilities of the chosen tokens, as the model
+  gives them.
 
   Args:
     ask: what is asked.
     ways: answers to a row.
     choose: a token for each.
-    scores: whether the sums of the log-probabilities of the chosen tokens are
-      wanted, as the model gives them; else they are 0.
   """
   lengths_N = jnp.repeat(ask.prompt_lengths(), ways)
 
@@ -35,11 +36,10 @@ def walk(ask: Ask, ways: int, choose: Choose, scores: bool = True) -> Found:
     logits_NV = logits_N1V[:, -1].astype(jnp.float32)
     allowed_NV = ask.constrained(logits_NV, tokens_NL, index)
     token_N = choose(allowed_NV, index).astype(jnp.int32)
-    if scores:
-      chosen_N = jnp.take_along_axis(logits_NV, token_N[:, None], 1)[:, 0]
-      gained_N = chosen_N - jax.nn.logsumexp(logits_NV, axis=-1)
-      counts_N = ~done_N & (index >= lengths_N)
-      scores_N += jnp.where(counts_N, gained_N, 0.0)
+    chosen_N = jnp.take_along_axis(logits_NV, token_N[:, None], 1)[:, 0]
+    gained_N = chosen_N - jax.nn.logsumexp(logits_NV, axis=-1)
+    counts_N = ~done_N & (index >= lengths_N)
+    scores_N += jnp.where(counts_N, gained_N, 0.0)
     forced_B, is_forced_B = ask.forced(index)
     is_forced_N = jnp.repeat(is_forced_B, ways)
     token_N = jnp.where(is_forced_N, jnp.repeat(forced_B, ways), token_N)
