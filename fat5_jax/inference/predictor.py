@@ -85,7 +85,8 @@ class Predictor:
       f"{rows} x {length}" for rows, length in sorted(self.shapes.seen)
     )
     return (
-      f"compiled for {len(self.shapes.seen)} shapes of inputs ({shapes});"
+      f"compiled for {len(self.shapes.seen)}"
+      f" shape{'s' * (len(self.shapes.seen) != 1)} of inputs ({shapes});"
       f" {padding:.0%} of them was padding"
     )
 
