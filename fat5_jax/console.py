@@ -220,7 +220,7 @@ def plain_table(
 
 
 def samples_table(rows: Iterable[Mapping[str, Any]]) -> None:
-  """Predictions beside targets."""
+  """Predictions beside targets; nothing where there are none."""
   table = Table(title="sample predictions", title_justify="left")
   for name in ("input", "target", "prediction"):
     table.add_column(name, overflow="fold", max_width=60)
@@ -232,4 +232,5 @@ def samples_table(rows: Iterable[Mapping[str, Any]]) -> None:
       escape(row["target"]),
       f"[{color}]{escape(row['prediction'])}[/{color}]",
     )
-  console.print(table)
+  if table.row_count:
+    console.print(table)

@@ -100,7 +100,7 @@ def _macros() -> Iterator[tuple[str, ...]]:
 def _tasks() -> Iterator[tuple[str, ...]]:
   import seqio
 
-  from fat5_jax.data import ready, tasks
+  from fat5_jax.data import examples, ready, tasks
 
   vocabulary = seqio.ByteVocabulary()
   for name, factory in ready.TASKS.items():
@@ -120,6 +120,10 @@ def _tasks() -> Iterator[tuple[str, ...]]:
     what = _first_sentence(made)
     if made.__name__ == "<lambda>":
       what = _first_sentence(tasks.quickstart)
+    if examples.is_denoised(task):
+      denoisers = task.source.layout.denoisers
+      asked = "; ".join(f"{d.prefix} {d.describe()}".strip() for d in denoisers)
+      what = f"Texts without answers, to pre-train on: {asked}"
     metrics = ", ".join(f"`{_name(metric)}`" for metric in task.metric_fns)
     yield f"`{name}`", re.sub(r", (e\.g\.|registered|`).*", "", what), metrics
 
@@ -131,13 +135,14 @@ def _name(metric: Callable) -> str:
 
 
 def _factories() -> Iterator[tuple[str, ...]]:
-  from fat5_jax.data import head_tasks, nli, tasks
+  from fat5_jax.data import head_tasks, nli, pretraining, tasks
 
   for module, names in (
     (tasks, ("text_to_text", "mixture", "translation", "summarization")),
     (tasks, ("squad", "glue")),
     (head_tasks, ("classification", "tagging", "spans")),
     (nli, ("text", "classes")),
+    (pretraining, ("text",)),
   ):
     for name in names:
       function = getattr(module, name)

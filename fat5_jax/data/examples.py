@@ -7,14 +7,24 @@ its preprocessors up to where SeqIO itself would cache it.
 from __future__ import annotations
 
 from collections.abc import Iterator
+import itertools
 from types import ModuleType
 
 import numpy as np
 import seqio
 
-from fat5_jax.data import features, layouts, preprocessors, seqio_source
+from fat5_jax.data import (
+  denoising,
+  features,
+  layouts,
+  preprocessors,
+  seqio_source,
+)
 from fat5_jax.data.layouts import Example, Limits
 from fat5_jax.data.skipped import Skipped
+
+# Texts that are drawn from at once, where they are read in order.
+_TEXTS = 1024
 
 
 class Counts:
@@ -57,6 +67,7 @@ def code_modules() -> tuple[ModuleType, ...]:
     glue,
     head_tasks,
     nli,
+    pretraining,
     pronouns,
     renamed,
     super_glue,
@@ -65,7 +76,7 @@ def code_modules() -> tuple[ModuleType, ...]:
   )
 
   ours = (preprocessors, layouts, formats, renamed, tasks, head_tasks)
-  return *ours, glue, super_glue, super_glue_tasks, pronouns, nli
+  return *ours, glue, super_glue, super_glue_tasks, pronouns, nli, pretraining
 
 
 def small_features(task: seqio.Task) -> set[str]:
@@ -140,6 +151,33 @@ def blocks(
     yield found
 
 
+def is_denoised(task: seqio.Task | seqio.Mixture) -> bool:
+  """Whether a task is of texts, whose examples are drawn as they are read."""
+  layout = getattr(getattr(task, "source", None), "layout", None)
+  return isinstance(layout, layouts.Corpus)
+
+
+def objective(task: seqio.Task, limits: Limits) -> denoising.Objective:
+  """What such a task asks about its texts, at these lengths.
+
+  Raises:
+    UserError: see layouts.Corpus.objective.
+  """
+  return task.source.layout.objective(task.output_features, limits)
+
+
+def denoised(
+  task: seqio.Task, texts: Iterator[Example], limits: Limits
+) -> Iterator[Example]:
+  """The examples of such a task's texts, once and in order, always the same."""
+  asked = objective(task, limits)
+  for number in itertools.count():
+    block = [text["inputs"] for text in itertools.islice(texts, _TEXTS)]
+    if not block:
+      return
+    yield from asked.examples(block, [0, number], shuffle=False)
+
+
 def cut_to(
   task: seqio.Task,
   split: str,
@@ -157,6 +195,9 @@ def cut_to(
     from fat5_jax.data import seqio_tasks
 
     yield from seqio_tasks.cut_to(task, split, limits, seed, use_cached)
+    return
+  if is_denoised(task):
+    yield from denoised(task, whole(task, split), limits)
     return
   names = [n for n in ("inputs", "targets") if (limits or {}).get(n)]
   for example in whole(task, split, limits):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 import glob
 import os
 from typing import Any
@@ -16,12 +16,18 @@ SPLIT_STEMS = {
   "validation": ("validation", "valid", "dev"),
   "test": ("test",),
 }
+_SUFFIXES = ("jsonl", "json", "tsv", "csv", "parquet", "tfrecord")
 
 
 def named_splits(
-  data_dir: str | None, hf_path: str, hf_name: str | None
+  data_dir: str | None,
+  hf_path: str,
+  hf_name: str | None,
+  more: Sequence[str] = (),
 ) -> Any:
   """Files of a folder named after their split, or (None) a dataset of HF's.
+
+  `more`: suffixes, beside those of files of rows.
 
   Raises:
     UserError: if there is no such file.
@@ -32,7 +38,7 @@ def named_splits(
   found = {}
   for split, names in SPLIT_STEMS.items():
     for stem in names:
-      for suffix in ("jsonl", "json", "tsv", "csv", "parquet", "tfrecord"):
+      for suffix in (*_SUFFIXES, *more):
         pattern = os.path.join(glob.escape(data_dir), f"{stem}*.{suffix}*")
         if split not in found and glob.glob(pattern):
           found[split] = pattern

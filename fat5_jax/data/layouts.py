@@ -7,16 +7,21 @@ same functions serve the store (reading/store.py), the commands and SeqIO.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+import itertools
 from typing import Any
 
 import numpy as np
 import seqio
 
+from fat5_jax.data.denoising import Denoiser, Objective
 from fat5_jax.data.features import IGNORED
+from fat5_jax.errors import UserError
 
 Example = dict[str, Any]
 Features = Mapping[str, seqio.Feature]
 Limits = Mapping[str, int] | None
+# What T5 pre-trains with.
+EXAMPLE_LENGTHS = {"inputs": 512, "targets": 114}
 
 
 def encode_all(
@@ -69,6 +74,65 @@ class Text:
       if limit is not None and tokens is not None and len(tokens) > limit:
         found[name] = _ids(tokens[: limit - 1], tokens[-1:])
     return example | found
+
+
+class Corpus:
+  """Texts without an answer, whole as `inputs`; very long ones in pieces.
+
+  What is asked about them is drawn as they are read.
+
+  Attributes:
+    denoisers: of denoising.py.
+    piece_length: tokens of the longest piece.
+    join: whether rows that come after each other are one text.
+  """
+
+  is_windowed = False
+  removed = ()
+
+  def __init__(
+    self, denoisers: Sequence[Denoiser], piece_length: int, join: bool
+  ):
+    self.denoisers, self.piece_length = tuple(denoisers), piece_length
+    self.join = join
+
+  def prepare(
+    self, rows: Sequence[Example], features: Features, limits: Limits
+  ) -> Iterator[Example]:
+    del limits
+    vocabulary = features["inputs"].vocabulary
+    texts = encode_all(vocabulary, [row["inputs"] for row in rows])
+    if self.join:
+      texts = [list(itertools.chain.from_iterable(texts))]
+    for ids in texts:
+      for begin in range(0, len(ids), self.piece_length):
+        yield {"inputs": _ids(ids[begin : begin + self.piece_length])}
+
+  def cut(self, example: Example, limits: Limits) -> Example:
+    del limits
+    return example
+
+  def objective(self, features: Features, limits: Limits) -> Objective:
+    """What is asked about the texts, where both sides have these lengths.
+
+    Raises:
+      UserError: for lengths that no denoiser takes, and pieces that are
+        shorter than it wants.
+    """
+    missing = {"inputs", "targets"} - set(limits or ())
+    if missing:
+      raise UserError(
+        "pre-training needs TASK_FEATURE_LENGTHS of inputs and targets, for"
+        f" example {EXAMPLE_LENGTHS}"
+      )
+    found = Objective(self.denoisers, features["inputs"].vocabulary, limits)
+    if found.longest.max() > self.piece_length:
+      raise UserError(
+        f"texts of {found.longest.max():,} tokens fit TASK_FEATURE_LENGTHS, and"
+        f" long ones are prepared in pieces of {self.piece_length:,}: set"
+        " piece_length of the task"
+      )
+    return found
 
 
 class Pair:

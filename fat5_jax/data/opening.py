@@ -12,6 +12,7 @@ import numpy as np
 import seqio
 
 from fat5_jax.data import (
+  examples,
   features,
   mixtures,
   seqio_source,
@@ -55,6 +56,16 @@ def store_of(config: DatasetConfig, task: seqio.Task) -> Store:
 
 def stores(config: DatasetConfig) -> list[Store]:
   return [store_of(config, part) for part, _ in drawn(config)]
+
+
+def sizes_of(config: DatasetConfig, store: Store) -> np.ndarray:
+  """int64 (N, features): tokens of every example of a store, as cut."""
+  sized = sized_features(config)
+  if examples.is_denoised(config.task()):
+    objective = examples.objective(config.task(), sized)
+    return objective.cut(store.lengths["inputs"], [0]).sizes_N2
+  found = [np.minimum(store.lengths[n], most) for n, most in sized.items()]
+  return np.stack(found, axis=1)
 
 
 def drawn(config: DatasetConfig) -> list[tuple[seqio.Task, float]]:
@@ -108,8 +119,10 @@ def open_streams(config: DatasetConfig) -> list[Any]:
       continue
     store = store_of(config, part)
     is_ours = isinstance(part.source, seqio_source.SeqioSource)
-    kind = streams.Stored
-    if not is_ours and not seqio_tasks.is_plain(part):
+    kind: Any = streams.Stored
+    if examples.is_denoised(part):
+      kind = streams.Denoised
+    elif not is_ours and not seqio_tasks.is_plain(part):
       kind = streams.Remade
     found.append(kind(part, store, sized, seed))
   return found

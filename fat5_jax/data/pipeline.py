@@ -204,7 +204,10 @@ def check_rows(config: DatasetConfig, evaluation: bool = False) -> None:
     task.source, seqio_source.SeqioSource
   ):
     return
-  rows = task.source.examples(config.split)
+  rows: Iterator[Any] = task.source.examples(config.split)
+  if examples.is_denoised(task) and not evaluation:
+    # A text may be many examples.
+    rows = examples.cut_to(task, config.split, config.lengths())
   count = sum(1 for _ in itertools.islice(rows, config.batch_size))
   if evaluation:
     if not count:
@@ -362,19 +365,25 @@ def one_pass(config: DatasetConfig) -> Iterator[Example]:
         seed=config.seed,
         use_cached=config.use_cached,
       )
+      continue
+    stored = _in_order(opening.store_of(config, part))
+    if examples.is_denoised(part):
+      yield from examples.denoised(part, stored, lengths)
     else:
-      store = opening.store_of(config, part)
-      for start in range(0, len(store), _BLOCK):
-        numbers = np.arange(start, min(start + _BLOCK, len(store)))
-        for example in store.read(numbers):
-          yield streams.cut(part, example, lengths)
+      yield from (streams.cut(part, x, lengths) for x in stored)
+
+
+def _in_order(store: Any) -> Iterator[Example]:
+  """All that a store holds."""
+  for start in range(0, len(store), _BLOCK):
+    yield from store.read(np.arange(start, min(start + _BLOCK, len(store))))
 
 
 def count_examples(config: DatasetConfig) -> int | None:
   """Of one_pass, where that is known without reading them."""
   total = 0
   for part, _ in mixtures.drawn(config.task(), config.split):
-    if opening.goes_through_seqio(config, part):
+    if opening.goes_through_seqio(config, part) or examples.is_denoised(part):
       return None
     total += len(opening.store_of(config, part))
   return total
@@ -431,19 +440,11 @@ def _as_long_as_the_longest(config: DatasetConfig) -> DatasetConfig:
 def count_batches(config: DatasetConfig) -> float:
   """Batches of one pass over a split, the last one in part."""
   (store,) = opening.stores(config)
-  if not config.pack and config.buckets is None:
-    return len(store) / config.batch_size
   shapes, rows = None, {(): config.batch_size}
   if config.buckets is not None:
     shapes = opening.bucket_shapes(config, opening.open_streams(config), 1)
     rows = dict(shapes)
-  sizes = np.stack(
-    [
-      np.minimum(store.lengths[n], most)
-      for n, most in opening.sized_features(config).items()
-    ],
-    axis=1,
-  )
+  sizes = opening.sizes_of(config, store)
   return sum(
     len(plan.rows) / rows[plan.lengths if shapes else ()]
     for plan in opening.plans_once(config, iter(sizes.tolist()), shapes)

@@ -15,6 +15,7 @@ from fat5_jax.data import (
   head_tasks,
   mixtures,
   nli,
+  pretraining,
   super_glue,
   super_glue_tasks,
   tasks,
@@ -101,6 +102,16 @@ TASKS: dict[str, Callable[..., seqio.Task | seqio.Mixture]] = {
       hf_name=part,
     )
     for part in ("abstract", "title")
+  },
+  **{
+    name: functools.partial(pretraining.c4, objective=objective, name=name)
+    for name, objective in (
+      ("c4_v220_span_corruption", "span_corruption"),
+      ("c4_v220_unsupervised", "span_corruption"),
+      ("c4_prefix_lm_objective_encoder_decoder_architecture", "prefix_lm"),
+      ("c4_ul2", "ul2"),
+      ("c4_causal_lm", "causal_lm"),
+    )
   },
   "nli": nli.text,
   "spoken_values": lambda vocabulary, data_dir=None: tasks.quickstart(

@@ -20,7 +20,7 @@ import seqio
 from fat5_jax.data import features, mixtures, seqio_source, sources
 from fat5_jax.errors import UserError
 
-_MODULES = ("tasks", "head_tasks", "super_glue_tasks", "nli")
+_MODULES = ("tasks", "head_tasks", "super_glue_tasks", "nli", "pretraining")
 _FACTORIES: dict[str, Callable[..., seqio.Task]] = {}
 # Arguments that are no plain data, or that a folder brings anew.
 _NOT_RECORDED = ("vocabulary", "output_vocabulary", "source", "rename")
@@ -241,8 +241,12 @@ def _source_is_known(source: Mapping[str, Any]) -> bool:
 
 
 def content_of_split(record: Mapping[str, Any], split: str) -> dict[str, Any]:
-  """What decides the examples of a split: the record without other splits."""
+  """What decides the examples of a split: the record without other splits, and
+  without what is drawn as examples are read."""
   found = dict(record)
+  if "arguments" in found:
+    arguments = found["arguments"].items()
+    found["arguments"] = {k: v for k, v in arguments if k != "objective"}
   source = dict(found["source"])
   for key in ("files", "functions", "parts"):
     if key in source:

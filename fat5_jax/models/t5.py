@@ -158,7 +158,9 @@ def reorder_cache(cache: Any, rows_B: jax.Array) -> Any:
   """The cache whose rows of the decoder are those that `rows_B` names."""
 
   def reordered(layer, axis):
-    take = lambda x: jnp.take(x, rows_B, axis=axis)
+    # No row is beyond the cache; unchecked, a CPU takes half the time.
+    rows = (slice(None),) * axis + (rows_B,)
+    take = lambda x: x.at[rows].get(mode="promise_in_bounds")
     return layer | {"self": jax.tree.map(take, layer["self"])}
 
   if isinstance(cache, dict):

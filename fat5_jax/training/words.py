@@ -10,7 +10,7 @@ import jax
 import seqio
 
 from fat5_jax import console
-from fat5_jax.data import seqio_source, sources
+from fat5_jax.data import examples, seqio_source, sources
 from fat5_jax.errors import UserError
 from fat5_jax.evaluation import report
 from fat5_jax.evaluation.generation import InferenceEvaluator
@@ -86,7 +86,16 @@ def closing_words(
   python = "python"
   if shutil.which("python") != sys.executable:
     python = sys.executable
-  columns, example = _example(run.train_dataset_cfg.task())
+  task = run.train_dataset_cfg.task()
+  if examples.is_denoised(task):
+    console.say(
+      f"fine-tune it next, with a recipe:\n  {python} -m fat5_jax.train"
+      " --gin_file=recipes/glue.gin"
+      f" --gin.INITIAL_CHECKPOINT_PATH={shlex.quote(model_dir)}"
+      " --gin.MODEL_DIR=..."
+    )
+    return
+  columns, example = _example(task)
   command = (
     f"{python} -m fat5_jax.infer --gin.MODEL_DIR={shlex.quote(model_dir)}"
   )

@@ -1,7 +1,7 @@
 """kill -9 at any moment, the newest checkpoint damaged between: same bits.
 
 Whatever the batches are made of: padded rows, packed ones, buckets, a mixture,
-noise that is drawn anew in every epoch.
+noise that is drawn anew in every epoch, by SeqIO's steps and by ours.
 """
 
 import csv
@@ -23,15 +23,16 @@ from test_train import (
 from fat5_jax.checkpoints import history
 
 pytestmark = pytest.mark.slow
+# Pairs, and texts of which pieces are asked for.
 MIXTURE = """
+import fat5_jax.data.pretraining as pretraining
+
 MIXTURE_OR_TASK_NAME = @tasks.mixture()
-tasks.mixture.tasks = {
-  @tasks.text_to_text(): 2.0, @other/tasks.text_to_text(): 1.0
-}
+tasks.mixture.tasks = {@tasks.text_to_text(): 2.0, @pretraining.text(): 1.0}
 tasks.mixture.name = 'both'
-other/tasks.text_to_text:
-  inputs = 'not {text}'
-  name = 'other'
+pretraining.text:
+  source = @sources.Files()
+  vocabulary = %VOCABULARY
 """
 # A task of SeqIO's own, whose last step draws what an epoch sees of a row.
 NOISY = """

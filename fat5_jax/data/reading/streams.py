@@ -16,6 +16,7 @@ import numpy as np
 import seqio
 
 from fat5_jax.data import examples, seqio_tasks
+from fat5_jax.data.denoising import Segments
 from fat5_jax.data.layouts import Example, Limits
 from fat5_jax.data.reading.order import CHUNK, Order
 from fat5_jax.data.reading.store import Store
@@ -110,10 +111,12 @@ class Stored(_Portable):
     return describe(self.store, self._limits)
 
 
-def describe(store: Store, limits: dict[str, int]) -> str:
+def describe(
+  store: Store, limits: dict[str, int], what: str = "examples"
+) -> str:
   """What a person should know of a store."""
   facts = store.facts
-  parts = [f"{len(store):,} examples, {facts['tokens']:,} tokens of inputs"]
+  parts = [f"{len(store):,} {what}, {facts['tokens']:,} tokens of inputs"]
   if facts["skipped"]:
     parts.append(f"{facts['skipped']:,} bad rows left out")
   if facts["unknown"]:
@@ -213,6 +216,64 @@ class Remade(_Blocks):
     return (chunk + share) * CHUNK / self.length
 
 
+class Denoised(_Portable):
+  """A store of texts, in other pieces with other noise in every epoch.
+
+  What is cut where, and how long both sides are, is drawn a chunk of texts at a
+  time, before any of them is read.
+  """
+
+  def __init__(
+    self,
+    task: seqio.Task,
+    store: Store,
+    limits: dict[str, int],
+    seed: Sequence[int] | None,
+  ):
+    self.name, self.length = task.name, len(store)
+    self.store, self._limits = store, limits
+    self._shuffles, self._seed = seed is not None, list(seed or [0])
+    self._order = Order(len(store), seed)
+    self._objective = examples.objective(task, limits)
+    self._chunk = functools.lru_cache(maxsize=_KEPT)(self._segments)
+
+  def _segments(self, chunk: int) -> tuple[np.ndarray, Segments]:
+    """(numbers of texts, what is cut out of them)."""
+    epochs, numbers = self._order.chunk(chunk)
+    lengths = self.store.lengths["inputs"][numbers]
+    seed = [*self._seed, chunk]
+    return numbers, self._objective.cut(
+      lengths, seed, epochs if self._shuffles else None
+    )
+
+  def sizes(self, chunk: int) -> np.ndarray:
+    return self._chunk(chunk)[1].sizes_N2
+
+  def longest(self) -> list[int]:
+    return list(self._limits.values())
+
+  def read(self, places: Sequence[tuple[int, int]]) -> list[Example]:
+    texts = [
+      int(self._chunk(k)[0][self._chunk(k)[1].texts[j]]) for k, j in places
+    ]
+    unique, which = np.unique(texts, return_inverse=True)
+    found = self.store.read(unique, ["inputs"])
+    return [
+      self._objective.example(
+        found[text]["inputs"], self._chunk(k)[1], j, [*self._seed, k]
+      )
+      for text, (k, j) in zip(which, places)
+    ]
+
+  def epochs(self, chunk: int, number: int) -> float:
+    share = number / max(len(self._chunk(chunk)[1]), 1)
+    return (chunk + share) * CHUNK / self.length
+
+  def describe(self) -> str:
+    told = describe(self.store, {}, "texts")
+    return f"{told}; {self._objective.describe()}"
+
+
 class Endless(_Blocks):
   """Rows that are only read one after the other, and never prepared.
 
@@ -234,6 +295,9 @@ class Endless(_Blocks):
     self._task, self._split, self._seed = task, split, seed
     self._rows: Iterator[Example] | None = None
     self._next = 0
+    self._objective = None
+    if examples.is_denoised(task):
+      self._objective = examples.objective(task, limits)
 
   def _read(self) -> Iterator[Example]:
     while True:
@@ -251,9 +315,18 @@ class Endless(_Blocks):
     next(itertools.islice(self._rows, skipped, skipped), None)
     found = list(itertools.islice(self._rows, _SHUFFLED_ROWS))
     self._next = chunk + 1
+    if self._objective is not None:
+      return self._denoised(found, chunk)
     if self._seed is None:
       return found
     return _shuffled(found, self._seed, chunk)
+
+  def _denoised(self, texts: list[Example], chunk: int) -> list[Example]:
+    return self._objective.examples(
+      [text["inputs"] for text in texts],
+      [*(self._seed or [0]), chunk],
+      self._seed is not None,
+    )
 
   def describe(self) -> str:
     return (

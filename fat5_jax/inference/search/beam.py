@@ -23,6 +23,7 @@ from typing import Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from fat5_jax.inference.search import top
 from fat5_jax.inference.search.ask import Ask, Found
 
 Rule = Literal["hf", "t5x"]
@@ -77,13 +78,15 @@ def beam_search(
 
   def candidates(state: _State, logits_N1V):
     """(scores, ways, tokens), (B, 2 W) each, the best first."""
-    log_p_NV = jax.nn.log_softmax(logits_N1V[:, -1].astype(jnp.float32))
+    logits_NV = logits_N1V[:, -1].astype(jnp.float32)
+    log_p_NV = logits_NV - jax.nn.logsumexp(logits_NV, -1, keepdims=True)
     tokens_NL = state.live_BWL.reshape(-1, state.live_BWL.shape[-1])
     log_p_NV = ask.constrained(log_p_NV, tokens_NL, state.index)
     vocab = log_p_NV.shape[-1]
     log_p_BWV = log_p_NV.reshape(ask.batch_size, size, vocab)
     total_BWV = state.live_scores_BW[:, :, None] + log_p_BWV
-    scores_BK, places_BK = _best(total_BWV, 2 * size)
+    total_BC = total_BWV.reshape(ask.batch_size, -1)
+    scores_BK, places_BK = top.top_k(total_BC, 2 * size)
     forced_B, is_forced_B = ask.forced(state.index)
     # Inside a prompt one beam lives, as at the start.
     one_BK = jnp.where(rank_K == 0, 0.0, -jnp.inf)[None]
@@ -194,9 +197,3 @@ def _take(x_BK: jax.Array, places_BW: jax.Array) -> jax.Array:
   """Those of (B, K, ...) that (B, W) names: (B, W, ...)."""
   places = places_BW.reshape(*places_BW.shape, *(1,) * (x_BK.ndim - 2))
   return jnp.take_along_axis(x_BK, places, axis=1)
-
-
-def _best(total_BWV: jax.Array, count: int) -> tuple[jax.Array, jax.Array]:
-  """(values, places in (W V)) of the best of each row, (B, count)."""
-  flat_BC = total_BWV.reshape(total_BWV.shape[0], -1)
-  return jax.lax.top_k(flat_BC, count)

@@ -8,6 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from fat5_jax.inference.search import top
 from fat5_jax.inference.search.ask import Ask, Found
 
 # (logits (N, V) that are allowed, index) -> tokens (N,).
@@ -16,7 +17,7 @@ Choose = Callable[[jax.Array, Any], jax.Array]
 
 def greedy_search(ask: Ask) -> Found:
   """The most likely token, one after the other; one answer a row."""
-  return walk(ask, 1, lambda logits_NV, _: logits_NV.argmax(axis=-1))
+  return walk(ask, 1, lambda logits_NV, _: top.argmax(logits_NV))
 
 
 def walk(ask: Ask, ways: int, choose: Choose) -> Found:
