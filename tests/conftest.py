@@ -25,6 +25,13 @@ if os.environ["JAX_PLATFORMS"] == "cpu":
     ]
   os.environ["XLA_FLAGS"] = " ".join([os.environ.get("XLA_FLAGS", ""), *flags])
 
+if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+  # A program is compiled once for all workers, and the processes they start.
+  _PROGRAMS = tempfile.TemporaryDirectory(prefix="fat5_jax_programs_")
+  os.environ["JAX_COMPILATION_CACHE_DIR"] = _PROGRAMS.name
+  os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.3"
+  os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
+
 import pytest
 
 # Prepared data of tests is for this process, and those that it starts, alone.
