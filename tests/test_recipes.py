@@ -64,6 +64,9 @@ def user(tmp_path_factory):
     "index\tsentence\n"
     + "".join(f"{i}\t{s}\n" for i, s in enumerate(sentences))
   )
+  (folder / "text").mkdir()
+  for file in ("train", "validation"):
+    (folder / "text" / f"{file}.txt").write_text("\n".join(sentences))
   (folder / "super_glue").mkdir()
   super_glue_rows.write(folder / "super_glue")
   sts = folder / "glue" / "STS-B"
@@ -109,6 +112,10 @@ FILES = lambda name: (
   f"--gin.VALIDATION_FILES={name}",
 )
 NEEDS = {
+  "span_corruption.gin": (
+    "--gin_file=models/from_checkpoint.gin",
+    "--gin.DATA_DIR=text",
+  ),
   "answer.gin": (
     *FILES("qa.jsonl"),
     "--gin.TASK_FEATURE_LENGTHS={'inputs': 48}",
