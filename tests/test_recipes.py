@@ -121,6 +121,11 @@ NEEDS = {
     "--gin.TASK_FEATURE_LENGTHS={'inputs': 48}",
   ),
   "embed.gin": FILES("pairs.tsv"),
+  "fat5_from_scratch.gin": (
+    "--gin.TRAIN_FILES=text/train.txt",
+    "--gin.VALIDATION_FILES=text/validation.txt",
+    "--gin.config.T5Config.vocab_size=32128",
+  ),
   "lm_head.gin": (*GLUE, "--gin.HEAD_WIDTHS=(24, 32)"),
   "super_glue.gin": ("--gin.DATA_DIR=super_glue",),
   "tag.gin": FILES("tags.conll"),
@@ -142,7 +147,7 @@ def run(user, monkeypatch, capfd, command, *flags):
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_a_recipe_builds(recipe, user, monkeypatch, capfd, shared_vocabulary):
   flags = [f"--gin_file=recipes/{recipe}", *NEEDS.get(recipe, GLUE)]
-  if recipe in ("glue_cpu.gin", "tiny_cpu.gin"):
+  if recipe in ("glue_cpu.gin", "tiny_cpu.gin", "fat5_from_scratch.gin"):
     flags.append(f"--gin.VOCAB_FILE={shared_vocabulary}")
   elif recipe != "quickstart.gin":
     flags.append("--gin.INITIAL_CHECKPOINT_PATH=t5")
