@@ -195,6 +195,11 @@ MACROS: dict[str, Macro] = {
   "EMA_DECAY": Macro(
     _or_none(_rate()), "average the parameters; the average is what is kept"
   ),
+  "PARAMETER_DTYPE": Macro(
+    _choice("float32", "bfloat16"),
+    "of parameters as they train; in bfloat16 Kahan's compensation, a part of"
+    " the optimizer's state, keeps what rounding would lose",
+  ),
   "KEEP_BEST": Macro(
     _or_none(_text), "TASK/METRIC; the best step stays, whatever KEEP says"
   ),
@@ -263,7 +268,11 @@ MACROS: dict[str, Macro] = {
   "STRIDE": Macro(_length, "tokens between the windows of a long text"),
   # The objective.
   "LEARNING_RATE": Macro(_number(), "what the schedule multiplies"),
-  "SCHEDULE": Macro(_text, "T5X's factors, joined by *"),
+  "SCHEDULE": Macro(
+    _text,
+    "T5X's factors, joined by *; cosine_to_end and linear_to_end fall until"
+    " TRAIN_STEPS",
+  ),
   "WARMUP_STEPS": Macro(_whole(0, _STEPS), "of the schedule"),
   "DROPOUT_RATE": Macro(_rate(), "of the model"),
   "LABEL_SMOOTHING": Macro(_rate(), "of the targets"),

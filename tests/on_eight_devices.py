@@ -311,6 +311,40 @@ def test_fsdp_leaves_a_device_an_eighth_of_the_state():
         assert here * 8 == x.size, path
 
 
+def test_compensation_and_momentum_lie_as_their_parameters_do():
+  """bfloat16 parameters from float32 ones, under Muon."""
+  model = factory.create(CONFIG.replace(scan_layers=True))
+  partitioner = Partitioner(mesh=MESHES["2x2x2"])
+  params = Program(model, partitioner, ADAMW).init_state().params
+  exact = jax.tree.map(np.asarray, params)
+  kahan = optimizers.Compensated(optimizers.muon(0.01))
+  state = Program(model, partitioner, kahan).state_from(7, params)
+  wanted = {
+    trees.path_keys(path): x.sharding
+    for path, x in jax.tree_util.tree_leaves_with_path(state.params)
+  }
+  assert not any(x.is_fully_replicated for k, x in wanted.items() if "mlp" in k)
+  seen = set()
+  for path, x in jax.tree_util.tree_leaves_with_path(state.opt_state):
+    keys = trees.path_keys(path)
+    for start in range(len(keys)):
+      if keys[start:] in wanted:
+        assert x.sharding.is_equivalent_to(wanted[keys[start:]], x.ndim), keys
+        seen.add(keys[:start])
+  assert seen == {
+    ("compensation",),
+    ("inner", "0", "matrices", "0", "mu"),
+    ("inner", "0", "others", "0", "mu"),
+    ("inner", "0", "others", "0", "nu"),
+  }
+  for x, p, c in zip(
+    *map(jax.tree.leaves, (exact, state.params, state.opt_state.compensation))
+  ):
+    assert p.dtype == c.dtype == "bfloat16"
+    kept = np.asarray(p).astype(float) + np.asarray(c).astype(float)
+    assert (np.abs(kept - x) <= 2.0**-17 * np.abs(x)).all()
+
+
 def test_a_checkpoint_goes_from_one_mesh_and_layout_to_another(tmp_path):
   def made(mesh, scan):
     config = CONFIG.replace(scan_layers=scan)

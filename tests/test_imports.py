@@ -67,6 +67,7 @@ ALLOWED = {
     *("fat5_jax.checkpoints", "fat5_jax.data", "fat5_jax.distributed"),
     *("fat5_jax.evaluation", "fat5_jax.loggers", "fat5_jax.models"),
     *("fat5_jax.objectives", "fat5_jax.inference.decoding"),
+    "fat5_jax.optimizers",
   },
   "fat5_jax/planning": {
     *("jax", "numpy", "fat5_jax.convert.plain_files"),

@@ -238,7 +238,8 @@ class Checkpointer:
     except (ValueError, KeyError, TypeError) as e:
       raise UserError(
         f"{self._folder}: the optimizer of step {step} is that of"
-        " other settings (optimizer, TRAINABLE, FROZEN, EMA_DECAY):"
+        " other settings (optimizer, TRAINABLE, FROZEN, EMA_DECAY,"
+        " PARAMETER_DTYPE):"
         f" {str(e).splitlines()[0][:200]}. Use another --gin.MODEL_DIR=..., and"
         " this one as INITIAL_CHECKPOINT_PATH"
       ) from None

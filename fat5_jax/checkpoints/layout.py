@@ -68,17 +68,26 @@ def to_hosts(stacked: jax.Array) -> Sequence[jax.Array]:
   return jax.block_until_ready(split(stacked))
 
 
-def open_item(folder: str, abstract: Any) -> Any:
+def open_item(folder: str, abstract: Any, within: tuple[str, ...] = ()) -> Any:
   """Functions that read the arrays of an item of a checkpoint.
 
   They are for to_run_layout. Each reads one array, of it the parts that this
   host's devices hold, and places it as `abstract` says: orbax's own reader
   keeps many whole tensors in memory at once.
 
+  Args:
+    folder: that of the item.
+    abstract: shapes of its arrays, and where they shall lie.
+    within: the path, in the item, of the subtree that is read.
+
   Raises:
     ValueError: if the item holds other arrays.
   """
-  leaves = orbax_files.read_item(folder)
+  leaves = {
+    where[len(within) :]: leaf
+    for where, leaf in orbax_files.read_item(folder).items()
+    if where[: len(within)] == within
+  }
   paths, structure = jax.tree_util.tree_flatten_with_path(abstract)
   reads = []
   for path, target in paths:

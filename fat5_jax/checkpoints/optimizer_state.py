@@ -7,6 +7,7 @@ import os
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from fat5_jax import storage, trees
@@ -32,6 +33,8 @@ def load_optimizer(
 ) -> Any:
   """Optimizer state of a checkpoint to start a run from.
 
+  Of one of bfloat16 parameters, that without the compensation.
+
   Args:
     source: the checkpoint.
     abstract: shapes of the state, in the run's layout.
@@ -50,8 +53,9 @@ def load_optimizer(
     if reason := integrity.problem(source.path, ("optimizer",)):
       raise UserError(f"{source.path} is damaged ({reason})")
     try:
+      within = ("inner",) if _compensation(source) else ()
       path = os.path.join(source.path, "optimizer")
-      found = layout.open_item(path, on_disk)
+      found = layout.open_item(path, on_disk, within)
     except storage.StorageError:
       raise
     except (ValueError, KeyError, TypeError) as e:
@@ -65,10 +69,55 @@ def load_optimizer(
 
 def has_average(source: CheckpointRef) -> bool:
   """Whether its parameters are an average (training/averaging.py)."""
+  return any(
+    where[0] == "average" or where[:2] == ("inner", "average")
+    for where in _leaves(source)
+  )
+
+
+def compensated(
+  source: CheckpointRef, params: Any, partitioner: Partitioner
+) -> Any:
+  """float32 parameters of a checkpoint, in full.
+
+  Those of a bfloat16 run are rounded, and its optimizer has the rest.
+  """
+  leaves = _compensation(source)
+  if not leaves or has_average(source):
+    return params
+  abstract = jax.tree.map(
+    lambda x: jax.ShapeDtypeStruct(x.shape, jnp.bfloat16, sharding=x.sharding),
+    params,
+  )
+
+  def read(path, target):
+    leaf = leaves.get(trees.path_keys(path))
+    if leaf is None:  # It did not train.
+      return functools.partial(jnp.zeros, target.shape, target.dtype)
+    return functools.partial(put, target, leaf)
+
+  reads = jax.tree_util.tree_map_with_path(
+    read, partitioner.place(layout.to_disk_layout(abstract))
+  )
+  rest = layout.to_run_layout(reads, abstract)
+  return jax.jit(
+    lambda params, rest: jax.tree.map(jnp.add, params, rest), donate_argnums=0
+  )(params, rest)
+
+
+def _compensation(source: CheckpointRef) -> table.Leaves:
+  """The compensation of parameters (optimizers.Compensated) by their paths."""
+  return {
+    where[1:]: leaf
+    for where, leaf in _leaves(source).items()
+    if where[0] == "compensation"
+  }
+
+
+def _leaves(source: CheckpointRef) -> table.Leaves:
   if source.kind != "fat5":
-    return False
-  leaves = orbax_files.read_item(os.path.join(source.path, "optimizer"))
-  return any(where[0] == "average" for where in leaves)
+    return {}
+  return orbax_files.read_item(os.path.join(source.path, "optimizer"))
 
 
 def _adafactor_reads(source: CheckpointRef, on_disk: Any) -> Any:

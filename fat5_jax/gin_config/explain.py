@@ -21,6 +21,7 @@ _BOUND = {
     "adafactor",
     "adamw",
     "create_learning_rate_scheduler",
+    "muon",
   ),
   "fat5_jax.models.config": ("T5Config", "HeadConfig", "LoRAConfig"),
 }

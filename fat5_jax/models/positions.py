@@ -30,7 +30,7 @@ class RelativePositionBias(nn.Module):
       jnp.float32,
     )
     return RelativeBuckets(
-      table_HN,
+      table_HN.astype(jnp.float32),
       bidirectional=self.bidirectional,
       max_distance=config.relative_attention_max_distance,
     )

@@ -7,6 +7,7 @@ import math
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import optax
 
 from fat5_jax import trees
@@ -55,6 +56,14 @@ class Optimizer(optax.GradientTransformationExtraArgs):
     return made
 
 
+def keep_attributes(made: Any, inner: Any) -> Any:
+  """`made`, around an optimizer, with what an Optimizer says beside optax."""
+  for name in ("learning_rate", "skip_nan_updates"):
+    if hasattr(inner, name):
+      setattr(made, name, getattr(inner, name))
+  return made
+
+
 def as_schedule(learning_rate: Schedule | float) -> Schedule:
   return learning_rate if callable(learning_rate) else lambda _: learning_rate
 
@@ -100,3 +109,26 @@ def chain(clip_threshold, multipliers, *transforms):
   if multipliers:
     transforms = (*transforms, scale_by_pattern(multipliers))
   return optax.chain(*transforms)
+
+
+def at_rate(
+  transform: optax.GradientTransformation,
+  rate_at: Schedule,
+  count: Callable[[Any], jax.Array],
+) -> optax.GradientTransformationExtraArgs:
+  """A transformation, times minus the rate of the step.
+
+  Args:
+    transform: gives directions.
+    rate_at: the schedule.
+    count: of the transformation's state; the step where a run tells none.
+  """
+
+  def update(grads, state, params=None, *, step=None, **_):
+    rate = rate_at(count(state) if step is None else step)
+    updates, state = transform.update(grads, state, params)
+    return jax.tree.map(
+      lambda u: jnp.asarray(-rate, u.dtype) * u, updates
+    ), state
+
+  return optax.GradientTransformationExtraArgs(transform.init, update)

@@ -114,7 +114,8 @@ class Estimator:
     # What of an optimizer's state is as large as parameters lies as they do.
     total, state = sum(self._sizes.values()), self._optimizer_bytes
     state *= params.split / total if state > total else 1.0
-    memory = params.split * 8 + state
+    # Parameters, and gradients of their type.
+    memory = params.split * 2 * program.parameter_dtype.itemsize + state
     memory += 2 * rows / parts * layers * kept
     if policy in ("none", "gathered"):
       memory += 2 * params.whole_in_layers * 1.5

@@ -28,7 +28,7 @@ class Memory:
   """Bytes on the fullest chip; `needed` is what must fit.
 
   Attributes:
-    parameters: float32.
+    parameters: as they train, float32 or bfloat16.
     optimizer: its state.
     temporary: activations, gathered parameters, gradients, scratch.
     program: the code.

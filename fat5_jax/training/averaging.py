@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from fat5_jax.optimizers import CompensatedState, keep_attributes
 from fat5_jax.training import trainable
 
 
@@ -51,10 +52,7 @@ class Averaged(optax.GradientTransformationExtraArgs):
       return updates, AveragedState(inner_state, average, seen)
 
     made = super().__new__(cls, init, update)
-    for name in ("learning_rate", "skip_nan_updates"):
-      if hasattr(optimizer, name):
-        setattr(made, name, getattr(optimizer, name))
-    return made
+    return keep_attributes(made, optimizer)
 
 
 def swapped(params: Any, opt_state: Any, trains: Any) -> tuple[Any, Any]:
@@ -62,6 +60,9 @@ def swapped(params: Any, opt_state: Any, trains: Any) -> tuple[Any, Any]:
 
   As they are, where there is no average.
   """
+  if isinstance(opt_state, CompensatedState):
+    params, inner = swapped(params, opt_state.inner, trains)
+    return params, opt_state._replace(inner=inner)
   if not isinstance(opt_state, AveragedState):
     return params, opt_state
   live, frozen = trainable.split(params, trains)
@@ -70,3 +71,17 @@ def swapped(params: Any, opt_state: Any, trains: Any) -> tuple[Any, Any]:
     trainable.merge(average, frozen) if frozen else average,
     opt_state._replace(average=live),
   )
+
+
+def core(opt_state: Any) -> Any:
+  """The state of the optimizer itself, without what is kept around it."""
+  while isinstance(opt_state, AveragedState | CompensatedState):
+    opt_state = opt_state.inner
+  return opt_state
+
+
+def with_core(opt_state: Any, other: Any) -> Any:
+  """The inverse of `core`: what is kept around an optimizer, around another."""
+  if not isinstance(opt_state, AveragedState | CompensatedState):
+    return other
+  return opt_state._replace(inner=with_core(opt_state.inner, other))

@@ -28,7 +28,9 @@ class Program:
     model: a `models.t5.Transformer`, or a head.
     partitioner: the mesh, and where arrays lie on it.
     optimizer: an optax transformation, its learning rate inside; see
-      optimizers.Optimizer.
+      optimizers.Optimizer. Parameters are bfloat16 where it is
+      optimizers.Compensated, and float32 with all others, which would lose
+      small updates.
     seed: of initial parameters and dropout.
     z_loss: see steps.make_train_step, as for the rest.
     trainable: see trainable.choose.
@@ -56,10 +58,19 @@ class Program:
     trainable.check_lora(params, self.model.config)
     return trainable.choose(params, self.trainable, self.frozen)
 
+  @property
+  def parameter_dtype(self) -> jnp.dtype:
+    return getattr(self.optimizer, "parameter_dtype", jnp.dtype(jnp.float32))
+
   def _init(self) -> steps.TrainState:
     params = initial.init_params(self.model, self.seed)
+    return steps.TrainState(jnp.int32(0), *self._start(params))
+
+  def _start(self, params: Any) -> tuple[Any, Any]:
+    """(parameters as they train, fresh optimizer state) of float32 ones."""
     trained, _ = trainable.split(params, self.trains)
-    return steps.TrainState(jnp.int32(0), params, self.optimizer.init(trained))
+    as_kept = jax.tree.map(lambda x: x.astype(self.parameter_dtype), params)
+    return as_kept, self.optimizer.init(trained)
 
   @functools.cached_property
   def abstract_state(self) -> steps.TrainState:
@@ -106,23 +117,39 @@ class Program:
     )
     return steps.TrainState(state.step, params, opt_state)
 
-  def averaged(self, inner: Any, params: Any) -> averaging.AveragedState:
-    """The state of an average that begins with parameters."""
-    trained, _ = trainable.split(params, self.trains)
-    # A copy: a step gives up the parameters and the average, each once.
-    start = self.partitioner.jit(
-      lambda tree: jax.tree.map(jnp.copy, tree),
-      out_shardings=_shardings(self.abstract_state.opt_state.average),
-    )(trained)
-    return averaging.AveragedState(inner, start, jnp.int32(0))
+  @functools.cached_property
+  def abstract_start(self) -> Any:
+    """Shapes and shardings of the float32 parameters of `state_from`."""
+    as_float32 = lambda x: x.update(dtype=jnp.float32)
+    return jax.tree.map(as_float32, self.abstract_state.params)
 
-  def init_optimizer(self, params: Any) -> Any:
-    """A fresh optimizer state for parameters."""
-    trained, _ = trainable.split(params, self.trains)
-    return self.partitioner.jit(
-      self.optimizer.init,
-      out_shardings=_shardings(self.abstract_state.opt_state),
-    )(trained)
+  def state_from(
+    self, step: int, params: Any, core: Any = None
+  ) -> steps.TrainState:
+    """The state of a run that begins with parameters.
+
+    Args:
+      step: the one that they are of.
+      params: float32, as `abstract_start`; not to be used again.
+      core: state of the optimizer (averaging.core) to go on with; None is a
+        fresh one.
+    """
+    wanted = lambda state: state
+    if core is not None:
+      wanted = functools.partial(averaging.with_core, other=())
+    opt_state = self.partitioner.jit(
+      lambda params: wanted(self._start(params)[1]),
+      out_shardings=wanted(_shardings(self.abstract_state.opt_state)),
+    )(params)
+    if core is not None:
+      opt_state = averaging.with_core(opt_state, core)
+    if self.parameter_dtype != jnp.float32:
+      params = self.partitioner.jit(
+        lambda params: self._start(params)[0],
+        donate_argnums=0,
+        out_shardings=_shardings(self.abstract_state.params),
+      )(params)
+    return steps.TrainState(jnp.int32(step), params, opt_state)
 
   @functools.cached_property
   def train_step(self):

@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 import dataclasses
 import functools
-from typing import Any
+from typing import Any, Literal
 
 from flax import linen as nn
 import optax
 
+from fat5_jax import macros, optimizers
 from fat5_jax.checkpoints import CheckpointConfig
 from fat5_jax.data import checks, pipeline
 from fat5_jax.distributed import hosts
@@ -54,6 +55,8 @@ class Run:
     decoding: how a language model's predictions are searched for.
     ema_decay: of an average of the parameters (averaging.py), which then is
       what is evaluated and kept; None averages nothing.
+    parameter_dtype: of the parameters as they train; "bfloat16" compensates the
+      optimizer's updates (optimizers.Compensated).
     keep_best: TASK/METRIC of the evaluations whose best step stays, whatever
       `keep` says; None follows none.
     best_mode: "max" or "min"; None by the metric's name.
@@ -92,6 +95,7 @@ class Run:
   frozen: str | None = None
   decoding: Decoding = Decoding()
   ema_decay: float | None = None
+  parameter_dtype: Literal["float32", "bfloat16"] = "float32"
   keep_best: str | None = None
   best_mode: str | None = None
   patience: int | None = None
@@ -117,6 +121,12 @@ class Run:
         raise UserError(
           f"{name} builds a {type(value).__name__}: no {kind.__name__}"
         )
+    macros.check("PARAMETER_DTYPE", self.parameter_dtype, "parameter_dtype")
+    if isinstance(self.optimizer, optimizers.Compensated):
+      raise UserError(
+        "OPTIMIZER is Compensated: give the one inside of it, and"
+        " PARAMETER_DTYPE = 'bfloat16'"
+      )
     if self.patience is not None and self.keep_best is None:
       raise UserError(
         f"PATIENCE = {self.patience} needs a metric: KEEP_BEST = 'TASK/METRIC'"
@@ -150,7 +160,7 @@ class Run:
     return Program(
       self.model,
       self.partitioner,
-      self._averaging_optimizer(),
+      self._whole_optimizer(),
       seed=self.random_seed,
       z_loss=self.z_loss,
       label_smoothing=self.label_smoothing,
@@ -160,10 +170,14 @@ class Run:
       frozen=self.frozen,
     )
 
-  def _averaging_optimizer(self) -> optax.GradientTransformation:
-    if self.ema_decay is None:
-      return self.optimizer
-    return averaging.Averaged(self.optimizer, self.ema_decay)
+  def _whole_optimizer(self) -> optax.GradientTransformation:
+    optimizer = self.optimizer
+    if self.ema_decay is not None:
+      optimizer = averaging.Averaged(optimizer, self.ema_decay)
+    if self.parameter_dtype == "bfloat16":
+      # Around the average, which then is one of float32 sums.
+      optimizer = optimizers.Compensated(optimizer)
+    return optimizer
 
   @functools.cached_property
   def own_head(self) -> dict[str, Any] | None:

@@ -11,8 +11,7 @@ from fat5_jax import console, trees
 from fat5_jax.checkpoints import load, optimizer_state, reference
 from fat5_jax.checkpoints.checkpointer import Checkpointer
 from fat5_jax.distributed import hosts
-from fat5_jax.training import same_run
-from fat5_jax.training.averaging import AveragedState
+from fat5_jax.training import averaging, same_run
 from fat5_jax.training.run import Run
 from fat5_jax.training.steps import TrainState
 
@@ -69,7 +68,8 @@ def _beginning(run: Run) -> dict[str, Any]:
 
 
 def _own_checkpoint(run, checkpointer, model_dir, step) -> Start:
-  abstract, data = run.program.abstract_state, _beginning(run)
+  data = _beginning(run)
+  abstract = run.program.swapped(run.program.abstract_state)
   params, opt_state, found = checkpointer.restore(
     step, abstract.params, abstract.opt_state, run.partitioner
   )
@@ -90,32 +90,31 @@ def _own_checkpoint(run, checkpointer, model_dir, step) -> Start:
 
 def _other_checkpoint(run: Run) -> Start:
   program, restore = run.program, run.checkpoint_cfg.restore
-  abstract = program.abstract_state
   params, source, fresh = load.load_params(
     restore.path,
     run.model.config,
-    abstract.params,
+    program.abstract_start,
     run.partitioner,
     restore.reinitialize,
     program.fresh_params,
   )
-  begin_step, opt_state = 0, None
+  begin_step, core = 0, None
   if source.has_optimizer and source.continues:
     begin_step = reference.read_step(source)
-    opt_state = _its_optimizer(run, source, params)
-  if opt_state is None:
-    opt_state = program.init_optimizer(params)
+    params = optimizer_state.compensated(source, params, run.partitioner)
+    core = _its_optimizer(run, source)
   console.say(f"starting from {source.path}, step {begin_step}")
   if fresh:
     console.say(f"not in it, so initialised: {', '.join(fresh)}")
-  state = TrainState(jnp.int32(begin_step), params, opt_state)
+  state = program.state_from(begin_step, params, core)
   return Start(state, begin_step, begin_step, _beginning(run))
 
 
-def _its_optimizer(
-  run: Run, source: reference.CheckpointRef, params: Any
-) -> Any:
-  """The state of a checkpoint's optimizer, None where it is not the run's."""
+def _its_optimizer(run: Run, source: reference.CheckpointRef) -> Any:
+  """The state of a checkpoint's optimizer, None where it is not the run's.
+
+  Without what is kept around it (averaging.core).
+  """
   abstract = run.program.abstract_state
   if optimizer_state.has_average(source):
     # Its live parameters are not those that the run starts from.
@@ -124,16 +123,13 @@ def _its_optimizer(
   if len(run.program.trains) < len(trees.flatten(abstract.params)):
     console.say("a part of the parameters trains: a fresh optimizer")
     return None
-  wanted = abstract.opt_state
-  averages = isinstance(wanted, AveragedState)
   try:
-    found = optimizer_state.load_optimizer(
+    return optimizer_state.load_optimizer(
       source,
-      wanted.inner if averages else wanted,
+      averaging.core(abstract.opt_state),
       abstract.params,
       run.partitioner,
     )
-    return run.program.averaged(found, params) if averages else found
   except optimizer_state.OtherOptimizerError as e:
     if source.kind == "fat5":
       raise

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from fat5_jax import objectives
+from fat5_jax import objectives, trees
 from fat5_jax.models.config import T5Config
 from fat5_jax.objectives import totals
 from fat5_jax.training import trainable
@@ -84,7 +84,7 @@ def make_train_step(
     trained, frozen = params
 
     def loss_fn(trained):
-      both = trainable.merge(trained, frozen)
+      both = _as_used(trainable.merge(trained, frozen))
       return objective.loss_and_sums(
         model, both, batch, weights_BL, normalizer, rng
       )
@@ -151,9 +151,26 @@ def make_train_step(
   return train_step
 
 
+def _as_used(params: Any) -> Any:
+  """bfloat16 parameters as float32, those of the layers' products excepted.
+
+  Gradients of the others are sums over tokens and devices, which bfloat16 would
+  not hold. Those of the layers' kernels are products in the dtype of the
+  products anyway, and a scan would keep the float32 ones of all its layers.
+  """
+
+  def used(path, x):
+    *where, name = trees.path_keys(path)
+    is_product = name == "kernel" and any(k.startswith("layers") for k in where)
+    return x if is_product else x.astype(jnp.float32)
+
+  return jax.tree_util.tree_map_with_path(used, params)
+
+
 def _squares(tree: Any) -> jax.Array:
   """(P,): the sum of the squares of each array of a tree."""
-  return jnp.stack([jnp.sum(jnp.square(x)) for x in jax.tree.leaves(tree)])
+  square = lambda x: jnp.square(x.astype(jnp.float32))
+  return jnp.stack([jnp.sum(square(x)) for x in jax.tree.leaves(tree)])
 
 
 def make_eval_step(
