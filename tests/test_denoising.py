@@ -270,12 +270,13 @@ def lines(count=60, seed=0):
   ]
 
 
-def config(rows, objective="ul2", **options):
+def config(rows, objective="ul2", text_length=None, **options):
   given = [{"text": line} for line in rows]
   source = sources.Function(
     {"train": lambda: given, "validation": lambda: given[:7]}
   )
-  task = pretraining.text(source, BYTES, objective, name="corpus")
+  how = {"name": "corpus", "text_length": text_length}
+  task = pretraining.text(source, BYTES, objective, **how)
   settings = {"split": "train", "batch_size": 4, "shuffle": True, "pack": True}
   return pipeline.DatasetConfig(task, LENGTHS, **settings | options)
 
@@ -412,6 +413,20 @@ def test_changing_the_objective_prepares_nothing_again(tmp_path):
     if objective == "span_corruption":
       before = prints
   assert prints != before, "a run that goes on must see that it is another"
+
+
+def test_shorter_texts_fill_packed_rows_better():
+  fills = []
+  for most in (None, 16):
+    dataset = config(lines(400), text_length=most)
+    (*found,), _ = batches(dataset, 40)
+    for batch in found:
+      for inputs, targets in pairs(batch):
+        text = rebuilt(without_prefix(inputs[:-1]), targets[:-1], SENTINELS)
+        assert len(text) <= (most or 1000)
+    filled = [np.mean(b["encoder_input_tokens"] != 0) for b in found]
+    fills.append(np.mean(filled))
+  assert fills[1] > fills[0] + 0.1
 
 
 # ---- T5's own tasks, and SeqIO ----------------------------------------------

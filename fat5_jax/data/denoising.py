@@ -439,8 +439,14 @@ class Objective:
     denoisers: Sequence[Denoiser],
     vocabulary: seqio.Vocabulary,
     limits: Mapping[str, int],
+    text_length: int | None = None,
   ):
-    """`limits`: tokens of `inputs` and of `targets`, their ends included.
+    """
+    Args:
+      denoisers: with their rates.
+      vocabulary: of both sides.
+      limits: tokens of `inputs` and of `targets`, their ends included.
+      text_length: no example is of a longer text; None is what both hold.
 
     Raises:
       UserError: if a denoiser has no room there, or no sentinel.
@@ -452,6 +458,8 @@ class Objective:
     self.longest = np.array(
       [self._longest(*pair) for pair in zip(denoisers, self._prefixes)]
     )
+    if text_length is not None:
+      self.longest = np.minimum(self.longest, text_length)
     shares = np.cumsum([d.rate for d in denoisers])
     self._shares = shares / shares[-1]
 

@@ -85,16 +85,21 @@ class Corpus:
     denoisers: of denoising.py.
     piece_length: tokens of the longest piece.
     join: whether rows that come after each other are one text.
+    text_length: see denoising.Objective.
   """
 
   is_windowed = False
   removed = ()
 
   def __init__(
-    self, denoisers: Sequence[Denoiser], piece_length: int, join: bool
+    self,
+    denoisers: Sequence[Denoiser],
+    piece_length: int,
+    join: bool,
+    text_length: int | None,
   ):
     self.denoisers, self.piece_length = tuple(denoisers), piece_length
-    self.join = join
+    self.join, self.text_length = join, text_length
 
   def prepare(
     self, rows: Sequence[Example], features: Features, limits: Limits
@@ -125,7 +130,9 @@ class Corpus:
         "pre-training needs TASK_FEATURE_LENGTHS of inputs and targets, for"
         f" example {EXAMPLE_LENGTHS}"
       )
-    found = Objective(self.denoisers, features["inputs"].vocabulary, limits)
+    found = Objective(
+      self.denoisers, features["inputs"].vocabulary, limits, self.text_length
+    )
     if found.longest.max() > self.piece_length:
       raise UserError(
         f"texts of {found.longest.max():,} tokens fit TASK_FEATURE_LENGTHS, and"

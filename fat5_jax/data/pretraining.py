@@ -39,6 +39,7 @@ def text(
   column: str = "text",
   name: str = "text",
   join: bool = False,
+  text_length: int | None = None,
   piece_length: int = _PIECE,
   skip_bad_rows: bool = False,
 ) -> seqio.Task:
@@ -53,6 +54,9 @@ def text(
     name: under which it is registered.
     join: rows that come after each other are one text, as the lines of a book
       are; else every row is one.
+    text_length: tokens of text of the longest example; None is what just fits
+      TASK_FEATURE_LENGTHS. Shorter ones fill packed rows better where denoisers
+      have sides of unlike length, as UL2's.
     piece_length: most tokens of a text that are kept together; at least those
       of the longest example.
     skip_bad_rows: leave out rows that would be an error. Blank ones always are.
@@ -62,9 +66,11 @@ def text(
   """
   features.check_given(vocabulary, name)
   denoisers = denoising.find(objective)
-  if not isinstance(piece_length, int) or piece_length < 2:
-    raise UserError(f"piece_length = {piece_length!r} must be at least 2")
-  layout = layouts.Corpus(denoisers, piece_length, join)
+  for setting, value in (("piece", piece_length), ("text", text_length)):
+    unset = value is None and setting == "text"
+    if not unset and (not isinstance(value, int) or value < 2):
+      raise UserError(f"{setting}_length = {value!r} must be at least 2")
+  layout = layouts.Corpus(denoisers, piece_length, join, text_length)
 
   def format_row(row: sources.Row) -> sources.Row | None:
     found = preprocessors.text_of(row, column)

@@ -31,6 +31,8 @@ _MAY_CHANGE = re.compile(
   r"^arguments\.(data_dir|metrics)$"
   r"|^source\.(files\.[^.]+|content)\.\d+\.path$"
 )
+# What decides no text of a task to pre-train on, but what is asked about it.
+_DRAWN = ("objective", "text_length")
 # Prints this many lines of a difference, then a count.
 _LISTED = 20
 
@@ -246,7 +248,7 @@ def content_of_split(record: Mapping[str, Any], split: str) -> dict[str, Any]:
   found = dict(record)
   if "arguments" in found:
     arguments = found["arguments"].items()
-    found["arguments"] = {k: v for k, v in arguments if k != "objective"}
+    found["arguments"] = {k: v for k, v in arguments if k not in _DRAWN}
   source = dict(found["source"])
   for key in ("files", "functions", "parts"):
     if key in source:
