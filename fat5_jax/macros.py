@@ -360,6 +360,38 @@ MACROS: dict[str, Macro] = {
     Kind("a list of names, ('query', 'value')", _is_list(_is_text)),
     "the projections that get updates",
   ),
+  # A model from scratch with other positions.
+  "POSITION_ENCODING": Macro(
+    _choice("t5", "alibi", "rope", "fire", "none"),
+    "where tokens learn their place",
+  ),
+  "ALIBI_MODE": Macro(
+    _choice("symmetric", "asymmetric"),
+    "asymmetric: half of the heads see what is before, half what is after",
+  ),
+  "ROTARY_FRACTION": Macro(
+    Kind("a number above 0, 1 at most", lambda v: _is_number(v) and 0 < v <= 1),
+    "of the head dimension, what turns",
+  ),
+  "ROTARY_BASE": Macro(_number(1, open_end=True), "of the wavelengths"),
+  "ROTARY_INTERLEAVED": Macro(
+    _flag, "neighbours turn together, not the two halves"
+  ),
+  "ROTARY_SCALE_BASE": Macro(
+    _or_none(_number(0, open_end=True)),
+    "tokens over which xPos shrinks scores; None is no xPos",
+  ),
+  "ROTARY_SCOPE": Macro(
+    _choice("self_attention", "everything"),
+    "everything: values and cross-attention too, as FAT5",
+  ),
+  "FIRE_MLP_WIDTH": Macro(_whole(1, 2**16), "hidden units of FIRE's network"),
+  "RANDOMIZED_POSITIONS": Macro(
+    _flag, "in training tokens stand at random places, in their order"
+  ),
+  "MAX_POSITIONS": Macro(
+    _whole(1, _STEPS), "places to draw from; xPos is centred at half of them"
+  ),
   # eval and infer.
   "CHECKPOINT_PATH": Macro(_text, "what is read, if not MODEL_DIR's latest"),
   "EVAL_SPLIT": Macro(_or_none(_text), "what is evaluated; None nothing"),

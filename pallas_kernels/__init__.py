@@ -8,7 +8,9 @@ Axis legend, used in every array name of this repository: `B` batch,
 from pallas_kernels.flash_attention.api import flash_attention
 from pallas_kernels.flash_attention.positions import (
   Alibi,
+  AtPositions,
   DistanceVector,
+  Fire,
   FullBias,
   RelativeBuckets,
 )
@@ -17,14 +19,18 @@ from pallas_kernels.linear_cross_entropy import (
   linear_cross_entropy,
 )
 from pallas_kernels.rms_norm import rms_norm
+from pallas_kernels.rope import rotate
 
 __all__ = [
   "Alibi",
+  "AtPositions",
   "DistanceVector",
+  "Fire",
   "FullBias",
   "LossSums",
   "RelativeBuckets",
   "flash_attention",
   "linear_cross_entropy",
   "rms_norm",
+  "rotate",
 ]

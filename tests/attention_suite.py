@@ -16,7 +16,9 @@ import numpy as np
 
 from pallas_kernels import (
   Alibi,
+  AtPositions,
   DistanceVector,
+  Fire,
   RelativeBuckets,
   flash_attention,
 )
@@ -46,6 +48,8 @@ class Case:
   level: float = 0.0
   # Buckets of the first head that are -inf: it does not see their pairs.
   hidden: tuple[int, ...] = ()
+  # Where tokens stand: in their row, at random, or in their segment.
+  places: str = "row"
 
   @property
   def bidirectional(self):
@@ -86,9 +90,38 @@ CASES = {
   "distance vector, scores about -5,000": Case(
     300, 200, position="vector", level=-5_000
   ),
-  "alibi": Case(200, 300, position="alibi"),
+  "alibi": Case(140, 260, heads=1, position="alibi"),
   "alibi, causal, offset": Case(
-    200, 300, position="alibi", causal=True, q_offset=90, segments="padded"
+    *(140, 260),
+    heads=1,
+    position="alibi",
+    causal=True,
+    q_offset=90,
+    segments="padded",
+  ),
+  "asymmetric alibi, traced offset": Case(
+    *(140, 390),
+    position="asymmetric",
+    q_offset=200,
+    traced_offset=True,
+    scores=10,
+  ),
+  "fire, causal, offset, float32": Case(
+    *(200, 300),
+    position="fire",
+    causal=True,
+    q_offset=70,
+    dtype="float32",
+    scores=10,
+  ),
+  "fire, from the start of packed segments": Case(
+    200, 300, position="fire", places="segments", segments="packed", batch=2
+  ),
+  "buckets at random places, padded": Case(
+    300, 280, places="random", segments="padded", hidden=(3,), scores=1_500
+  ),
+  "asymmetric alibi at random places": Case(
+    200, 300, position="asymmetric", places="random"
   ),
   "fully masked rows": Case(150, 270, batch=2, segments="masked"),
   # Far before, the diagonal and one near; the last rows see nothing else.
@@ -151,10 +184,19 @@ def make_inputs(case: Case):
     "buckets": (case.heads, case.buckets[0]),
     "vector": (case.heads, 2 * 50 + 1),
     "alibi": (case.heads,),
+    "asymmetric": (case.heads,),
+    "fire": ((2 + case.heads) * FIRE_WIDTH + case.heads + 2,),
   }[case.position]
   position = np.abs(rng.normal(size=shape)).astype(np.float32)
   if case.position == "alibi":
     position = Alibi.slopes(case.heads)
+  if case.position == "asymmetric":
+    # Far keys count.
+    position = np.resize(np.float32([1 / 64, 1 / 128]), case.heads)
+  if case.position == "fire":
+    position = rng.normal(size=shape).astype(np.float32)
+    # Some queries stand before the threshold.
+    position[-2:] = 0.1, 60.5
   if case.hidden:
     position[0, list(case.hidden)] = -np.inf
   ids = None
@@ -171,9 +213,27 @@ def distances(case):
   return np.arange(case.keys) - queries[:, None]
 
 
+def token_positions(case):
+  """Where queries (B or 1, Q) and keys (B or 1, K) stand, for the bias."""
+  q, kv = np.arange(case.queries) + case.q_offset, np.arange(case.keys)
+  if case.places == "random":
+    rng = np.random.default_rng(case.keys)
+    most = max(case.queries, case.keys)
+    drawn = np.sort(rng.choice(2 * most, most, replace=False))
+    q, kv = drawn[: case.queries], drawn[: case.keys]
+  if case.places == "segments":
+    # Ids rise along a row, but for padding at its end.
+    within = lambda row: np.arange(len(row)) - np.argmax(
+      row[None] == row[:, None], axis=1
+    )
+    return tuple(np.stack([*map(within, ids)]) for ids in make_inputs(case)[2])
+  return q[None], kv[None]
+
+
 def bucket_index(case):
   """(Q, K): which parameter of a head each pair reads."""
-  d = distances(case)
+  q, kv = token_positions(case)
+  d = kv[0] - q[0][:, None]
   if case.position == "vector":
     return np.clip(d, -50, 50) + 50
   num, furthest = case.buckets
@@ -190,20 +250,76 @@ def bucket_index(case):
 
 
 def dense_bias(case, position):
-  """float64 (H, Q, K)."""
+  """float64 (B or 1, H, Q, K)."""
+  q, kv = token_positions(case)
   if case.position is None:
-    return np.zeros((case.heads, case.queries, case.keys))
-  if case.position == "alibi":
-    return -position[:, None, None] * np.abs(distances(case)).astype(float)
-  return position[:, bucket_index(case)].astype(np.float64)
+    return np.zeros((1, case.heads, case.queries, case.keys))
+  if case.position == "fire":
+    return fire(position, case.heads, q, kv)[0]
+  if case.position in ("alibi", "asymmetric"):
+    d = (kv[0] - q[0][:, None]).astype(float)
+    bias = -position[:, None, None] * np.abs(d)
+    if case.position == "asymmetric":
+      half = case.heads // 2
+      bias[:half, d > 0] = bias[half:, d < 0] = -np.inf
+    return bias[None]
+  return position[:, bucket_index(case)].astype(np.float64)[None]
 
 
-def position_gradient(case, position, ds_HQK):
+FIRE_WIDTH = 8
+
+
+def fire_parts(x, heads):
+  """The six arrays of FIRE that lie in one vector."""
+  w = FIRE_WIDTH
+  ends = np.cumsum([w, w, heads * w, heads, 1])
+  hidden, hidden_bias, out, out_bias, c, threshold = (
+    x[a:b] for a, b in zip([0, *ends], [*ends, len(x)])
+  )
+  out = out.reshape(heads, w)
+  return hidden, hidden_bias, out, out_bias, c[0], threshold[0]
+
+
+def fire(x, heads, q_BQ, kv_BK, ds_BHQK=None):
+  """(FIRE's bias, the gradient in x where that of the bias is given)."""
+  x = np.asarray(x, float)
+  w, b, out, out_bias, c, threshold = fire_parts(x, heads)
+  d = (q_BQ[:, :, None] - kv_BK[:, None]).astype(float)
+  most = np.maximum(q_BQ, abs(threshold)).astype(float)
+  a, n = np.log(abs(c * d) + 1), np.log(abs(c * most) + 1)[..., None] + 1e-6
+  part = np.sign(d) * a / n
+  hidden = part[..., None] * w + b
+  active = hidden > 0
+  relu = hidden * active
+  bias = np.einsum("bqkw,hw->bhqk", relu, out) + out_bias[:, None, None]
+  if ds_BHQK is None:
+    return bias, None
+  ds = np.asarray(ds_BHQK, float)
+  if len(ds) > len(d):
+    ds = ds.sum(axis=0, keepdims=True)
+  dout = np.einsum("bhqk,bqkw->hw", ds, relu)
+  dhidden = np.einsum("bhqk,hw->bqkw", ds, out) * active
+  dpart = dhidden @ w
+  da, dn = dpart * np.sign(d) / n, -(dpart * part / n).sum(axis=2)
+  dmost = dn * abs(c) / (abs(c * most) + 1)
+  dc = (da * abs(d) / (abs(c * d) + 1)).sum()
+  dc += (dn * most / (abs(c * most) + 1)).sum()
+  parts = (dhidden * part[..., None]).sum((0, 1, 2)), dhidden.sum((0, 1, 2))
+  parts += dout.ravel(), ds.sum((0, 2, 3)), np.sign([c]) * dc
+  dthreshold = dmost[abs(threshold) > q_BQ].sum()
+  return bias, np.concatenate([*parts, np.sign([threshold]) * dthreshold])
+
+
+def position_gradient(case, position, ds_BHQK):
   """The transpose of `dense_bias`, in float64."""
+  q, kv = token_positions(case)
   if case.position is None:
     return np.zeros(position.shape)
-  if case.position == "alibi":
-    return -(np.asarray(ds_HQK, float) * np.abs(distances(case))).sum((1, 2))
+  if case.position == "fire":
+    return fire(position, case.heads, q, kv, ds_BHQK)[1]
+  ds_HQK = np.asarray(ds_BHQK, float).sum(axis=0)
+  if case.position in ("alibi", "asymmetric"):
+    return -(ds_HQK * np.abs(kv[0] - q[0][:, None])).sum((1, 2))
   index = bucket_index(case).ravel()
   return np.stack(
     [np.bincount(index, x.ravel(), position.shape[1]) for x in ds_HQK]
@@ -213,7 +329,7 @@ def position_gradient(case, position, ds_HQK):
 def visible(case: Case):
   """Boolean (B, H, Q, K): the pairs of softmax; a bias of -inf is none."""
   (*_, position), _, ids = make_inputs(case)
-  seen = (dense_bias(case, position) > -np.inf)[None]
+  seen = dense_bias(case, position) > -np.inf
   if case.causal:
     seen = seen & (distances(case) <= 0)
   if ids:
@@ -231,7 +347,7 @@ def oracle(case: Case):
   groups = q.shape[2] // k.shape[2]
   k, v = (np.repeat(x, groups, axis=2) for x in (k, v))
   s = case.scale * np.einsum("bqhd,bkhd->bhqk", q, k, optimize=True)
-  s += dense_bias(case, position)
+  s = s + dense_bias(case, position)
   mask = visible(case)
   s = np.where(mask, s, -np.inf)
   top = s.max(axis=-1, keepdims=True)
@@ -245,13 +361,26 @@ def oracle(case: Case):
   dk = case.scale * np.einsum("bhqk,bqhd->bkhd", ds, q, optimize=True)
   dv = np.einsum("bhqk,bqhd->bkhd", p, do, optimize=True)
   fold = lambda x: x.reshape(*x.shape[:2], -1, groups, x.shape[3]).sum(axis=3)
-  dposition = position_gradient(case, position, ds.sum(axis=0))
+  dposition = position_gradient(case, position, ds)
   return [o, dq, fold(dk), fold(dv), dposition], np.abs(s[mask]).max(initial=0)
 
 
 def position_object(case, parameters):
+  position = _in_the_row(case, parameters)
+  if case.places == "row":
+    return position
+  return AtPositions(position, *map(jnp.asarray, token_positions(case)))
+
+
+def _in_the_row(case, parameters):
   if case.position == "alibi":
-    return Alibi(parameters)
+    return Alibi(jnp.stack([parameters, parameters], axis=1))
+  if case.position == "asymmetric":
+    first = np.arange(case.heads) < case.heads // 2
+    sides = [jnp.where(x, parameters, jnp.inf) for x in (first, ~first)]
+    return Alibi(jnp.stack(sides, axis=1))
+  if case.position == "fire":
+    return Fire(*fire_parts(parameters, case.heads))
   if case.position == "vector":
     return DistanceVector(parameters)
   if case.position == "buckets":
@@ -267,7 +396,8 @@ def supported(implementation: str, case: Case) -> Case | None:
   """The case as this implementation takes it, or None."""
   if implementation == "mosaic_gpu":
     case = dataclasses.replace(case, dtype="bfloat16")
-  if implementation in ("mosaic_gpu", "triton") and case.position == "alibi":
+  dense = implementation in ("reference", "chunked")
+  if not dense and (case.position == "fire" or case.places != "row"):
     return None
   if implementation == "mosaic_gpu" and case.dim > 128:
     return None
@@ -295,7 +425,7 @@ def kernel_attention(case, implementation):
 def naive_attention(case):
   """Dense, each product in the precision of its inputs; takes a whole bias."""
 
-  def attention(q, k, v, bias_HQK, q_ids, kv_ids, q_offset):
+  def attention(q, k, v, bias_BHQK, q_ids, kv_ids, q_offset):
     del q_offset
     groups = q.shape[2] // k.shape[2]
     k, v = (jnp.repeat(x, groups, axis=2) for x in (k, v))
@@ -306,8 +436,8 @@ def naive_attention(case):
       preferred_element_type=jnp.float32,
     )
     s = product("bqhd,bkhd->bhqk", q, k)
-    mask = (bias_HQK > -jnp.inf)[None]
-    s = s * case.scale + jnp.where(mask, bias_HQK, 0)
+    mask = bias_BHQK > -jnp.inf
+    s = s * case.scale + jnp.where(mask, bias_BHQK, 0)
     if case.causal:
       mask &= jnp.asarray(distances(case) <= 0)
     if q_ids is not None:
@@ -324,8 +454,8 @@ def naive_attention(case):
 def naive(case: Case):
   position = make_inputs(case)[0][3]
   bias = dense_bias(case, position).astype(np.float32)
-  *found, ds_HQK = gradients(naive_attention(case), case, position=bias)
-  return [*found, position_gradient(case, position, ds_HQK)]
+  *found, ds_BHQK = gradients(naive_attention(case), case, position=bias)
+  return [*found, position_gradient(case, position, ds_BHQK)]
 
 
 def gradients(attention, case, *, poison=False, position=None):

@@ -242,6 +242,20 @@ def test_every_mesh_optimizer_and_layout(mesh, optimizer, scan):
 
 
 @pytest.mark.slow
+def test_positions_are_split_with_rows_lengths_and_heads():
+  # At random, from the start of packed segments, and FIRE's heads.
+  config = CONFIG.replace(
+    num_encoder_layers=1,
+    num_decoder_layers=1,
+    attention_implementation="chunked",
+    position_encoding="fire",
+    randomized_positions=True,
+    max_positions=64,
+  )
+  assert_same_step(config, MESHES["all"], ADAFACTOR)
+
+
+@pytest.mark.slow
 def test_microbatches_take_rows_of_every_device():
   assert_same_step(
     CONFIG.replace(logits_via_embedding=True, scan_layers=True),

@@ -215,6 +215,83 @@ def test_compiles_split_over_two_gpus(chip, implementation):
   assert result.returncode == 0, result.stderr
 
 
+POSITIONS = """
+import json, sys
+import jax, jax.numpy as jnp
+from fat5_jax.planning import chips
+from pallas_kernels import Alibi, AtPositions, Fire, flash_attention, rotate
+from tools.static_kernel_report import compile_for
+
+chips.prepare_environment([])
+target, kernels = sys.argv[1], sys.argv[2].split(",")
+heads, width = 12, 32
+shapes = [(width,), (width,), (heads, width), (heads,), (), ()]
+
+def alibi(implementation, mode, causal):
+  def attend(q, k, v, slopes, ids, *_):
+    hides = jnp.isinf(Alibi.of(heads, mode).slopes_H2)
+    return flash_attention(
+      q, k, v, position=Alibi(jnp.where(hides, jnp.inf, slopes)), causal=causal,
+      q_segment_ids=ids, kv_segment_ids=ids, implementation=implementation,
+    )
+  return attend
+
+def fire(q, k, v, slopes, ids, *network):
+  places = jnp.arange(q.shape[1])[None] + ids * 0
+  return flash_attention(
+    q, k, v, position=AtPositions(Fire(*network), places, places),
+    q_segment_ids=ids, kv_segment_ids=ids, implementation="chunked",
+  )
+
+def rope(q, k, v, slopes, ids, *_):
+  places = jnp.arange(q.shape[1])[None]
+  q, k = (rotate(x, places, dims=64) for x in (q, k))
+  return flash_attention(
+    q, k, v, q_segment_ids=ids, kv_segment_ids=ids, implementation=kernels[0]
+  )
+
+def memory(attend):
+  loss = lambda *x: jnp.sum(attend(*x).astype(jnp.float32) ** 2)
+  x = ((2, 8192, heads, 64), jnp.bfloat16)
+  return compile_for(
+    target, jax.grad(loss, argnums=(0, 1, 2, 3, *range(5, 11))), x, x, x,
+    ((heads, 2), jnp.float32), ((2, 8192), jnp.int32),
+    *[(shape, jnp.float32) for shape in shapes],
+  ).memory_analysis().temp_size_in_bytes
+
+cases = {"fire": fire, "rope": rope} | {
+  f"{name}, {mode}, {causal}": alibi(name, mode, causal)
+  for name in kernels
+  for mode in ("symmetric", "asymmetric")
+  for causal in (False, True)
+}
+print(json.dumps({name: memory(attend) for name, attend in cases.items()}))
+"""
+
+
+@pytest.mark.every_chip
+@pytest.mark.parametrize(
+  "chip,kernels", [("v5e", "mosaic_tpu"), ("h100", "mosaic_gpu,triton")]
+)
+def test_every_position_encoding_compiles_in_linear_memory(
+  chip, kernels, request
+):
+  gpu = chip in TAKES
+  python = gpu_python() if gpu else request.getfixturevalue("tpu_python")
+  path = os.pathsep.join([ROOT, os.environ.get("PYTHONPATH", "")])
+  result = subprocess.run(
+    [python, "-c", POSITIONS, chip, kernels],
+    env=other_jax() | {"PYTHONPATH": path},
+    capture_output=True,
+    text=True,
+  )
+  assert result.returncode == 0, result.stderr
+  found = json.loads(result.stdout.splitlines()[-1])
+  assert len(found) == 2 + 4 * len(kernels.split(","))
+  # Scores of all pairs would be 6 GiB.
+  assert max(found.values()) < 2**29, found
+
+
 SHORT = """
 import json, sys
 import jax.numpy as jnp

@@ -424,6 +424,11 @@ def test_t5_buckets_saturate_before_max_distance():
 def test_alibi_slopes_are_those_of_the_paper():
   np.testing.assert_allclose(Alibi.slopes(8), 2.0 ** -np.arange(1, 9))
   assert len(set(Alibi.slopes(12))) == 12
+  # Each half of FAT5's asymmetric heads has those of as many heads.
+  before, after = np.asarray(Alibi.of(16, "asymmetric").slopes_H2).T
+  seen, hidden = 2.0 ** -np.arange(1, 9), [np.inf] * 8
+  np.testing.assert_allclose(before, [*seen, *hidden])
+  np.testing.assert_allclose(after, [*hidden, *seen])
 
 
 def test_diagonal_sums_transpose_toeplitz():
@@ -693,7 +698,7 @@ def test_shapes_that_do_not_fit_name_the_argument():
     ("q_offset", dict(q_offset=jnp.zeros(2, jnp.int32))),
     ("position", dict(position=jnp.zeros((2, 32)))),
     ("RelativeBuckets", dict(position=RelativeBuckets(jnp.zeros(32), True))),
-    ("Alibi", dict(position=Alibi(jnp.zeros((2, 2))))),
+    ("Alibi", dict(position=Alibi(jnp.zeros(2)))),
     ("DistanceVector", dict(position=DistanceVector([[0.0], [0.0]]))),
     ("q_segment_ids", dict(q_segment_ids=np.full((2, 40), 0.5))),
     ("q_segment_ids", dict(q_segment_ids=np.full((2, 40), 2**32))),

@@ -9,6 +9,7 @@ import sys
 import zipfile
 
 from conftest import ROOT
+import fat5_model
 import hf_models
 import jax
 import jax.numpy as jnp
@@ -253,23 +254,61 @@ def test_attention_scale_is_that_of_scaled_queries():
   )
 
 
-def test_alibi_has_no_parameters_and_rope_is_refused(tmp_path):
-  config, leaves = random_leaves(CONFIG.replace(position_encoding="alibi"))
-  assert not any("relpos_bias" in k for k in leaves)
+FAT5_POSITIONS = {
+  "ALiBi": dict(position_encoding="alibi", alibi_mode="asymmetric"),
+  "RoPE": dict(position_encoding="rope", rotary_scope="everything"),
+  "RoPE, half of xPos, neighbours": dict(
+    position_encoding="rope",
+    rotary_scope="everything",
+    rotary_fraction=0.5,
+    rotary_base=100,
+    rotary_interleaved=True,
+    rotary_scale_base=8,
+    max_positions=10,
+  ),
+  # Queries on both sides of the threshold.
+  "FIRE": dict(
+    position_encoding="fire",
+    fire_mlp_width=5,
+    relative_attention_num_buckets=8,
+    relative_attention_max_distance=9,
+    randomized_positions=True,
+  ),
+}
+
+
+@pytest.mark.parametrize("name", FAT5_POSITIONS)
+def test_fat5s_position_encodings_compute_what_fat5_does(name, tmp_path):
+  config = CONFIG.replace(attention_scale=0.5, **FAT5_POSITIONS[name])
+  config, leaves = random_leaves(config)
   flash_t5.to_folder(config, leaves, tmp_path / "flash")
   found_config, found = flash_t5.open_model(tmp_path / "flash")
-  assert found_config.position_encoding == "alibi"
+  assert found_config.architecture() == config.architecture()
+  assert found_config.randomized_positions == config.randomized_positions
   same(found, leaves)
-  x = np.arange(2, 12).reshape(2, 5)
-  model = factory.create(config)
-  assert np.isfinite(
-    model.apply({"params": table.read_all(leaves)}, x, x)
-  ).all()
-  hf_models.edit_config(tmp_path / "flash", position_encoding_type="RoPE")
-  with pytest.raises(UserError, match="'RoPE'"):
-    flash_t5.open_model(tmp_path / "flash")
+  rng = np.random.default_rng(0)
+  x, y = rng.integers(2, 50, 17), rng.integers(2, 50, 13)
+  expected = fat5_model.logits(
+    json.loads((tmp_path / "flash" / "config.json").read_text()),
+    safetensors.numpy.load_file(tmp_path / "flash" / "model.safetensors"),
+    *(x, y),
+  )
+  params = {"params": table.read_all(found)}
+  [logits] = factory.create(found_config).apply(params, x[None], y[None])
+  assert np.abs(logits - expected).max() < 1e-4 * np.abs(expected).max()
   with pytest.raises(UserError, match="--to flash_t5"):
     hf.to_pretrained(config, leaves, tmp_path / "hf")
+  hf_models.edit_config(tmp_path / "flash", position_encoding_type="CoPE")
+  with pytest.raises(UserError, match="position_encoding_type is 'CoPE'"):
+    flash_t5.open_model(tmp_path / "flash")
+
+
+def test_a_fire_threshold_that_is_not_the_configs_is_refused(tmp_path):
+  config, leaves = random_leaves(CONFIG.replace(**FAT5_POSITIONS["FIRE"]))
+  flash_t5.to_folder(config, leaves, tmp_path)
+  hf_models.edit_config(tmp_path, relative_attention_max_distance=64)
+  with pytest.raises(UserError, match=r"init_L is \[9\]"):
+    flash_t5.open_model(tmp_path)
 
 
 def test_what_fat5_has_not_is_refused(tmp_path):
@@ -277,6 +316,8 @@ def test_what_fat5_has_not_is_refused(tmp_path):
     ({"scale_decoder_outputs": True}, "does not scale"),
     ({"relative_attention_per_layer": True}, "one position table"),
     ({"mlp_activations": ("silu", "linear")}, "no mlp_activations"),
+    ({"position_encoding": "none"}, "position_encoding='none'"),
+    ({"position_encoding": "rope"}, "rotary_scope='self_attention'"),
   ):
     config, leaves = random_leaves(CONFIG.replace(**changes))
     with pytest.raises(UserError, match=match):

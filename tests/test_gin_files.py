@@ -111,6 +111,15 @@ VOCABULARY = None
   parse.parse(files, [], [], "Run")
 
 
+def test_positions_are_changed_by_a_file_after_the_models():
+  bindings = ["VOCAB_FILE = 'none'", "POSITION_ENCODING = 'fire'"]
+  bindings += ["FIRE_MLP_WIDTH = 16", "RANDOMIZED_POSITIONS = True"]
+  parse.parse(["models/fat5/small.gin", "positions.gin"], bindings, [], "none")
+  config = gin.get_configurable("config.T5Config")()
+  assert config.position_encoding == "fire" and config.fire_mlp_width == 16
+  assert config.randomized_positions and config.num_heads == 8
+
+
 # ---- What a person may get wrong ---------------------------------------------
 
 

@@ -19,6 +19,13 @@ FAMILIES = {
   "t5_1_1": SMALL.replace(mlp_activations=("gelu", "linear")),
   "umt5": SMALL.replace(relative_attention_per_layer=True),
   "alibi": SMALL.replace(position_encoding="alibi"),
+  "rope": SMALL.replace(position_encoding="rope"),
+  "fire": SMALL.replace(position_encoding="fire"),
+  "fire a layer": SMALL.replace(
+    position_encoding="fire",
+    relative_attention_per_layer=True,
+    scan_layers=True,
+  ),
   "scanned": SMALL.replace(scan_layers=True, relative_attention_per_layer=True),
   "lora": SMALL.replace(
     mlp_activations=("gelu", "linear"),

@@ -94,13 +94,21 @@ def layer(
   dtype="bfloat16",
   batch=BATCH,
 ):
-  """(gradient of an attention layer, its argument shapes)."""
+  """(gradient of an attention layer, its argument shapes).
+
+  `bias` is T5's where True, None where False, or "alibi".
+  """
   import jax
   import jax.numpy as jnp
 
-  from pallas_kernels import RelativeBuckets, flash_attention
+  from pallas_kernels import Alibi, RelativeBuckets, flash_attention
 
   width = heads * dim
+
+  def position(table):
+    if bias == "alibi":
+      return Alibi(table[:, :2])
+    return RelativeBuckets(table, bidirectional=not causal) if bias else None
 
   def loss(q, k, v, table, do, ids):
     split = lambda x: x.reshape(batch, length, heads, dim)
@@ -108,9 +116,7 @@ def layer(
       split(q),
       split(k),
       split(v),
-      position=RelativeBuckets(table, bidirectional=not causal)
-      if bias
-      else None,
+      position=position(table),
       causal=causal,
       q_segment_ids=ids if packed else None,
       kv_segment_ids=ids if packed else None,
@@ -374,6 +380,7 @@ def gpu_report(target: str, dump: str, quick: bool):
   if not quick:
     variants |= {
       "no bias": dict(bias=False),
+      "ALiBi": dict(bias="alibi"),
       "T5 bias, causal, packed": dict(causal=True, packed=True),
       "T5 bias, heads of 128": dict(dim=128, heads=6),
     }

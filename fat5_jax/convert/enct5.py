@@ -129,8 +129,9 @@ def to_folder(
       " write it --to hf"
     )
   config, leaves = lora.merged(config, table.as_leaves(params))
+  body = hf.body_json(config)
   tensors = table.to_foreign(_rows(config), leaves, "the parameters")
-  config_json = hf.body_json(config) | {
+  config_json = body | {
     **hf_heads.labels_json(config.head),
     **hf.dtype_json(tensors),
     "architectures": ["EncT5ForSequenceClassification"],

@@ -423,8 +423,9 @@ def body_json(config: T5Config) -> dict[str, Any]:
   if config.position_encoding != "t5" or config.attention_scale != 1.0:
     raise UserError(
       f"position_encoding={config.position_encoding!r} with attention_scale ="
-      f" {config.attention_scale} is FAT5's; Hugging Face's T5 has neither."
-      " Write it with --to flash_t5"
+      f" {config.attention_scale}: Hugging Face's T5 has its own relative"
+      " buckets, and no scale. FAT5 has most of ours: write it with --to"
+      " flash_t5"
     )
   name = projection.rpartition("-")[2]
   return {
@@ -506,6 +507,7 @@ def to_pretrained(
   """
   leaves = table.as_leaves(params)
   config, leaves = lora.merged(config, leaves)
+  config_json = hf_config(config)
   tensors = table.to_foreign(rows(config), leaves, "the parameters")
   _warn_of_old_readers(config)
   form = hf_heads.form(config)
@@ -513,7 +515,7 @@ def to_pretrained(
     # 4.x ties only models that it scales; a second copy is right everywhere.
     tensors["lm_head.weight"] = tensors["shared.weight"]
   files: dict[str, Any] = {
-    "config.json": hf_config(config) | dtype_json(tensors),
+    "config.json": config_json | dtype_json(tensors),
     "README.md": model_card.text(config, f"hf_{form}", facts),
   }
   if form != "code":

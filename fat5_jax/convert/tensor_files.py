@@ -149,8 +149,9 @@ def write_folder(
 
 
 def write_safetensors(tensors: Mapping[str, Leaf], path: str) -> None:
+  # Not ascontiguousarray, which gives a scalar an axis.
   arrays = {
-    name: np.ascontiguousarray(leaf.read()) for name, leaf in tensors.items()
+    name: np.asarray(leaf.read(), order="C") for name, leaf in tensors.items()
   }
   # transformers 4 refuses files that do not name their format.
   safetensors_numpy.save_file(arrays, path, metadata={"format": "pt"})

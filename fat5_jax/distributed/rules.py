@@ -16,12 +16,14 @@ from fat5_jax.errors import UserError
 # exactly one row must match. None is replicated, whatever the shape.
 _LAYER = r"(?:encoder|decoder)/layers(?:_\d+)?"
 _ATTENTION = rf"{_LAYER}/\w*attention"
+_BIAS = rf"(?:encoder|decoder|{_LAYER})/relpos_bias"
 PARAMETER_AXES: tuple[tuple[str, tuple[str, ...] | None], ...] = (
   (r"token_embedder/embedding", ("vocab", "embed")),
-  (
-    rf"(?:encoder|decoder|{_LAYER})/relpos_bias/rel_embedding",
-    ("heads", "relpos_buckets"),
-  ),
+  (rf"{_BIAS}/rel_embedding", ("heads", "relpos_buckets")),
+  # FIRE's network: its output layer has a row a head.
+  (rf"{_BIAS}/out_kernel", ("heads", "relpos_mlp")),
+  (rf"{_BIAS}/out_bias", ("heads",)),
+  (rf"{_BIAS}/(?:hidden_kernel|hidden_bias|c|threshold_multiplier)", None),
   (rf"{_ATTENTION}/(?:query|key|value)/kernel", ("embed", "joined_kv")),
   (rf"{_ATTENTION}/out/kernel", ("joined_kv", "embed")),
   (rf"{_LAYER}/mlp/wi(?:_\d)?/kernel", ("embed", "mlp")),
@@ -64,6 +66,7 @@ def standard_logical_axis_rules(
     ("embed", "fsdp"),
     ("kv", None),
     ("relpos_buckets", None),
+    ("relpos_mlp", None),
     ("lora_rank", None),
     ("layers", None),
   )

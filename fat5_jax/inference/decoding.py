@@ -18,7 +18,7 @@ from fat5_jax.distributed.sharding import Partitioner
 from fat5_jax.errors import UserError
 from fat5_jax.inference import search
 from fat5_jax.inference.search import constraints
-from fat5_jax.models import t5
+from fat5_jax.models import cache as cache_lib
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -314,9 +314,7 @@ def generate(
   variables = {"params": params}
   rows = encoder_input_tokens.shape[0]
   segment_ids = model.segments(encoder_input_tokens)
-  encoded_BKM = model.apply(
-    variables, encoder_input_tokens, segment_ids, method="encode"
-  )
+  encoded_BKM = model.apply(variables, encoder_input_tokens, method="encode")
 
   def step(tokens_N1, cache, index):
     return model.apply(
@@ -332,7 +330,7 @@ def generate(
 
   def reorder(cache, ways_BW):
     rows_N = (jnp.arange(rows)[:, None] * how.ways + ways_BW).reshape(-1)
-    return t5.reorder_cache(cache, rows_N)
+    return cache_lib.reorder(cache, rows_N)
 
   prompt_BP = None
   if how.prompt:

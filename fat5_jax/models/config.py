@@ -13,8 +13,17 @@ from typing import Any, Literal
 
 import numpy as np
 
-# Of float32, about.
-_LARGEST = 3e38
+from fat5_jax.models.checks import (
+  MOST,
+  as_tuple,
+  check_choice,
+  check_flag,
+  check_ints,
+  check_rate,
+  check_real,
+  told,
+)
+
 # Names as in T5X; "gelu" is the tanh approximation (HF's "gelu_new").
 ACTIVATIONS = ("relu", "gelu", "gelu_exact", "silu", "linear")
 DTYPES = ("float32", "bfloat16")
@@ -27,6 +36,7 @@ HEAD_KINDS = (
   "embedding",
   "enct5",
 )
+POSITION_ENCODINGS = ("t5", "alibi", "rope", "fire", "none")
 # HF's names and meaning.
 PROBLEM_TYPES = (
   "single_label_classification",
@@ -40,6 +50,7 @@ RUN_TIME_FIELDS = (
   "scan_layers",
   "remat_policy",
   "attention_implementation",
+  "randomized_positions",
 )
 
 
@@ -49,68 +60,6 @@ _PROJECTIONS = (
 )
 # What a tuple as remat_policy may name: outputs of projections, of attention.
 SAVEABLE = ("attention", *_PROJECTIONS[:-1])
-
-
-# Counts go into int32 arithmetic.
-_MOST = 2**31 - 1
-
-
-def _told(field: str, value: Any) -> str:
-  """`field=value`, short."""
-  text = repr(value)
-  return f"{field}={text if len(text) <= 80 else text[:77] + '...'}"
-
-
-def _check_choice(where: Any, field: str, choices: tuple[Any, ...]) -> None:
-  value = getattr(where, field)
-  if value not in choices:
-    raise ValueError(
-      f"{_told(field, value)} is not one of {', '.join(map(str, choices))}"
-    )
-
-
-def _check_ints(where: Any, fields: tuple[str, ...], least: int) -> None:
-  for field in fields:
-    value = getattr(where, field)
-    if isinstance(value, bool) or not isinstance(value, numbers.Integral):
-      raise ValueError(f"{_told(field, value)} is no integer")
-    if value < least:
-      raise ValueError(f"{field}={value} must be at least {least}")
-    if value > _MOST:
-      raise ValueError(f"{field} must be at most {_MOST}")
-
-
-def _check_real(where: Any, field: str) -> None:
-  value = getattr(where, field)
-  if (
-    isinstance(value, bool)
-    or not isinstance(value, numbers.Real)
-    or not -_LARGEST < value < _LARGEST
-  ):
-    raise ValueError(f"{_told(field, value)} is no finite number")
-
-
-def _check_rate(where: Any, field: str) -> None:
-  _check_real(where, field)
-  if not 0.0 <= getattr(where, field) < 1.0:
-    raise ValueError(f"{field}={getattr(where, field)} is not in [0, 1)")
-
-
-def _check_flag(where: Any, field: str, unset: bool = False) -> None:
-  value = getattr(where, field)
-  if not isinstance(value, bool) and not (unset and value is None):
-    raise ValueError(f"{_told(field, value)} is neither True nor False")
-
-
-def _as_tuple(where: Any, field: str, kind: type) -> None:
-  """Makes a tuple of a list, of one kind of thing."""
-  value = getattr(where, field)
-  if not isinstance(value, (list, tuple)) or not all(
-    isinstance(x, kind) and not isinstance(x, bool) for x in value
-  ):
-    what = "texts" if kind is str else "integers"
-    raise ValueError(f"{_told(field, value)} is no list of {what}")
-  object.__setattr__(where, field, tuple(value))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -158,18 +107,18 @@ class HeadConfig:
   def __post_init__(self):
     for field, kind in (("widths", numbers.Integral), ("label_names", str)):
       if getattr(self, field) is not None:
-        _as_tuple(self, field, kind)
-    _check_choice(self, "kind", HEAD_KINDS)
-    _check_choice(self, "problem_type", PROBLEM_TYPES)
-    _check_choice(self, "body", ("encoder", "encoder_decoder"))
-    _check_choice(self, "pooling", (None, "eos", "mean", "first"))
-    _check_choice(self, "activation", (*ACTIVATIONS, "tanh"))
+        as_tuple(self, field, kind)
+    check_choice(self, "kind", HEAD_KINDS)
+    check_choice(self, "problem_type", PROBLEM_TYPES)
+    check_choice(self, "body", ("encoder", "encoder_decoder"))
+    check_choice(self, "pooling", (None, "eos", "mean", "first"))
+    check_choice(self, "activation", (*ACTIVATIONS, "tanh"))
     counts = ("num_labels", "decoder_layers", "max_answer_tokens")
-    _check_ints(self, counts, 1)
-    if any(not 0 < width <= _MOST for width in self.widths or ()):
+    check_ints(self, counts, 1)
+    if any(not 0 < width <= MOST for width in self.widths or ()):
       raise ValueError(f"widths={self.widths} must be positive")
-    _check_rate(self, "dropout_rate")
-    _check_real(self, "similarity_scale")
+    check_rate(self, "dropout_rate")
+    check_real(self, "similarity_scale")
     if self.label_names is None:
       object.__setattr__(self, "label_names", ())
     if self.label_names and len(self.label_names) != self.num_labels:
@@ -252,9 +201,9 @@ class LoRAConfig:
   targets: tuple[str, ...] = ("query", "value")
 
   def __post_init__(self):
-    _as_tuple(self, "targets", str)
-    _check_ints(self, ("rank",), 1)
-    _check_real(self, "alpha")
+    as_tuple(self, "targets", str)
+    check_ints(self, ("rank",), 1)
+    check_real(self, "alpha")
     if not self.targets:
       raise ValueError("LoRA needs at least one of targets")
     for target in self.targets:
@@ -263,7 +212,7 @@ class LoRAConfig:
           f"targets={self.targets}: {target!r} ends in no projection of T5;"
           f" those are {', '.join(_PROJECTIONS)}"
         )
-    _check_rate(self, "dropout_rate")
+    check_rate(self, "dropout_rate")
 
   @property
   def scale(self) -> float:
@@ -301,8 +250,30 @@ class T5Config:
   relative_attention_max_distance: int = 128
   # umT5 learns a position table in every layer, the others share the first.
   relative_attention_per_layer: bool = False
-  # FAT5's other choice that depends on the distance alone.
-  position_encoding: Literal["t5", "alibi"] = "t5"
+  # Where a token learns its place: T5's buckets; ALiBi (arXiv:2108.12409);
+  # rotary embeddings (arXiv:2104.09864); FIRE (arXiv:2310.04418), whose
+  # threshold starts at relative_attention_max_distance; or nowhere.
+  position_encoding: Literal["t5", "alibi", "rope", "fire", "none"] = "t5"
+  # Asymmetric: half of the heads see no later key, half no earlier one.
+  alibi_mode: Literal["symmetric", "asymmetric"] = "symmetric"
+  # Of the head dimension, what turns; the rest has no position.
+  rotary_fraction: float = 1.0
+  rotary_base: float = 10_000.0
+  # Whether neighbours turn together, or the two halves.
+  rotary_interleaved: bool = False
+  # xPos (arXiv:2212.10554): scores shrink over about as many tokens, and grow
+  # toward later keys, so it is for what is causal. None is none; xPos's is 512.
+  rotary_scale_base: float | None = None
+  # Queries and keys of self-attention; or, as FAT5, values too, and those of
+  # cross-attention.
+  rotary_scope: Literal["self_attention", "everything"] = "self_attention"
+  # Hidden units of FIRE's network.
+  fire_mlp_width: int = 32
+  # In training tokens stand at random places below max_positions, in their
+  # order (arXiv:2305.16843); elsewhere they count up by one.
+  randomized_positions: bool = False
+  # FAT5's max_sequence_length; xPos leaves as it is what stands at half of it.
+  max_positions: int = 1024
   # Of queries times keys; T5 folds 1/sqrt(head_dim) into the query's
   # initialiser instead, FAT5 may scale.
   attention_scale: float = 1.0
@@ -330,7 +301,7 @@ class T5Config:
   lora: LoRAConfig | None = None
 
   def __post_init__(self):
-    _as_tuple(self, "mlp_activations", str)
+    as_tuple(self, "mlp_activations", str)
     if not isinstance(self.dtype, str):
       # T5X's gin files say jnp.bfloat16.
       try:
@@ -350,20 +321,20 @@ class T5Config:
         object.__setattr__(self, field, value)
       value = getattr(self, field)
       if value is not None and not isinstance(value, described_by):
-        raise ValueError(f"{_told(field, value)} is no {described_by.__name__}")
-    _check_choice(self, "dtype", DTYPES)
+        raise ValueError(f"{told(field, value)} is no {described_by.__name__}")
+    check_choice(self, "dtype", DTYPES)
     if isinstance(self.remat_policy, str):
-      _check_choice(self, "remat_policy", REMAT_POLICIES)
+      check_choice(self, "remat_policy", REMAT_POLICIES)
     else:
-      _as_tuple(self, "remat_policy", str)
+      as_tuple(self, "remat_policy", str)
       for name in self.remat_policy:
         if name not in SAVEABLE:
           raise ValueError(
             f"remat_policy={self.remat_policy}: {name!r} is not one of"
             f" {', '.join(SAVEABLE)}"
           )
-    _check_choice(self, "model_type", ("t5", "mt5", "umt5"))
-    _check_choice(self, "position_encoding", ("t5", "alibi"))
+    check_choice(self, "model_type", ("t5", "mt5", "umt5"))
+    self._check_positions()
     if not self.mlp_activations:
       raise ValueError("mlp_activations is empty")
     for activation in self.mlp_activations:
@@ -372,8 +343,9 @@ class T5Config:
           f"mlp_activations={self.mlp_activations}: {activation!r} is not one"
           f" of {', '.join(ACTIVATIONS)}"
         )
-    _check_rate(self, "dropout_rate")
+    check_rate(self, "dropout_rate")
     self._check_numbers()
+    self._check_encoding()
     if (
       self.head is not None
       and self.head.kind == "language_model"
@@ -396,19 +368,69 @@ class T5Config:
     # grow up to the largest distance; an encoder has two directions.
     buckets = self.relative_attention_num_buckets
     single = buckets // (2 if self.num_decoder_layers else 4)
-    if self.relative_attention_max_distance <= single:
+    has_buckets = self.position_encoding == "t5"
+    if has_buckets and self.relative_attention_max_distance <= single:
       raise ValueError(
         "relative_attention_max_distance="
         f"{self.relative_attention_max_distance} must be more than {single},"
         f" with relative_attention_num_buckets={buckets}"
       )
 
+  def _check_positions(self) -> None:
+    """What says where a token stands."""
+    check_choice(self, "position_encoding", POSITION_ENCODINGS)
+    check_choice(self, "alibi_mode", ("symmetric", "asymmetric"))
+    check_choice(self, "rotary_scope", ("self_attention", "everything"))
+    for field in ("rotary_interleaved", "randomized_positions"):
+      check_flag(self, field)
+    check_ints(self, ("fire_mlp_width", "max_positions"), 1)
+    check_real(self, "rotary_fraction")
+    if not 0 < self.rotary_fraction <= 1:
+      raise ValueError(
+        f"rotary_fraction={self.rotary_fraction} is not in (0, 1]"
+      )
+    check_real(self, "rotary_base")
+    if not self.rotary_base > 1:
+      raise ValueError(f"rotary_base={self.rotary_base} must be more than 1")
+    if self.rotary_scale_base is not None:
+      check_real(self, "rotary_scale_base")
+      if not self.rotary_scale_base > 0:
+        raise ValueError(
+          f"rotary_scale_base={self.rotary_scale_base} must be > 0, or None"
+        )
+
+  def _check_encoding(self) -> None:
+    """What one field of the positions asks of another."""
+    encoding = self.position_encoding
+    dims = self.rotary_dims
+    if encoding == "rope" and (dims < 2 or dims % 2):
+      raise ValueError(
+        f"rotary_fraction={self.rotary_fraction} of head_dim={self.head_dim}"
+        f" turns {dims} numbers, which are no pairs"
+      )
+    asymmetric = encoding == "alibi" and self.alibi_mode == "asymmetric"
+    if asymmetric and self.num_heads % 2:
+      raise ValueError(
+        f"alibi_mode='asymmetric' halves the heads: num_heads={self.num_heads}"
+      )
+    if not self.randomized_positions:
+      return
+    if encoding == "none":
+      raise ValueError(
+        "randomized_positions=True: position_encoding='none' has no positions"
+      )
+    if encoding == "rope" and self.rotary_scope == "everything":
+      raise ValueError(
+        "randomized_positions=True: rotary_scope='everything' reads positions"
+        " of cross-attention, whose two sides are drawn apart"
+      )
+
   def _check_numbers(self) -> None:
     """Types and ranges of sizes, ids and flags."""
     sizes = ("vocab_size", "emb_dim", "num_heads", "head_dim", "mlp_dim")
-    _check_ints(self, (*sizes, "num_encoder_layers"), 1)
+    check_ints(self, (*sizes, "num_encoder_layers"), 1)
     ids = ("pad_token_id", "eos_token_id", "decoder_start_token_id")
-    _check_ints(self, ("num_decoder_layers", *ids), 0)
+    check_ints(self, ("num_decoder_layers", *ids), 0)
     for field in ids:
       if getattr(self, field) >= self.vocab_size:
         raise ValueError(
@@ -416,7 +438,7 @@ class T5Config:
           f" vocab_size={self.vocab_size}"
         )
     for field in ("attention_scale", "layer_norm_epsilon"):
-      _check_real(self, field)
+      check_real(self, field)
     if not 0 < self.layer_norm_epsilon < 1:
       raise ValueError(
         f"layer_norm_epsilon={self.layer_norm_epsilon} is not between 0 and 1;"
@@ -424,15 +446,20 @@ class T5Config:
       )
     if not self.attention_scale > 0:
       raise ValueError(f"attention_scale={self.attention_scale} must be > 0")
-    _check_ints(self, ("relative_attention_num_buckets",), 4)
-    _check_ints(self, ("relative_attention_max_distance",), 1)
+    check_ints(self, ("relative_attention_num_buckets",), 4)
+    check_ints(self, ("relative_attention_max_distance",), 1)
     for field in ("logits_via_embedding", "relative_attention_per_layer"):
-      _check_flag(self, field)
-    _check_flag(self, "scan_layers")
-    _check_flag(self, "scale_decoder_outputs", unset=True)
+      check_flag(self, field)
+    check_flag(self, "scan_layers")
+    check_flag(self, "scale_decoder_outputs", unset=True)
     name = self.attention_implementation
     if name is not None and not isinstance(name, str):
-      raise ValueError(f"{_told('attention_implementation', name)} is no name")
+      raise ValueError(f"{told('attention_implementation', name)} is no name")
+
+  @property
+  def rotary_dims(self) -> int:
+    """Numbers of a head that rotary embeddings turn."""
+    return int(self.head_dim * self.rotary_fraction)
 
   @property
   def scales_decoder_outputs(self) -> bool:

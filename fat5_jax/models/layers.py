@@ -9,9 +9,9 @@ import jax
 from jax.ad_checkpoint import checkpoint_name
 import jax.numpy as jnp
 
-from fat5_jax.models import partitioning
+from fat5_jax.models import partitioning, positions
 from fat5_jax.models.config import LoRAConfig, T5Config
-from pallas_kernels import Alibi, RelativeBuckets, rms_norm
+from pallas_kernels import rms_norm
 
 _ACTIVATIONS = {
   "relu": nn.relu,
@@ -243,19 +243,23 @@ class Attention(nn.Module):
   def _heads(self, x_BLI: jax.Array) -> jax.Array:
     return x_BLI.reshape(*x_BLI.shape[:2], self.config.num_heads, -1)
 
-  def project_memory(self, memory_BKM: jax.Array) -> dict[str, jax.Array]:
-    """Keys and values, (B, K, H, D) each."""
-    return {
+  def project_memory(
+    self, memory_BKM: jax.Array, positions_BK: jax.Array | None = None
+  ) -> dict[str, jax.Array]:
+    """Keys and values, (B, K, H, D) each, turned where they are rotary."""
+    memory = {
       "key": self._heads(self.key(memory_BKM)),
       "value": self._heads(self.value(memory_BKM)),
     }
+    return positions.turned_memory(self.config, memory, positions_BK)
 
   def __call__(
     self,
     x_BQM: jax.Array,
     memory: dict[str, jax.Array],
     *,
-    position: RelativeBuckets | Alibi | None = None,
+    positions_BQ: jax.Array | None = None,
+    position: positions.Position | None = None,
     causal: bool = False,
     q_segment_ids: jax.Array | None = None,
     kv_segment_ids: jax.Array | None = None,
@@ -270,8 +274,9 @@ class Attention(nn.Module):
         self.make_rng("dropout"), keep, (batch, keys, heads, 1)
       )
       v_BKHD = jnp.where(mask, v_BKHD / keep, 0).astype(v_BKHD.dtype)
+    q_BQHD = self._heads(self.query(x_BQM))
     o_BQHD = partitioning.attention(
-      self._heads(self.query(x_BQM)),
+      positions.turned_queries(config, q_BQHD, positions_BQ),
       memory["key"],
       v_BKHD,
       position=position,

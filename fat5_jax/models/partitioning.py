@@ -21,6 +21,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
 from pallas_kernels import LossSums, flash_attention, linear_cross_entropy
+from pallas_kernels.flash_attention.positions import axes as position_axes
 
 Rules = Sequence[tuple[str, str | tuple[str, ...] | None]]
 MeshAxes = tuple[str, ...]
@@ -140,7 +141,8 @@ def attention(
 
   Where the length is split, every device gathers all keys and values of its
   heads (linear memory) and attends from its own queries; the bias follows from
-  positions, so a device needs to know only where its queries begin.
+  positions, so a device needs to know only where its queries begin, or where
+  each of them stands.
   """
   mesh = _mesh()
   if mesh is None:
@@ -182,8 +184,7 @@ def attention(
   q_spec, kv_spec = P(batch, q_length, heads), P(batch, kv_length, heads)
   specs = (
     *(q_spec, kv_spec, kv_spec),
-    # A table's first axis is heads.
-    P(heads),
+    _position_specs(position, {"B": batch, "H": heads, "Q": q_length}),
     *(P(batch, q_length), P(batch, kv_length)),
   )
   if static_offset:
@@ -195,6 +196,18 @@ def attention(
       (*specs, P()),
     )
   return jax.shard_map(function, in_specs=specs, out_specs=q_spec)(*operands)
+
+
+def _position_specs(position, axes: dict[str, MeshAxes]):
+  """How the arrays of a position are split, by the axes in their names."""
+
+  def spec(path, x):
+    names = position_axes(path[-1].name)
+    return P(*(axes.get(n) if d > 1 else None for n, d in zip(names, x.shape)))
+
+  if position is None:
+    return P()
+  return jax.tree_util.tree_map_with_path(spec, position)
 
 
 def _gather(tree, axes: MeshAxes, dimension: int):

@@ -1,12 +1,4 @@
-"""T5: encoder, decoder, and the two together.
-
-The decoder's key/value cache is an explicit pytree, in and out, so that
-decoding is a pure function. One entry a layer (stacked where layers are
-scanned): `{"self": {key, value}, "cross": {key, value}}`, each (B, H, L, D), so
-that no step transposes what the steps before have written. Where several rows
-of the decoder answer one of the encoder (the beams of a search), those are next
-to each other, and `cross` has the encoder's rows: it is read once for all.
-"""
+"""T5: encoder, decoder, and the two together."""
 
 from __future__ import annotations
 
@@ -18,10 +10,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from fat5_jax.models import cache as cache_lib
 from fat5_jax.models import layers, partitioning
 from fat5_jax.models.config import T5Config
-from fat5_jax.models.positions import RelativePositionBias
-from pallas_kernels import Alibi, RelativeBuckets
+from fat5_jax.models.positions import (
+  RelativePositionBias,
+  cross_positions,
+  token_positions,
+)
 
 
 def _remat_policy(config: T5Config):
@@ -45,15 +41,17 @@ class EncoderLayer(nn.Module):
   enable_dropout: bool
 
   @nn.compact
-  def __call__(self, x_BLM, cache, segment_ids, position):
+  def __call__(self, x_BLM, cache, segment_ids, position, positions_BL):
     config, on = self.config, self.enable_dropout
-    if position is None:
-      position = RelativePositionBias(config, True, name="relpos_bias")()
+    if config.relative_attention_per_layer:
+      bias = RelativePositionBias(config, True, name="relpos_bias")
+      position = bias(positions_BL)
     h = layers.RMSNorm(config, name="pre_attention_layer_norm")(x_BLM)
     attention = layers.Attention(config, on, name="attention")
     h = attention(
       h,
-      attention.project_memory(h),
+      attention.project_memory(h, positions_BL),
+      positions_BQ=positions_BL,
       position=position,
       q_segment_ids=segment_ids,
       kv_segment_ids=segment_ids,
@@ -84,25 +82,29 @@ class DecoderLayer(nn.Module):
     cross_q_segment_ids,
     encoder_segment_ids,
     position,
+    positions_BL,
+    encoder_positions_BK,
     index,
   ):
     config, on = self.config, self.enable_dropout
-    if position is None:
-      position = RelativePositionBias(config, False, name="relpos_bias")()
+    if config.relative_attention_per_layer:
+      bias = RelativePositionBias(config, False, name="relpos_bias")
+      position = bias(positions_BL)
     h = layers.RMSNorm(config, name="pre_self_attention_layer_norm")(x_BLM)
     attention = layers.Attention(config, on, name="self_attention")
-    memory = attention.project_memory(h)
+    memory = attention.project_memory(h, positions_BL)
     if self.cache_length:
-      new_cache = _write_cache(
+      new_cache = cache_lib.write(
         None if cache is None else cache["self"],
-        _heads_first(memory),
+        cache_lib.heads_first(memory),
         index,
         self.cache_length,
       )
-      memory = _heads_first(new_cache)
+      memory = cache_lib.heads_first(new_cache)
     h = attention(
       h,
       memory,
+      positions_BQ=positions_BL,
       position=position,
       causal=self.causal,
       q_segment_ids=decoder_segment_ids,
@@ -114,14 +116,18 @@ class DecoderLayer(nn.Module):
     h = layers.RMSNorm(config, name="pre_cross_attention_layer_norm")(x_BLM)
     attention = layers.Attention(config, on, name="encoder_decoder_attention")
     if cache is None:
-      cross = attention.project_memory(encoded_BKM)
+      cross = attention.project_memory(encoded_BKM, encoder_positions_BK)
     else:
-      cross = _heads_first(cache["cross"])
-    # Beams of a row are so many queries more: no position tells them apart.
+      cross = cache_lib.heads_first(cache["cross"])
+    # Beams of a row are so many queries more, at the same positions.
     shape, rows = h.shape, cross["key"].shape[0]
+    positions_BQ = cross_positions(config, positions_BL)
+    if positions_BQ is not None:
+      positions_BQ = jnp.tile(positions_BQ, (1, shape[0] // rows))
     h = attention(
       h.reshape(rows, -1, shape[-1]),
       cross,
+      positions_BQ=positions_BQ,
       q_segment_ids=cross_q_segment_ids,
       kv_segment_ids=encoder_segment_ids,
     ).reshape(shape)
@@ -133,39 +139,7 @@ class DecoderLayer(nn.Module):
     x_BLM = partitioning.constrain(x_BLM, "batch", "length", "embed")
     if not self.cache_length:
       return x_BLM, None
-    return x_BLM, {"self": new_cache, "cross": _heads_first(cross)}
-
-
-def _heads_first(memory):
-  """(B, L, H, D) keys and values as (B, H, L, D), or back."""
-  return jax.tree.map(lambda x: jnp.swapaxes(x, 1, 2), memory)
-
-
-def _write_cache(cache, new, index, length):
-  """`new` keys and values written at `index`; an empty cache where None."""
-
-  def write(rows_BHLD, new_BHQD):
-    return jax.lax.dynamic_update_slice_in_dim(rows_BHLD, new_BHQD, index, 2)
-
-  if cache is None:
-    cache = jax.tree.map(
-      lambda x: jnp.zeros((*x.shape[:2], length, x.shape[3]), x.dtype), new
-    )
-  return jax.tree.map(write, cache, new)
-
-
-def reorder_cache(cache: Any, rows_B: jax.Array) -> Any:
-  """The cache whose rows of the decoder are those that `rows_B` names."""
-
-  def reordered(layer, axis):
-    # No row is beyond the cache; unchecked, a CPU takes half the time.
-    rows = (slice(None),) * axis + (rows_B,)
-    take = lambda x: x.at[rows].get(mode="promise_in_bounds")
-    return layer | {"self": jax.tree.map(take, layer["self"])}
-
-  if isinstance(cache, dict):
-    return reordered(cache, 1)
-  return [reordered(layer, 0) for layer in cache]
+    return x_BLM, {"self": new_cache, "cross": cache_lib.heads_first(cross)}
 
 
 def _apply_layers(
@@ -201,17 +175,33 @@ def _apply_layers(
   return x_BLM, new_caches
 
 
+def _positions_key(module: nn.Module, training: bool) -> jax.Array | None:
+  """Of the positions that this step draws, or None."""
+  if module.config.randomized_positions and training:
+    return module.make_rng("dropout")
+  return None
+
+
 class Encoder(nn.Module):
-  """Embedded tokens to hidden states."""
+  """Embedded tokens to hidden states; `packed` rows are several texts."""
 
   config: T5Config
 
   @nn.compact
-  def __call__(self, x_BLM, segment_ids, *, enable_dropout: bool) -> jax.Array:
+  def __call__(
+    self, x_BLM, segment_ids, *, packed: bool = False, enable_dropout: bool
+  ) -> jax.Array:
     config = self.config
+    positions_BL = token_positions(
+      config,
+      x_BLM.shape[1],
+      packed_ids_BL=segment_ids if packed else None,
+      key=_positions_key(self, enable_dropout),
+    )
     position = None
     if not config.relative_attention_per_layer:
-      position = RelativePositionBias(config, True, name="relpos_bias")()
+      bias = RelativePositionBias(config, True, name="relpos_bias")
+      position = bias(positions_BL)
     x_BLM = layers.Dropout(config, enable_dropout)(x_BLM)
     x_BLM, _ = _apply_layers(
       EncoderLayer,
@@ -220,6 +210,7 @@ class Encoder(nn.Module):
       None,
       segment_ids,
       position,
+      positions_BL,
       config=config,
       enable_dropout=enable_dropout,
     )
@@ -233,7 +224,8 @@ class Encoder(nn.Module):
 class Decoder(nn.Module):
   """Embedded target tokens and encoder output to hidden states, or logits.
 
-  `head` is what stands before the projection to logits, or None.
+  `head` is what stands before the projection to logits, or None; `packed` rows
+  are several texts.
   """
 
   config: T5Config
@@ -251,14 +243,30 @@ class Decoder(nn.Module):
     cache=None,
     cache_length: int = 0,
     index=0,
+    packed: bool = False,
     enable_dropout: bool,
     head: Callable[..., jax.Array] | None = None,
     project: bool = True,
   ) -> tuple[jax.Array, Any]:
     config = self.config
-    position: RelativeBuckets | Alibi | None = None
+    positions_BL = token_positions(
+      config,
+      x_BLM.shape[1],
+      index=index,
+      packed_ids_BL=decoder_segment_ids if packed else None,
+      key=_positions_key(self, enable_dropout),
+    )
+    encoder_positions_BK = None
+    if cache is None:
+      encoder_positions_BK = token_positions(
+        config,
+        encoded_BKM.shape[1],
+        packed_ids_BL=encoder_segment_ids if packed else None,
+      )
+    position = None
     if not config.relative_attention_per_layer:
-      position = RelativePositionBias(config, False, name="relpos_bias")()
+      bias = RelativePositionBias(config, False, name="relpos_bias")
+      position = bias(positions_BL)
     x_BLM = layers.Dropout(config, enable_dropout)(x_BLM)
     x_BLM, cache = _apply_layers(
       DecoderLayer,
@@ -270,6 +278,8 @@ class Decoder(nn.Module):
       cross_q_segment_ids,
       encoder_segment_ids,
       position,
+      positions_BL,
+      cross_positions(config, encoder_positions_BK),
       index,
       config=config,
       enable_dropout=enable_dropout,
@@ -332,12 +342,14 @@ class Transformer(nn.Module):
     *,
     enable_dropout: bool = False,
   ) -> jax.Array:
-    """Hidden states (B, L, M) of tokens (B, L)."""
-    if encoder_segment_ids is None:
+    """Hidden states (B, L, M) of tokens (B, L); packed where ids are given."""
+    packed = encoder_segment_ids is not None
+    if not packed:
       encoder_segment_ids = self.segments(encoder_input_tokens)
     return self.encoder(
       self.token_embedder(encoder_input_tokens),
       encoder_segment_ids,
+      packed=packed,
       enable_dropout=enable_dropout,
     )
 
@@ -351,6 +363,7 @@ class Transformer(nn.Module):
     cache: Any = None,
     cache_length: int = 0,
     index: int | jax.Array = 0,
+    packed: bool | None = None,
     enable_dropout: bool = False,
     project: bool = True,
   ) -> tuple[jax.Array, Any]:
@@ -366,6 +379,8 @@ class Transformer(nn.Module):
       cache: what the previous call returned, or None in the first.
       cache_length: positions the cache shall hold; 0 keeps none (training).
       index: position of the first token, a number or a traced scalar.
+      packed: whether rows are several texts; None where decoder_segment_ids are
+        given.
       enable_dropout: whether dropout is on (needs a "dropout" rng).
       project: False gives the hidden states that `output_kernel` projects.
 
@@ -383,6 +398,7 @@ class Transformer(nn.Module):
       cache=cache,
       cache_length=cache_length,
       index=index,
+      packed=decoder_segment_ids is not None if packed is None else packed,
       enable_dropout=enable_dropout,
       head=self.head,
       project=project,
@@ -413,9 +429,9 @@ class Transformer(nn.Module):
       encoder_segment_ids: (B, K), 1, 2, ... in packed rows, 0 for padding.
       decoder_segment_ids: (B, L), likewise; both or neither.
       encoder_positions: (B, K) positions within each segment, as SeqIO's
-        packing writes them. T5 uses differences of positions within a segment
-        only, which the row index gives as well; they are checked to agree
-        where their values are known.
+        packing writes them. The model makes them of the segments
+        (models/positions.py); they are checked to agree where their values
+        are known.
       decoder_positions: (B, L), likewise.
       enable_dropout: whether dropout is on (needs a "dropout" rng).
       project: False gives hidden states (B, L, M) instead, for a loss that
@@ -431,18 +447,20 @@ class Transformer(nn.Module):
       )
     _check_positions("encoder", encoder_positions, encoder_segment_ids)
     _check_positions("decoder", decoder_positions, decoder_segment_ids)
-    if encoder_segment_ids is None:
-      encoder_segment_ids = self.segments(encoder_input_tokens)
-      if decoder_target_tokens is not None:
-        decoder_segment_ids = self.segments(decoder_target_tokens)
+    packed = encoder_segment_ids is not None
     encoded_BKM = self.encode(
       encoder_input_tokens, encoder_segment_ids, enable_dropout=enable_dropout
     )
+    if not packed:
+      encoder_segment_ids = self.segments(encoder_input_tokens)
+      if decoder_target_tokens is not None:
+        decoder_segment_ids = self.segments(decoder_target_tokens)
     return self.decode(
       encoded_BKM,
       encoder_segment_ids,
       decoder_input_tokens,
       decoder_segment_ids=decoder_segment_ids,
+      packed=packed,
       enable_dropout=enable_dropout,
       project=project,
     )[0]

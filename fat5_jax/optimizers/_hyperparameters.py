@@ -50,6 +50,7 @@ def standard_logical_factor_rules() -> dict[str, str]:
     "kv": "column",
     "joined_kv": "column",
     "relpos_buckets": "none",
+    "relpos_mlp": "none",
     "lora_rank": "none",
     "layers": "batch",
   }

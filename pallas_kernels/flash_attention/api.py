@@ -11,7 +11,11 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels.flash_attention import checks, tiling
-from pallas_kernels.flash_attention.positions import Position
+from pallas_kernels.flash_attention.positions import (
+  AtPositions,
+  Fire,
+  Position,
+)
 from pallas_kernels.manual_axes import vary_together
 
 Implementation = Literal[
@@ -44,15 +48,16 @@ def flash_attention(
 ) -> jax.Array:
   """softmax(scale * q k^T + bias(position), masked) v.
 
-  Row i of q stands at position `q_offset + i`, key j at position j. The bias,
-  where a position is given, is a function of `j - (q_offset + i)` a head.
+  Row i of q stands at position `q_offset + i`, key j at position j, unless
+  `AtPositions` says otherwise. The bias, where a position is given, is a
+  function of `j - (q_offset + i)` a head, and of `q_offset + i` with `Fire`.
   Differentiable in q, k, v and the arrays of `position`.
 
   Args:
     q_BQHD: queries.
     k_BKHD: keys; their head count may divide that of the queries (grouped).
     v_BKHD: values, shaped as the keys.
-    position: how the bias follows from the distance; None for no bias.
+    position: how the bias follows from positions; None for no bias.
     causal: a query sees only keys at its own position or before.
     q_segment_ids: integers (B, Q); a query sees only keys of its own segment.
       Segment 0 is padding: it sees nothing and is seen by nothing. None is all
@@ -93,6 +98,9 @@ def flash_attention(
   if 0 in (*q_BQHD.shape, *k_BKHD.shape):
     # No pair: nothing is seen, and no gradient flows.
     return jnp.zeros_like(q_BQHD)
+  if isinstance(position, Fire):
+    rows = jnp.arange(q_BQHD.shape[1])[None] + q_offset
+    position = AtPositions(position, rows, jnp.arange(k_BKHD.shape[1])[None])
   bias = None if position is None else position.lowered()
   module = _choose(implementation, q_BQHD, k_BKHD, bias)
   groups = q_BQHD.shape[2] // k_BKHD.shape[2]

@@ -25,7 +25,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from pallas_kernels.flash_attention.padding import pad_to, without_padding
-from pallas_kernels.flash_attention.positions import FullBias
+from pallas_kernels.flash_attention.positions import AtPositions, FullBias
 from pallas_kernels.flash_attention.relative_bias import DistanceBias
 
 LOG2E = math.log2(math.e)
@@ -394,6 +394,11 @@ def unsupported(q_BQHD, k_BKHD, bias) -> str | None:
   """Why no kernel can take these arguments, or None."""
   if isinstance(bias, FullBias):
     return "a FullBias is dense; use implementation='chunked'"
+  if isinstance(bias, AtPositions):
+    return (
+      "the bias (FIRE's, or of positions that do not count up by one) is no"
+      " function of the distance in the row; use implementation='chunked'"
+    )
   if q_BQHD.dtype != k_BKHD.dtype:
     return f"queries are {q_BQHD.dtype}, keys {k_BKHD.dtype}"
   if q_BQHD.dtype not in (jnp.bfloat16, jnp.float16, jnp.float32):

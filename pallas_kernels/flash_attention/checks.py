@@ -4,20 +4,16 @@ from __future__ import annotations
 
 import math
 import numbers
+import typing
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from pallas_kernels.flash_attention import positions
 from pallas_kernels.flash_attention.blocked import LEAST_ID
-from pallas_kernels.flash_attention.positions import (
-  Alibi,
-  DistanceVector,
-  FullBias,
-  RelativeBuckets,
-)
+from pallas_kernels.flash_attention.positions import AtPositions, FullBias
 
-_AXES = {RelativeBuckets: 2, DistanceVector: 2, Alibi: 1, FullBias: 4}
 _INT32 = np.iinfo(np.int32)
 
 
@@ -70,15 +66,21 @@ def position(value) -> None:
   """A position of this package, with arrays of its axes, or None."""
   if value is None:
     return
-  kind = next((k for k in _AXES if isinstance(value, k)), None)
-  if kind is None:
-    names = ", ".join(k.__name__ for k in _AXES)
+  kinds = typing.get_args(positions.Position)
+  if not isinstance(value, kinds):
+    names = ", ".join(k.__name__ for k in kinds)
     raise _wrong("position", f"one of {names}, not {type(value).__name__}")
-  for leaf in jax.tree.leaves(value):
-    if not hasattr(leaf, "shape") or len(leaf.shape) != _AXES[kind]:
+  if isinstance(value, AtPositions) and not hasattr(value.bias, "between"):
+    raise _wrong(
+      "AtPositions.bias", f"RelativeBuckets, Alibi or Fire, not {value.bias!r}"
+    )
+  for path, leaf in jax.tree_util.tree_leaves_with_path(value):
+    name = next(key.name for key in path[::-1] if hasattr(key, "name"))
+    axes = len(positions.axes(name))
+    if not hasattr(leaf, "shape") or len(leaf.shape) != axes:
       raise _wrong(
-        f"{kind.__name__}'s array",
-        f"of {_AXES[kind]} axes, not {getattr(leaf, 'shape', leaf)}",
+        f"{type(value).__name__}'s array {name}",
+        f"of {axes} axes, not {getattr(leaf, 'shape', leaf)}",
       )
 
 
@@ -115,7 +117,20 @@ def shapes(q, k, v, position, q_segment_ids, kv_segment_ids) -> None:
         position.bias_BHQK,
         f"(1 or {batch}, 1 or {heads}, {queries}, {k.shape[1]})",
       )
-  elif position is not None and position.num_heads != heads:
+  elif isinstance(position, AtPositions):
+    sides = position.q_positions_BQ, position.kv_positions_BK
+    for name, array, length in zip(
+      ("q_positions_BQ", "kv_positions_BK"), sides, (queries, k.shape[1])
+    ):
+      if array.shape not in ((1, length), (batch, length)):
+        fail(f"AtPositions.{name}", array, f"(1 or {batch}, {length})")
+    if sides[0].shape[0] != sides[1].shape[0]:
+      fail("AtPositions.kv_positions_BK", sides[1], "as many rows as queries")
+  if (
+    position is not None
+    and not isinstance(position, FullBias)
+    and position.num_heads != heads
+  ):
     raise ValueError(
       f"flash_attention: position has {position.num_heads} heads, "
       f"q_BQHD has {heads}"

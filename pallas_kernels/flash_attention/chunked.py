@@ -9,6 +9,7 @@ against many keys (decoding) are one tile, without a loop.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 
 import jax
@@ -21,7 +22,7 @@ from pallas_kernels.flash_attention.blocked import (
   saveable,
 )
 from pallas_kernels.flash_attention.padding import pad_to, without_padding
-from pallas_kernels.flash_attention.positions import FullBias
+from pallas_kernels.flash_attention.positions import AtPositions, FullBias
 from pallas_kernels.manual_axes import vary_together
 
 # Tiles of 512 x 512 keep the working set at 1 MiB a head in float32 while the
@@ -99,6 +100,8 @@ def _tile_bias(bias, i, j, bq, bk, q_offset):
     return None
   if isinstance(bias, FullBias):
     return _full_tile(bias.bias_BHQK, i, j, bq, bk)
+  if isinstance(bias, AtPositions):
+    return _positions_of_tile(bias, i, j, bq, bk).tile()
   diagonals = lambda: _diagonals(bias, i, j, bq, bk, q_offset)
   near = lambda: relative_bias.toeplitz(diagonals(), bq, bk)
   if bias.slopes_H2 is not None:
@@ -125,16 +128,33 @@ def _diagonals(bias, i, j, bq, bk, q_offset):
   return bias.window(first_distance, bq + bk - 1)
 
 
+def _positions_of_tile(bias, i, j, bq, bk):
+  return AtPositions(
+    bias.bias,
+    _block(bias.q_positions_BQ, i, bq, 1),
+    _block(bias.kv_positions_BK, j, bk, 1),
+  )
+
+
 def _full_tile(x_BHQK, i, j, bq, bk):
   return jax.lax.dynamic_slice(
     x_BHQK, (0, 0, i * bq, j * bk), (*x_BHQK.shape[:2], bq, bk)
   )
 
 
-def _add_bias_gradient(dbias, ds_BHQK, i, j, bq, bk, q_offset):
+def _add_bias_gradient(dbias, bias, ds_BHQK, i, j, bq, bk, q_offset):
   """`dbias` plus what this tile contributes to it."""
   if dbias is None:
     return None
+  if isinstance(bias, AtPositions):
+    place = _positions_of_tile(bias, i, j, bq, bk)
+    _, transpose = jax.vjp(
+      lambda x: dataclasses.replace(place, bias=x).tile(), bias.bias
+    )
+    # Positions that all rows share have one tile for them.
+    if place.q_positions_BQ.shape[0] == 1:
+      ds_BHQK = ds_BHQK.sum(axis=0, keepdims=True)
+    return jax.tree.map(jnp.add, dbias, transpose(ds_BHQK)[0])
   if isinstance(dbias, FullBias):
     x_BHQK = dbias.bias_BHQK
     shared = tuple(a for a in (0, 1) if x_BHQK.shape[a] == 1)
@@ -318,7 +338,7 @@ def _backward(causal, scale, bq, bk, residuals, do):
       dv_j += of_keys(p.astype(do.dtype), do_i)
       dp = product("bhqd,bhkd->bhqk", do_i, v_j)
       ds = p * (dp - _block(delta, i, bq, 2)[..., None])
-      dbias = _add_bias_gradient(dbias, ds, i, j, bq, bk, q_offset)
+      dbias = _add_bias_gradient(dbias, bias, ds, i, j, bq, bk, q_offset)
       ds = _round(ds * scale, q.dtype)
       ds_low = ds.astype(q.dtype)
       dk_j += of_keys(ds_low, q_i)
@@ -340,11 +360,14 @@ def _backward(causal, scale, bq, bk, residuals, do):
     )
     return (dq, dbias), (dk_j.astype(k.dtype), dv_j.astype(v.dtype))
 
-  dbias = jax.tree.map(jnp.zeros_like, bias)
+  at_positions = isinstance(bias, AtPositions)
+  dbias = jax.tree.map(jnp.zeros_like, bias.bias if at_positions else bias)
   start = vary_together((jnp.zeros(q.shape, jnp.float32), dbias), like=q)
   (dq, dbias), (dk_blocks, dv_blocks) = jax.lax.scan(
     key_block, start, jnp.arange(nk)
   )
+  if at_positions:
+    dbias = AtPositions(dbias, None, None)
   dk = jnp.moveaxis(dk_blocks, 0, 2).reshape(k.shape)
   dv = jnp.moveaxis(dv_blocks, 0, 2).reshape(v.shape)
   return dq.astype(q.dtype), dk, dv, dbias, None, None, None
@@ -372,7 +395,10 @@ def attention(
   # Fewer queries leave room for more keys in a tile of the same size.
   bk = min(BLOCK * BLOCK // bq, keys)
   on_cpu = tiling.device_kind() == "cpu"
-  if on_cpu and batch > 1 and batch * heads * bq * bk * 4 > _CACHE_BYTES:
+  too_large = on_cpu and batch * heads * bq * bk * 4 > _CACHE_BYTES
+  # A tile of FIRE has a hidden layer a pair: one row's at a time is enough.
+  own_tiles = isinstance(bias, AtPositions) and len(bias.q_positions_BQ) > 1
+  if batch > 1 and (too_large or own_tiles):
     settings = dict(causal=causal, scale=scale)
     ids = (q_segment_ids, kv_segment_ids)
     return _row_by_row(q_BQHD, k_BKHD, v_BKHD, bias, *ids, q_offset, settings)
@@ -390,6 +416,12 @@ def attention(
   )
   if isinstance(bias, FullBias):
     bias = FullBias(pad_to(pad_to(bias.bias_BHQK, bq, 2), bk, 3))
+  if isinstance(bias, AtPositions):
+    bias = AtPositions(
+      bias.bias,
+      pad_to(bias.q_positions_BQ, bq, 1),
+      pad_to(bias.kv_positions_BK, bk, 1),
+    )
   o = _attention(
     q,
     k,
@@ -408,10 +440,8 @@ def attention(
 
 def _row_by_row(q, k, v, bias, q_seg, kv_seg, q_offset, settings):
   """`attention` of one batch row after the other: a tile stays in the cache."""
-  rows = dict(q=q, k=k, v=v, q_seg=q_seg, kv_seg=kv_seg)
-  own_bias = isinstance(bias, FullBias) and bias.bias_BHQK.shape[0] > 1
-  if own_bias:
-    rows["bias"] = bias.bias_BHQK
+  of_rows, bias_of = _bias_by_row(bias)
+  rows = dict(q=q, k=k, v=v, q_seg=q_seg, kv_seg=kv_seg, bias=of_rows)
 
   def one(row):
     row = jax.tree.map(lambda x: x[None], row)
@@ -419,7 +449,7 @@ def _row_by_row(q, k, v, bias, q_seg, kv_seg, q_offset, settings):
       row["q"],
       row["k"],
       row["v"],
-      FullBias(row["bias"]) if own_bias else bias,
+      bias_of(row["bias"]),
       row["q_seg"],
       row["kv_seg"],
       q_offset,
@@ -428,3 +458,13 @@ def _row_by_row(q, k, v, bias, q_seg, kv_seg, q_offset, settings):
     return o[0]
 
   return jax.lax.map(one, rows)
+
+
+def _bias_by_row(bias):
+  """(its arrays that each batch row has its own of, a bias from a row's)."""
+  if isinstance(bias, FullBias) and len(bias.bias_BHQK) > 1:
+    return bias.bias_BHQK, FullBias
+  if isinstance(bias, AtPositions) and len(bias.q_positions_BQ) > 1:
+    positions = bias.q_positions_BQ, bias.kv_positions_BK
+    return positions, lambda row: AtPositions(bias.bias, *row)
+  return None, lambda row: bias

@@ -15,7 +15,7 @@ from jax.experimental import pallas as pl
 import jax.numpy as jnp
 
 from pallas_kernels.flash_attention import blocked
-from pallas_kernels.flash_attention.blocked import Plan
+from pallas_kernels.flash_attention.blocked import Operands, Plan
 from pallas_kernels.flash_attention.relative_bias import diagonal_sums, toeplitz
 
 
@@ -111,20 +111,31 @@ def _extent(seen_BXY, start_BY, stop_BY):
   return jnp.maximum(start_BY, first), jnp.minimum(stop_BY, last + 1)
 
 
-def bias_operands(bias, plan: Plan, *, transposed=False):
-  """Tiles (H, T, bq, bk) or transposed, and (H, 2) constants."""
+def bias_operands(x: Operands, plan: Plan, *, transposed=False):
+  """Near tiles (H, T, bq, bk) or transposed, and what far ones add, by side.
+
+  A far pair adds `constants[h, side]` and, where there are tails,
+  `slopes[h, side]` times its distance, as if q_offset were a whole number of
+  blocks: the query's share of that is a number a row, and the key's an addition
+  a pair. The two tiles that a Plan has for tails are not read.
+  """
   if not plan.biased:
     return {}
-  heads, tiles, length = bias.diagonals_HTL.shape
-  flat = bias.diagonals_HTL.reshape(-1, length)
+  diagonals_HTL = x.bias.diagonals_HTL[:, : plan.near]
+  heads, tiles, length = diagonals_HTL.shape
+  flat = diagonals_HTL.reshape(-1, length)
   if transposed:
     flat = toeplitz(flat[:, ::-1], plan.bk, plan.bq)
   else:
     flat = toeplitz(flat, plan.bq, plan.bk)
-  return {
+  found = {
     "tiles": flat.reshape(heads, tiles, *flat.shape[1:]),
-    "constants": bias.constants_H22[:, :, 0],
+    "constants": x.bias.constants_H22[:, :, 0],
   }
+  if plan.tails:
+    found["slopes"] = x.bias.constants_H22[:, :, 1]
+    found["constants"] -= found["slopes"] * x.phase.astype(jnp.float32)
+  return found
 
 
 def id_operands(segments):
@@ -143,15 +154,27 @@ def dbias_splits(heads: int, plan: Plan, pairs: int) -> int:
   return min(-(-132 // (heads * plan.near)), pairs)
 
 
-def bias_gradient(dtiles_HTSQK, far_BHSQ) -> blocked.Bias:
-  """From sums of dS: of near tiles, in splits, and of far keys, a row each."""
+def bias_gradient(
+  x: Operands, plan: Plan, dtiles_HTSQK, far_BHNQ
+) -> blocked.Bias:
+  """From sums of dS: of near tiles, in splits, and of far keys, a row each.
+
+  Args:
+    x: what the gradient is of.
+    plan: the geometry of tiles.
+    dtiles_HTSQK: of the near tiles.
+    far_BHNQ: of the keys before and after; where there are tails, then those of
+      dS times the distance that `bias_operands` speaks of.
+  """
   heads, near, _, bq, bk = dtiles_HTSQK.shape
   tiles = dtiles_HTSQK.sum(axis=2).reshape(-1, bq, bk)
-  far_HS = far_BHSQ.sum(axis=(0, 3))
-  return blocked.Bias(
-    diagonal_sums(tiles).reshape(heads, near, -1),
-    jnp.stack([far_HS, jnp.zeros_like(far_HS)], axis=2),
-  )
+  diagonals_HTL = diagonal_sums(tiles).reshape(heads, near, -1)
+  far_HN = far_BHNQ.sum(axis=(0, 3))
+  sums_H2, slopes_H2 = far_HN[:, :2], jnp.zeros_like(far_HN[:, :2])
+  if plan.tails:
+    slopes_H2 = far_HN[:, 2:] - sums_H2 * x.phase.astype(jnp.float32)
+    diagonals_HTL = jnp.pad(diagonals_HTL, ((0, 0), (0, 2), (0, 0)))
+  return blocked.Bias(diagonals_HTL, jnp.stack([sums_H2, slopes_H2], axis=2))
 
 
 def pairs_of_tile(n, shift, plan: Plan, batch: int, nq: int, nk: int):

@@ -106,7 +106,7 @@ def _inputs(x: Operands, spans, plan, *, transposed=False):
     pl.BlockSpec((None, None, 4), lambda n, h, b: (b, block(n), 0)),
   )
   inputs["shift"] = (x.shift[None], pl.BlockSpec((1,), lambda n, h, b: (0,)))
-  for name, z in bias_operands(x.bias, plan, transposed=transposed).items():
+  for name, z in bias_operands(x, plan, transposed=transposed).items():
     rest = z.shape[1:]
     inputs[name] = (
       z,
@@ -138,6 +138,39 @@ def _tile(r, plan, i, j, within):
   return r.tiles[index, :, within]
 
 
+def _far(r, plan, is_before, query, key, keys: int):
+  """What far tiles add: (to every pair a number, to each of `keys` another).
+
+  Args:
+    r: refs.
+    plan: the geometry of tiles.
+    is_before: whether the keys are before the near ones.
+    query: positions of the queries; with tails the first number is one a query.
+    key: position of the first key.
+    keys: in the tile.
+  """
+  side = lambda ref: jnp.where(is_before, ref[0], ref[1])
+  if not plan.tails:
+    return side(r.constants), None
+  slope = side(r.slopes)
+  distance = _distance(r, plan, query, key)
+  steps = jnp.arange(keys).astype(jnp.float32)
+  return side(r.constants) + slope * distance, slope * steps
+
+
+def _with_far(r, plan, s, is_before, query, columns):
+  """Scores of a far tile, queries down, with its bias."""
+  each, by_key = _far(r, plan, is_before, query, columns.start, columns.size)
+  if by_key is None:
+    return s + each
+  return s + each[:, None] + by_key[None]
+
+
+def _distance(r, plan, query, key):
+  """From queries to a key, less the phase of q_offset; float32."""
+  return (key - query - r.shift[0] * plan.unit).astype(jnp.float32)
+
+
 def _forward(x: Operands, *, plan, for_gradient):
   q = x.q
   batch, queries, heads, dim = q.shape
@@ -150,6 +183,7 @@ def _forward(x: Operands, *, plan, for_gradient):
     i = query_block(pl.program_id(0))
     span = Span(r.spans, block)
     rows = pl.ds(i * block, block)
+    positions = i * block + jnp.arange(block)
     q_tile = r.q[rows, :]
 
     def step(near, t, carry):
@@ -159,7 +193,7 @@ def _forward(x: Operands, *, plan, for_gradient):
       if near:
         s += _tile(r, plan, i, j, within)
       elif plan.biased:
-        s += jnp.where(j < span.near, r.constants[0], r.constants[1])
+        s = _with_far(r, plan, s, j < span.near, positions, columns)
       if plan.masked:
         same = r.q_ids[rows][:, None] == r.kv_ids[columns][None]
         s = jnp.where(same, s, -jnp.inf)
@@ -217,23 +251,27 @@ def _forward(x: Operands, *, plan, for_gradient):
 
 
 def _dq(inputs, plan, need_dbias):
-  """(dq, sums of dS over the far keys before and after, (B, H, 2, Q))."""
+  """(dq, sums over the far keys as bias_gradient wants them)."""
   q = inputs["q"][0]
   batch, queries, heads, dim = q.shape
   block, part = plan.bq, _blocks(q).part
   parts = block // part
   centred = "k_mean" in inputs
+  far_names = ("before", "after") if need_dbias else ()
+  if plan.tails:
+    far_names += tuple(f"{name}_by_distance" for name in far_names)
   query_block = _query_block(plan, queries // block)
 
   def kernel(r):
     i = query_block(pl.program_id(0))
     span = Span(r.spans, block)
     rows = pl.ds(i * block, block)
+    positions = i * block + jnp.arange(block)
     q_tile, do_tile = r.q[rows, :], r.do[rows, :]
     lse, delta = r.lse[rows], r.delta[rows]
 
     def step(near, t, carry):
-      dq, row_sums, before, after = carry
+      dq, row_sums, far = carry
       j, within, columns = span.part(t, parts)
       k_tile = r.k[columns, :]
       s = _scores(q_tile, k_tile, plan)
@@ -241,29 +279,37 @@ def _dq(inputs, plan, need_dbias):
       if near:
         s += _tile(r, plan, i, j, within)
       elif plan.biased:
-        s += jnp.where(is_before, r.constants[0], r.constants[1])
+        s = _with_far(r, plan, s, is_before, positions, columns)
       if plan.masked:
         same = r.q_ids[rows][:, None] == r.kv_ids[columns][None]
         s = jnp.where(same, s, -jnp.inf)
       p = _exp(s - lse[:, None])
       ds = p * (_dot(do_tile, r.v[columns, :].T) - delta[:, None])
       if need_dbias and not near:
-        sums = ds.sum(axis=1)
-        before += jnp.where(is_before, sums, 0.0)
-        after += jnp.where(is_before, 0.0, sums)
+        sums = [ds.sum(axis=1)]
+        if plan.tails:
+          steps = jnp.arange(columns.size).astype(jnp.float32)
+          distance = _distance(r, plan, positions, columns.start)
+          sums.append(sums[0] * distance + (ds * steps[None]).sum(axis=1))
+        by_side = [
+          jnp.where(mine, x, 0.0)
+          for x in sums
+          for mine in (is_before, jnp.logical_not(is_before))
+        ]
+        far = tuple(map(jnp.add, far, by_side))
       ds = (ds * plan.scale).astype(q.dtype)
       if centred:
         row_sums += ds.astype(jnp.float32).sum(axis=1)
-      return dq + _dot(ds, k_tile), row_sums, before, after
+      return dq + _dot(ds, k_tile), row_sums, far
 
     zero = jnp.zeros((block,), jnp.float32)
-    carry = jnp.zeros((block, dim), jnp.float32), zero, zero, zero
-    dq, row_sums, before, after = near_then_far(plan, span, parts, step, carry)
+    carry = jnp.zeros((block, dim), jnp.float32), zero, (zero,) * len(far_names)
+    dq, row_sums, far = near_then_far(plan, span, parts, step, carry)
     if centred:
       dq -= row_sums[:, None] * r.k_mean[...][None]
     r.dq[...] = dq.astype(q.dtype)
-    if need_dbias:
-      r.before[...], r.after[...] = before, after
+    for name, x in zip(far_names, far):
+      getattr(r, name)[...] = x
 
   outputs = {
     "dq": (
@@ -271,17 +317,16 @@ def _dq(inputs, plan, need_dbias):
       _rows(q, block, lambda n, h, b: (b, query_block(n), h, 0)),
     )
   }
-  if need_dbias:
-    row = (
-      jax.ShapeDtypeStruct((batch, heads, queries), jnp.float32),
-      pl.BlockSpec((None, None, block), lambda n, h, b: (b, h, query_block(n))),
-    )
-    outputs |= {"before": row, "after": row}
+  row = (
+    jax.ShapeDtypeStruct((batch, heads, queries), jnp.float32),
+    pl.BlockSpec((None, None, block), lambda n, h, b: (b, h, query_block(n))),
+  )
+  outputs |= dict.fromkeys(far_names, row)
   grid = (queries // block, heads, batch)
   out = _call("flash_attention_dq", kernel, grid, inputs, outputs, stages=2)
   if not need_dbias:
     return out["dq"], None
-  return out["dq"], jnp.stack([out["before"], out["after"]], axis=2)
+  return out["dq"], jnp.stack([out[name] for name in far_names], axis=2)
 
 
 def _dkv(inputs, plan):
@@ -306,7 +351,11 @@ def _dkv(inputs, plan):
         s_KQ += _tile(r, plan, i, j, within)
       elif plan.biased:
         # Queries before the near ones see these keys after themselves.
-        s_KQ += jnp.where(i < span.near, r.constants[1], r.constants[0])
+        queries_here = columns.start + jnp.arange(columns.size)
+        each, by_key = _far(
+          r, plan, i >= span.near, queries_here, j * block, block
+        )
+        s_KQ += each if by_key is None else each[None] + by_key[:, None]
       if plan.masked:
         same = r.kv_ids[rows][:, None] == r.q_ids[columns][None]
         s_KQ = jnp.where(same, s_KQ, -jnp.inf)
@@ -426,12 +475,13 @@ def _backward(x: Operands, y: Cotangents, *, plan, need_dbias):
       y.k_mean,
       pl.BlockSpec((None, None, y.k_mean.shape[2]), lambda n, h, b: (b, h, 0)),
     )
-  dq, far_BHSQ = _dq(by_query, plan, need_dbias)
+  dq, far_BHNQ = _dq(by_query, plan, need_dbias)
   dk, dv = _dkv(by_key, plan)
   if not need_dbias:
     return dq, dk, dv, None
   splits = dbias_splits(heads, plan, batch * nq)
-  return dq, dk, dv, bias_gradient(_dtiles(by_query, plan, splits), far_BHSQ)
+  dtiles = _dtiles(by_query, plan, splits)
+  return dq, dk, dv, bias_gradient(x, plan, dtiles, far_BHNQ)
 
 
 _KERNELS = blocked.Kernels(_forward, _backward)
@@ -445,8 +495,6 @@ def unsupported(q_BQHD, k_BKHD, bias) -> str | None:
   if (0, 0) < capability < (8, 0):
     number = ".".join(map(str, capability))
     return f"it needs compute capability 8.0, Ampere; this GPU has {number}"
-  if bias is not None and getattr(bias, "slopes_H2", None) is not None:
-    return "ALiBi is not constant far away; use 'chunked'"
   return blocked.unsupported(q_BQHD, k_BKHD, bias)
 
 

@@ -1,7 +1,9 @@
-"""How the bias of attention follows from key position - query position.
+"""How the bias of attention follows from the positions of query and key.
 
 Each class is a small frozen pytree: its arrays are differentiable, and
-`lowered()` gives the one form that the implementations read, a `DistanceBias`.
+`lowered()` gives the form that the implementations read: a `DistanceBias`
+where key position - query position says all, the class itself where not. The
+capitals that end an array's name are its axes; `axes` reads them.
 """
 
 from __future__ import annotations
@@ -9,6 +11,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -23,6 +26,12 @@ def _pytree(*arrays: str, static: tuple[str, ...] = ()):
     data_fields=list(arrays),
     meta_fields=list(static),
   )
+
+
+def axes(field: str) -> str:
+  """The axes of an array by its name: "HN" of table_HN, "" of a scalar."""
+  suffix = field.rpartition("_")[2]
+  return suffix if suffix.isupper() else ""
 
 
 @functools.cache
@@ -112,9 +121,26 @@ class RelativeBuckets:
     return self.table_HN.shape[0]
 
   def lowered(self) -> DistanceBias:
-    buckets_R = near_buckets(
+    return DistanceBias(self._spread(self._buckets()))
+
+  def between(self, q_BQ: jax.Array, kv_BK: jax.Array) -> jax.Array:
+    """float32 (B, H, Q, K): the bias of positions, dense."""
+    buckets_R = self._buckets()
+    distance_BQK = _distances(q_BQ, kv_BK)
+    radius = len(buckets_R) // 2
+    nearest_BQK = jnp.clip(distance_BQK, -radius, radius) + radius
+    buckets_BQK = jnp.asarray(buckets_R)[nearest_BQK]
+    bias_HX = self._spread(buckets_BQK.reshape(-1))
+    bias_HBQK = bias_HX.reshape(-1, *distance_BQK.shape)
+    return jnp.swapaxes(bias_HBQK, 0, 1)
+
+  def _buckets(self) -> np.ndarray:
+    return near_buckets(
       self.table_HN.shape[1], self.max_distance, self.bidirectional
     )
+
+  def _spread(self, buckets_R) -> jax.Array:
+    """float32 (H, R): the table's entries at these buckets."""
     one_hot_NR = np.arange(self.table_HN.shape[1])[:, None] == buckets_R
     # A product with ones and zeros is exact, and its transpose sums in one
     # order on every device; the transpose of a gather is a scatter.
@@ -128,7 +154,7 @@ class RelativeBuckets:
     hidden_HN = table_HN == -jnp.inf
     vector_HR = spread(jnp.where(hidden_HN, 0.0, table_HN))
     hidden_HR = spread(hidden_HN.astype(jnp.float32)) > 0
-    return DistanceBias(jnp.where(hidden_HR, -jnp.inf, vector_HR))
+    return jnp.where(hidden_HR, -jnp.inf, vector_HR)
 
 
 @_pytree("vector_HR")
@@ -156,17 +182,43 @@ class DistanceVector:
     return DistanceBias(jnp.asarray(self.vector_HR, jnp.float32))
 
 
-@_pytree("slopes_H")
+def _distances(q_BQ, kv_BK):
+  """(B, Q, K): key position - query position."""
+  return kv_BK[:, None, :] - q_BQ[:, :, None]
+
+
+@_pytree("slopes_H2")
 @dataclasses.dataclass(frozen=True)
 class Alibi:
-  """ALiBi (arXiv:2108.12409): `-slopes_H[h] * |key - query position|`.
+  """ALiBi (arXiv:2108.12409): `-slopes_H2[h, side] * |distance|`.
 
   Attributes:
-    slopes_H: one slope a head, usually `Alibi.slopes(num_heads)`;
+    slopes_H2: of the keys before, and of those after; an infinite one hides its
+      side from its head. Usually `Alibi.of(num_heads).slopes_H2`;
       differentiable.
   """
 
-  slopes_H: jax.Array
+  slopes_H2: jax.Array
+
+  @classmethod
+  def of(
+    cls,
+    num_heads: int,
+    mode: Literal["symmetric", "asymmetric"] = "symmetric",
+  ) -> Alibi:
+    """The paper's slopes; of an even number of heads where asymmetric.
+
+    Symmetric: both sides alike. Asymmetric, as in FAT5: the first half of the
+    heads sees no later key, the second no earlier one, and each half has the
+    slopes of as many heads.
+    """
+    if mode == "symmetric":
+      slopes_H = cls.slopes(num_heads)
+      return cls(jnp.asarray(np.stack([slopes_H, slopes_H], axis=1)))
+    slopes_H = cls.slopes(num_heads // 2)
+    hides = np.full_like(slopes_H, np.inf)
+    before, after = np.stack([slopes_H, hides]), np.stack([hides, slopes_H])
+    return cls(jnp.asarray(np.concatenate([before, after], axis=1).T))
 
   @staticmethod
   def slopes(num_heads: int) -> np.ndarray:
@@ -180,12 +232,115 @@ class Alibi:
 
   @property
   def num_heads(self) -> int:
-    return self.slopes_H.shape[0]
+    return self.slopes_H2.shape[0]
+
+  def _sides(self) -> tuple[jax.Array, jax.Array]:
+    """(slopes without the infinite ones, which are those), (H, 2)."""
+    slopes_H2 = jnp.asarray(self.slopes_H2, jnp.float32)
+    hides_H2 = slopes_H2 == jnp.inf
+    return jnp.where(hides_H2, 0.0, slopes_H2), hides_H2
 
   def lowered(self) -> DistanceBias:
-    slopes_H = jnp.asarray(self.slopes_H, jnp.float32)
-    vector_HR = -slopes_H[:, None] * jnp.asarray([1.0, 0.0, 1.0])
-    return DistanceBias(vector_HR, jnp.stack([-slopes_H, -slopes_H], axis=1))
+    slopes_H2, hides_H2 = self._sides()
+    ends_H2 = jnp.where(hides_H2, -jnp.inf, -slopes_H2)
+    vector_HR = jnp.insert(ends_H2, 1, 0.0, axis=1)
+    return DistanceBias(vector_HR, -slopes_H2)
+
+  def between(self, q_BQ: jax.Array, kv_BK: jax.Array) -> jax.Array:
+    """float32 (B, H, Q, K): the bias of positions, dense."""
+    slopes_H2, hides_H2 = self._sides()
+    distance_B1QK = _distances(q_BQ, kv_BK)[:, None]
+    of_side = lambda x_H2: jnp.where(
+      distance_B1QK < 0, x_H2[:, :1, None], x_H2[:, 1:, None]
+    )
+    bias_BHQK = -of_side(slopes_H2) * jnp.abs(distance_B1QK)
+    hidden_BHQK = of_side(hides_H2) & (distance_B1QK != 0)
+    return jnp.where(hidden_BHQK, -jnp.inf, bias_BHQK)
+
+
+# Keeps the least normaliser of FIRE from 0, as in FAT5.
+_FIRE_EPSILON = 1e-6
+
+
+@_pytree("hidden_W", "hidden_bias_W", "out_HW", "out_bias_H", "c", "threshold")
+@dataclasses.dataclass(frozen=True)
+class Fire:
+  """FIRE (arXiv:2310.04418): a network of one hidden layer, of one number.
+
+  With d = query position - key position and f(x) = log(|c x| + 1), the number
+  is `sign(d) f(d) / f(max(query position, |threshold|))`: how far back, as a
+  part of how far back one can look. It depends on the query's position too, so
+  no table of distances holds it; where it is computed a tile at a time, nothing
+  of size length x length exists.
+
+  Attributes:
+    hidden_W, hidden_bias_W: of the hidden layer, whose activation is ReLU.
+    out_HW, out_bias_H: of the output, one a head.
+    c: scalar, how soon distances are compressed.
+    threshold: scalar, in tokens; queries before it are normalised as if there.
+  """
+
+  hidden_W: jax.Array
+  hidden_bias_W: jax.Array
+  out_HW: jax.Array
+  out_bias_H: jax.Array
+  c: jax.Array
+  threshold: jax.Array
+
+  @property
+  def num_heads(self) -> int:
+    return self.out_HW.shape[0]
+
+  def between(self, q_BQ: jax.Array, kv_BK: jax.Array) -> jax.Array:
+    """float32 (B, H, Q, K): the bias of positions, dense."""
+    compressed = lambda x: jnp.log(jnp.abs(self.c * x) + 1)
+    back_BQK = -_distances(q_BQ, kv_BK).astype(jnp.float32)
+    most_BQ = jnp.maximum(q_BQ.astype(jnp.float32), jnp.abs(self.threshold))
+    normaliser_BQ = compressed(most_BQ) + _FIRE_EPSILON
+    part_BQK = jnp.sign(back_BQK) * compressed(back_BQK)
+    part_BQK = part_BQK / normaliser_BQ[:, :, None]
+    across = lambda x_W: x_W[:, None, None]
+    hidden_BWQK = jax.nn.relu(
+      across(self.hidden_W) * part_BQK[:, None] + across(self.hidden_bias_W)
+    )
+    bias_BHQK = jnp.einsum(
+      "bwqk,hw->bhqk",
+      hidden_BWQK,
+      self.out_HW,
+      precision=jax.lax.Precision.HIGHEST,
+    )
+    return bias_BHQK + across(self.out_bias_H)
+
+
+@_pytree("bias", "q_positions_BQ", "kv_positions_BK")
+@dataclasses.dataclass(frozen=True)
+class AtPositions:
+  """A bias between tokens that do not stand where their row says.
+
+  For positions drawn at random, and for FIRE in packed rows. The bias is no
+  function of the distance in the row, so only "reference" and "chunked" take
+  it; they compute it a tile at a time.
+
+  Attributes:
+    bias: what it is; differentiable.
+    q_positions_BQ: integers, the batch axis may be 1; `q_offset` is not added.
+    kv_positions_BK: likewise; a batch axis of the same size.
+  """
+
+  bias: RelativeBuckets | Alibi | Fire
+  q_positions_BQ: jax.Array
+  kv_positions_BK: jax.Array
+
+  @property
+  def num_heads(self) -> int:
+    return self.bias.num_heads
+
+  def lowered(self) -> AtPositions:
+    return self
+
+  def tile(self) -> jax.Array:
+    """float32 (B, H, Q, K)."""
+    return self.bias.between(self.q_positions_BQ, self.kv_positions_BK)
 
 
 @_pytree("bias_BHQK")
@@ -211,4 +366,6 @@ class FullBias:
     return FullBias(jnp.asarray(self.bias_BHQK, jnp.float32))
 
 
-Position = RelativeBuckets | DistanceVector | Alibi | FullBias
+Position = (
+  RelativeBuckets | DistanceVector | Alibi | Fire | AtPositions | FullBias
+)

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from pallas_kernels.flash_attention import relative_bias
 from pallas_kernels.flash_attention.padding import without_padding
-from pallas_kernels.flash_attention.positions import FullBias
+from pallas_kernels.flash_attention.positions import AtPositions, FullBias
 
 
 def attention_mask(
@@ -63,6 +63,8 @@ def attention(
   s_BHQK = scale * jnp.einsum("bqhd,bkhd->bhqk", q, k, precision=highest)
   if isinstance(bias, FullBias):
     s_BHQK += bias.bias_BHQK
+  elif isinstance(bias, AtPositions):
+    s_BHQK += bias.tile()
   elif bias is not None:
     first_distance = -(queries - 1) - q_offset
     diagonals_HR = bias.window(first_distance, queries + keys - 1)

@@ -42,14 +42,15 @@ CONFIG = Config()
 
 
 def _backward(x: Operands, y: Cotangents, *, config, plan, need_dbias):
-  dq_BQHD, far_BHSQ = dq(x, y, config, plan, need_dbias)
+  dq_BQHD, far_BHNQ = dq(x, y, config, plan, need_dbias)
   dk_BKHD, dv_BKHD = dkv(x, y, config, plan)
   if not need_dbias:
     return dq_BQHD, dk_BKHD, dv_BKHD, None
   batch, queries, heads, _ = x.q.shape
   splits = dbias_splits(heads, plan, batch * (queries // plan.bq))
   dtiles = dbias(x, y, config, plan, splits)
-  return dq_BQHD, dk_BKHD, dv_BKHD, bias_gradient(dtiles, far_BHSQ)
+  gradient = bias_gradient(x, plan, dtiles, far_BHNQ)
+  return dq_BQHD, dk_BKHD, dv_BKHD, gradient
 
 
 @functools.cache
@@ -77,8 +78,6 @@ def unsupported(q_BQHD, k_BKHD, bias) -> str | None:
     )
   if q_BQHD.shape[3] > 128:
     return "head dimensions above 128 leave no registers; use 'triton'"
-  if bias is not None and bias.slopes_H2 is not None:
-    return "ALiBi is not constant far away; use 'chunked'"
   return None
 
 

@@ -9,7 +9,10 @@ import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 
 from pallas_kernels.flash_attention.blocked import Cotangents, Operands
-from pallas_kernels.flash_attention.gpu_common import id_operands
+from pallas_kernels.flash_attention.gpu_common import (
+  bias_operands,
+  id_operands,
+)
 from pallas_kernels.flash_attention.mosaic.config import ROWS, Grid
 from pallas_kernels.manual_axes import vary_together
 
@@ -87,6 +90,14 @@ def rows_ready(g: Grid, number: int):
 def freed(g: Grid):
   """A barrier a stage, at which every warpgroup that computes arrives."""
   return arrivals(g, g.config.warpgroups)
+
+
+def bias_inputs(g: Grid, x: Operands, *, transposed=False):
+  """The bias; where it has tails, places in a block to multiply slopes by."""
+  found = bias_operands(x, g.plan, transposed=transposed)
+  if g.plan.tails:
+    found["places"] = jnp.arange(g.config.block, dtype=jnp.float32)
+  return found
 
 
 def backward_inputs(x: Operands, y: Cotangents) -> dict[str, jax.Array]:

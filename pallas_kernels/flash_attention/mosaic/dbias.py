@@ -17,7 +17,6 @@ import jax.numpy as jnp
 from pallas_kernels.flash_attention import tiling
 from pallas_kernels.flash_attention.blocked import Cotangents, Operands, Plan
 from pallas_kernels.flash_attention.gpu_common import (
-  bias_operands,
   pairs_of_tile,
 )
 from pallas_kernels.flash_attention.mosaic import call, pipeline, tiles
@@ -35,7 +34,7 @@ def dbias(
     "flash_attention_dbias",
     functools.partial(_kernel, g, splits),
     {"heads": g.heads, "tiles": plan.near * g.parts, "splits": splits},
-    {**call.backward_inputs(x, y), **bias_operands(x.bias, plan)},
+    {**call.backward_inputs(x, y), **call.bias_inputs(g, x)},
     {"dtiles": jax.ShapeDtypeStruct(shape, jnp.float32)},
     _scratch(g, x.q.dtype),
   )

@@ -14,7 +14,6 @@ import jax.numpy as jnp
 from pallas_kernels.flash_attention import tiling
 from pallas_kernels.flash_attention.blocked import Cotangents, Operands, Plan
 from pallas_kernels.flash_attention.gpu_common import (
-  bias_operands,
   near_then_far,
   query_spans,
 )
@@ -28,7 +27,7 @@ def dkv(x: Operands, y: Cotangents, config: Config, plan: Plan):
   g = Grid.of(x, config, plan, tiling.mosaic_parts(x.q.shape[3]).dkv)
   inputs = {
     **call.backward_inputs(x, y),
-    **bias_operands(x.bias, plan, transposed=True),
+    **call.bias_inputs(g, x, transposed=True),
     "spans": query_spans(plan, x.segments, x.shift, g.batch, g.nq, g.nk),
   }
   out = call.call(
@@ -124,7 +123,14 @@ def _tile(g: Grid, r, p: Program, wg, near: bool, t, carry):
     s_KQ += tiles.read(place, tiles.TILE)
   elif g.plan.biased:
     # Queries before the near ones see these keys after themselves.
-    top = top - r.constants[p.h, jnp.where(i < p.span.near, 1, 0)]
+    sides = tiles.far_sides(r, g.plan, p.h)
+    far = tiles.far_side(sides, i >= p.span.near)
+    queries = None
+    if g.plan.tails:
+      s_KQ += tiles.across(far.of_keys(tiles.steps_down(r, g, wg)), g.part)
+      queries = tiles.steps_across(r, g)
+    start = tiles.first_distance(r, g, i, j) - within.start
+    top = top - far.of_queries(start, queries)
   p_KQ = tiles.exp(s_KQ, tiles.down(top, ROWS))
   staging = call.of(r.staging, wg)
   dv = tiles.add_product(dv, p_KQ.astype(r.q.dtype), do_s, staging)

@@ -11,7 +11,6 @@ import jax.numpy as jnp
 from pallas_kernels.flash_attention import tiling
 from pallas_kernels.flash_attention.blocked import Cotangents, Operands, Plan
 from pallas_kernels.flash_attention.gpu_common import (
-  bias_operands,
   key_spans,
   near_then_far,
 )
@@ -28,11 +27,11 @@ from pallas_kernels.flash_attention.mosaic.pipeline import Program
 def dq(
   x: Operands, y: Cotangents, config: Config, plan: Plan, need_dbias: bool
 ):
-  """(dq, float32 (B, H, 2, Q): sums of dS over the far keys on either side)."""
+  """(dq, float32 (B, H, 2 or 4, Q): sums over far keys, see bias_gradient)."""
   g = Grid.of(x, config, plan, tiling.mosaic_parts(x.q.shape[3]).dq)
   inputs = {
     **call.backward_inputs(x, y),
-    **bias_operands(x.bias, plan),
+    **call.bias_inputs(g, x),
     "ones": jnp.ones((COPIES, g.part), x.q.dtype),
     "spans": key_spans(plan, x.segments, x.shift, g.batch, g.nq, g.nk),
     "k_mean": y.k_mean,
@@ -40,7 +39,7 @@ def dq(
   outputs = {"dq": call.struct(x.q)}
   if need_dbias:
     outputs["far"] = jax.ShapeDtypeStruct(
-      (g.batch, g.heads, 2, x.q.shape[1]), jnp.float32
+      (g.batch, g.heads, _sums(g), x.q.shape[1]), jnp.float32
     )
   out = call.call(
     g,
@@ -54,15 +53,21 @@ def dq(
   return out["dq"], out.get("far")
 
 
+def _sums(g: Grid) -> int:
+  """Of dS a row: on either side, and where there are tails by distance too."""
+  return 4 if g.plan.tails else 2
+
+
 def _scratch(g: Grid, dtype, need_dbias: bool):
   wgs, stages = g.config.warpgroups, g.config.stages
+  far = plgpu.SMEM((wgs, _sums(g), ROWS), jnp.float32)
   return {
     "q_s": call.matrix(dtype, wgs, ROWS, g.dim),
     "do_s": call.matrix(dtype, wgs, ROWS, g.dim),
     "k_s": call.matrix(dtype, stages, g.part, g.dim),
     "v_s": call.matrix(dtype, stages, g.part, g.dim),
     "ones_s": call.matrix(dtype, wgs, COPIES, g.part),
-    "far_s": plgpu.SMEM((wgs, 2, ROWS), jnp.float32) if need_dbias else None,
+    "far_s": far if need_dbias else None,
     "row_ids_s": call.ids(g, wgs, ROWS),
     "column_ids_s": call.ids(g, stages, g.part),
     "staging": call.staging(g, dtype),
@@ -102,16 +107,16 @@ def _compute(g: Grid, need_dbias: bool, r, p: Program, wg) -> None:
     tiles.read(r.statistics.at[p.b, p.h, n, rows], tiles.PER_ROW)
     for n in (0, 1)
   )
-  constants = tiles.far_constants(r, g.plan, p.h)
+  sides = tiles.far_sides(r, g.plan, p.h)
   plgpu.barrier_wait(ready)
-  sums = (tiles.zeros(ROWS), tiles.zeros(ROWS)) if need_dbias else ()
+  sums = (tiles.zeros(ROWS),) * _sums(g) if need_dbias else ()
   carry = tiles.zeros(ROWS, g.dim), tiles.zeros(ROWS, COPIES), sums
-  step = functools.partial(_tile, g, r, p, wg, statistics, constants)
+  step = functools.partial(_tile, g, r, p, wg, statistics, sides)
   carry = near_then_far(g.plan, p.span, g.parts, step, carry)
   _finish(g, r, p, wg, *carry)
 
 
-def _tile(g: Grid, r, p: Program, wg, statistics, constants, near, t, carry):
+def _tile(g: Grid, r, p: Program, wg, statistics, sides, near, t, carry):
   """(dq, its row sums, sums of dS on either side) with the t-th part."""
   dq, row_sums, sums = carry
   lse, delta = statistics
@@ -129,16 +134,22 @@ def _tile(g: Grid, r, p: Program, wg, statistics, constants, near, t, carry):
   is_before = j < p.span.near
   top = lse
   if g.plan.biased and not near:
-    before, after = constants
-    top = lse - jnp.where(is_before, before, after)
+    far = tiles.far_side(sides, is_before)
+    if g.plan.tails:
+      s += tiles.down(far.of_keys(tiles.steps_across(r, g)), ROWS)
+    start = tiles.first_distance(r, g, p.block, j) + within.start
+    rows = tiles.steps_down(r, g, wg) if g.plan.tails else None
+    top = lse - far.of_queries(start, rows)
   prob = tiles.exp(s, tiles.across(top, g.part))
   ds = tiles.ds(prob, dp, tiles.across(delta, g.part))
   if sums and not near:
-    far_sums = ds.sum(axis=1)
-    sums = tuple(
-      total + far_sums * jnp.where(mine, 1.0, 0.0)
-      for total, mine in zip(sums, (is_before, j >= p.span.near))
-    )
+    found = [ds.sum(axis=1)]
+    if g.plan.tails:
+      by_key = ds * tiles.down(tiles.steps_across(r, g), ROWS)
+      found += [found[0] * tiles.distance(start, rows) + by_key.sum(axis=1)]
+    mine = [jnp.where(x, 1.0, 0.0) for x in (is_before, j >= p.span.near)]
+    added = (x * side for x in found for side in mine)
+    sums = tuple(map(jnp.add, sums, added))
   ds = tiles.scaled(ds, g.plan).astype(r.q.dtype)
   rights = k_s, r.ones_s.at[wg].T
   staging = call.of(r.staging, wg)

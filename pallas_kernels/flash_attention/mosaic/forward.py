@@ -19,7 +19,6 @@ import jax.numpy as jnp
 from pallas_kernels.flash_attention import blocked, tiling
 from pallas_kernels.flash_attention.blocked import LOG2E, Operands, Plan
 from pallas_kernels.flash_attention.gpu_common import (
-  bias_operands,
   id_operands,
   key_spans,
   near_then_far,
@@ -48,7 +47,7 @@ def forward(x: Operands, *, config: Config, plan: Plan, for_gradient: bool):
     "ones": jnp.ones((COPIES, g.part), x.q.dtype),
     "spans": key_spans(plan, x.segments, x.shift, g.batch, g.nq, g.nk),
     "shift": x.shift[None],
-    **bias_operands(x.bias, plan),
+    **call.bias_inputs(g, x),
     **id_operands(x.segments),
   }
   if plan.masked:
@@ -164,7 +163,7 @@ def _compute(g: Grid, for_gradient: bool, r, p: Program, wg) -> None:
   plgpu.copy_gmem_to_smem(r.ones, r.ones_s.at[wg], ready)
   pipeline.copy_ids(r, "q", p.b, rows, r.row_ids_s, wg, ready)
   plgpu.barrier_wait(ready)
-  constants = tiles.far_constants(r, g.plan, p.h)
+  sides = tiles.far_sides(r, g.plan, p.h)
   pl.when(p.total > 0)(lambda: plgpu.barrier_wait(r.k_ready.at[0]))
   pl.when(wg == 1)(lambda: _in_turn(r))
   carry = (
@@ -172,13 +171,13 @@ def _compute(g: Grid, for_gradient: bool, r, p: Program, wg) -> None:
     tiles.filled(_LOWEST, ROWS),
     tiles.zeros(ROWS, COPIES),
   )
-  step = functools.partial(_tile, g, r, p, wg, constants)
+  step = functools.partial(_tile, g, r, p, wg, sides)
   o, m, l = near_then_far(g.plan, p.span, g.parts, step, carry)
   pl.when(wg == 0)(lambda: _in_turn(r))
   _finish(g, for_gradient, r, p, wg, o, m, l)
 
 
-def _tile(g: Grid, r, p: Program, wg, constants, near: bool, t, carry):
+def _tile(g: Grid, r, p: Program, wg, sides, near: bool, t, carry):
   """The t-th part of a block of keys: (o, m, l) with it."""
   o, m, l = carry
   slot = pipeline.slot_of(g, t)
@@ -188,7 +187,8 @@ def _tile(g: Grid, r, p: Program, wg, constants, near: bool, t, carry):
   s = tiles.scores(s, g.plan, ids, bias)
   # Keys' slot holds their ids too.
   plgpu.barrier_arrive(r.k_free.at[slot])
-  m_new, prob = _probabilities(s, m, _constant(constants, near, j, p.span))
+  s, constant = _far(g, r, p, wg, sides, near, j, within, s)
+  m_new, prob = _probabilities(s, m, constant)
   shrink = jnp.exp2((m - m_new) * LOG2E)
   prob = prob.astype(r.q.dtype)
   l = l * tiles.across(shrink, COPIES)
@@ -226,20 +226,25 @@ def _product(g: Grid, r, p: Program, wg, near: bool, slot, j, within):
   return pl.run_scoped(run, plgpu.ACC((ROWS, g.part), jnp.float32))
 
 
-def _constant(constants, near: bool, j, span):
-  """What a far tile adds to every score; None of a near one."""
+def _far(g: Grid, r, p: Program, wg, sides, near: bool, j, within, s):
+  """(s with what its keys add, what a far tile adds to rows, or None)."""
   if near:
-    return None
-  if constants is None:
-    return 0.0
-  before, after = constants
-  return jnp.where(j < span.near, before, after)
+    return s, None
+  if sides is None:
+    return s, 0.0
+  far = tiles.far_side(sides, j < p.span.near)
+  if not g.plan.tails:
+    return s, far.constant
+  by_key = far.of_keys(tiles.steps_across(r, g))
+  start = tiles.first_distance(r, g, p.block, j) + within.start
+  constant = far.of_queries(start, tiles.steps_down(r, g, wg))
+  return s + tiles.down(by_key, ROWS), constant
 
 
 def _probabilities(s, m, constant):
   """(the new maximum of each row, e^(score - it)) of a tile's scores.
 
-  Softmax does not see a constant: it moves the maximum instead.
+  Softmax does not see what a row adds to all: it moves the maximum instead.
   """
   if constant is None:
     m_new = jnp.maximum(m, s.max(axis=1))

@@ -98,9 +98,63 @@ def tile_of(r, plan: Plan, h, i, j, wg, within):
   return r.tiles.at[h, index, pl.ds(wg * ROWS, ROWS), within]
 
 
-def far_constants(r, plan: Plan, h):
-  """What far tiles before and after add to a score; None without a bias."""
-  return (r.constants[h, 0], r.constants[h, 1]) if plan.biased else None
+class Far(NamedTuple):
+  """What the far tiles of one side add to scores.
+
+  Attributes:
+    constant: to every score.
+    slope: to each, times key position - query position; None without tails.
+  """
+
+  constant: jax.Array
+  slope: jax.Array | None
+
+  def of_queries(self, first_distance, steps):
+    """Of queries `steps` after the first: a number a query, or one for all.
+
+    Args:
+      first_distance: from the first query to the first key, an integer.
+      steps: float32.
+    """
+    if self.slope is None:
+      return self.constant
+    return self.constant + self.slope * distance(first_distance, steps)
+
+  def of_keys(self, steps):
+    """Of keys `steps` after the first, added to that of their query."""
+    return self.slope * steps
+
+
+def distance(first_distance, steps):
+  """From queries `steps` after the first to the first key."""
+  return first_distance.astype(jnp.float32) - steps
+
+
+def far_sides(r, plan: Plan, h) -> tuple[Far, Far] | None:
+  """Of the keys before and after; None without a bias."""
+  if not plan.biased:
+    return None
+  slopes = [r.slopes[h, n] if plan.tails else None for n in (0, 1)]
+  return tuple(Far(r.constants[h, n], slopes[n]) for n in (0, 1))
+
+
+def far_side(sides: tuple[Far, Far], is_before) -> Far:
+  return jax.tree.map(lambda a, b: jnp.where(is_before, a, b), *sides)
+
+
+def steps_down(r, g: Grid, wg):
+  """float32 (ROWS,): places of a warpgroup's rows in their block."""
+  return read(r.places.at[pl.ds(wg * ROWS, ROWS)], PER_ROW)
+
+
+def steps_across(r, g: Grid):
+  """float32 (part,): places of a tile's columns from its first one."""
+  return read(r.places.at[pl.ds(0, g.part)], PER_COLUMN)
+
+
+def first_distance(r, g: Grid, i, j):
+  """From the first query of a block to the first key of another."""
+  return (j - i - r.shift[0]) * g.config.block
 
 
 class Ids(NamedTuple):
