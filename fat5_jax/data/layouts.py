@@ -82,7 +82,7 @@ class Corpus:
   What is asked about them is drawn as they are read.
 
   Attributes:
-    denoisers: of denoising.py.
+    denoisers: of data.denoising.
     piece_length: tokens of the longest piece.
     join: whether rows that come after each other are one text.
     text_length: see denoising.Objective.

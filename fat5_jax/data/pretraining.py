@@ -1,4 +1,4 @@
-"""Tasks of text alone: what is asked about it is an objective's (denoising.py).
+"""Tasks of text alone: what is asked about it is an objective's (denoising).
 
 `@pretraining.text()` in gin reads any source; the names of T5's tasks read
 `train*.jsonl`, `validation*.txt`, ... of DATA_DIR, or C4.

@@ -15,7 +15,7 @@
     ...
   )
 
-What they do to tokens is in denoising.py, in numpy; so are functions of a
+What they do to tokens is in denoising, in numpy; so are functions of a
 person's own for `denoise`.
 """
 
