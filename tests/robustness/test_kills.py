@@ -140,7 +140,7 @@ def survives(train, folder, steps, seed):
   rng.shuffle(ways)
   # A life long enough to get on, and not to the end.
   life, found = took / 2, []
-  while killed < int(os.environ.get("FAT5_JAX_KILLS", "4")):
+  while killed < int(os.environ.get("FAT5_JAX_KILLS", "3")):
     seconds, before = rng.uniform(0.02, 1) * life, len(found)
     status, _, said = train("killed", seconds)
     if status is not None:
