@@ -75,9 +75,8 @@ STEPS = int(os.environ.get("FAT5_JAX_KILL_STEPS", "120"))
 # How the batches come about, in gin.
 SORTS = {
   "packed": "",
-  "padded": "PACK = False",
   "bucketed": "PACK = False\nBUCKETS = 3",
-  "mixture": MIXTURE,
+  "mixture, padded": f"{MIXTURE}PACK = False",
   "workers": "NUM_WORKERS = 2",
   "best": (
     "EMA_DECAY = 0.9\nKEEP_BEST = 'training_eval/tiny/accuracy'\nPATIENCE = 3"
