@@ -497,6 +497,27 @@ def test_such_a_task_is_trained_on_with_other_noise_every_epoch(step):
   assert stream.epochs["c4_like"] > 1.9 and len(inputs) > 900
 
 
+def test_t5s_smaller_steps_do_what_their_names_say():
+  import tensorflow as tf
+
+  tokens = np.arange(3, 1003, dtype=np.int32)
+  texts = tf.data.Dataset.from_tensors({"targets": tokens}).repeat(300)
+  with seqio.utils.map_seed_manager(0):
+    chunks = t5_preprocessors.select_random_chunk(texts, max_length=400)
+    first = [int(x["targets"][0]) for x in chunks.as_numpy_iterator()]
+    split = t5_preprocessors.split_tokens(texts.take(50), 100, 10)
+    parts = [x["targets"] for x in split.as_numpy_iterator()]
+  counts = collections.Counter(first)
+  assert set(counts) == {3, 403, 803}
+  assert chi_square(list(counts.values()), [100] * 3) < 4
+  sizes = [len(part) for part in parts]
+  assert min(sizes) < 30 and max(sizes) > 70 and max(sizes) <= 100
+  np.testing.assert_array_equal(np.concatenate(parts), np.tile(tokens, 50))
+  rng = np.random.default_rng(0)
+  mask = t5_preprocessors.iid_noise_mask(40_000, 0.3, rng)
+  assert abs(mask.mean() - 0.3) < 4 * (0.3 * 0.7 / 40_000) ** 0.5
+
+
 def test_a_task_of_ours_is_one_of_seqios_too():
   task = config(lines()).task()
   found = list(
@@ -526,6 +547,7 @@ def test_a_task_of_ours_is_one_of_seqios_too():
     ([{"kind": "mlm"}], "span_corruption"),
     ([{"rate": -1}], "above 0"),
     ([{"max_spans": 0}], "at least 1"),
+    ([{"max_spans": "3"}], "whole number"),
     ([{"kind": "prefix_lm", "prefix_share": 1.5}], "between 0 and 1"),
     ([{"prefix": 5}], "no text"),
     ([], "no denoiser"),

@@ -22,6 +22,15 @@ def file(path: str | None) -> str | None:
   return path and fetched.local(path)
 
 
+def piece_id(vocabulary: seqio.Vocabulary, piece: str) -> int | None:
+  """The id of a piece of a SentencePiece model; None where it has none."""
+  tokenizer = getattr(vocabulary, "tokenizer", None)
+  if not hasattr(tokenizer, "piece_to_id"):
+    return None
+  number = tokenizer.piece_to_id(piece)
+  return number if tokenizer.id_to_piece(number) == piece else None
+
+
 def save(vocabulary: seqio.Vocabulary, folder: str) -> dict[str, Any] | None:
   """Copies a vocabulary into `folder`; its description, or None if unknown."""
   if isinstance(vocabulary, seqio.ByteVocabulary):

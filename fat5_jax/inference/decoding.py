@@ -178,12 +178,9 @@ _MACROS = {
 
 def _piece(vocabulary: Any, text: str, known: int) -> int:
   """The id of one token, by its piece or by what it is the whole text of."""
-  tokenizer = getattr(vocabulary, "tokenizer", None)
-  found = None
-  if hasattr(tokenizer, "piece_to_id"):
-    found = tokenizer.piece_to_id(text)
-    if tokenizer.id_to_piece(found) != text:
-      found = None
+  from fat5_jax.data import vocabularies
+
+  found = vocabularies.piece_id(vocabulary, text)
   if found is None:
     ids = vocabulary.encode(text)
     found = ids[0] if len(ids) == 1 and ids[0] != vocabulary.unk_id else None

@@ -39,8 +39,11 @@ class SpanCorruption:
     _check_number(self, "noise_density", 0, 1)
     _check_number(self, "mean_noise_span_length", 0)
     _check_rate(self)
-    if self.max_spans is not None and self.max_spans < 1:
-      raise UserError(f"max_spans = {self.max_spans!r} must be at least 1")
+    most = self.max_spans
+    if most is not None and (type(most) is not int or most < 1):
+      raise UserError(
+        f"max_spans = {shown(most)} must be a whole number, at least 1"
+      )
 
   def counts(self, lengths_N: np.ndarray, most: int):
     most = most if self.max_spans is None else min(most, self.max_spans)
@@ -55,14 +58,6 @@ class SpanCorruption:
     del draws_N
     noise_N, spans_N = self.counts(lengths_N, len(sentinel_ids))
     return lengths_N - noise_N + spans_N, noise_N + spans_N
-
-  def longest(self, inputs: int, targets: int, sentinel_ids) -> int:
-    """The longest text whose sides have at most so many tokens; 0 for none."""
-    # Neither side gets shorter with a longer text.
-    lengths_N = np.arange(masks.SHORTEST, inputs + targets + 1)
-    asked_N, answered_N = self.sizes(lengths_N, lengths_N, sentinel_ids)
-    fits_N = (asked_N <= inputs) & (answered_N <= targets)
-    return int(lengths_N[fits_N].max(initial=0))
 
   def apply(
     self,
@@ -130,19 +125,6 @@ class PrefixLM:
       given_N + self.with_sentinel,
       lengths_N - given_N + self.with_sentinel,
     )
-
-  def longest(self, inputs: int, targets: int, sentinel_ids) -> int:
-    """The longest text whose sides have at most so many tokens; 0 for none."""
-    if self.with_sentinel and not len(sentinel_ids):
-      return 0
-    lengths_N = np.arange(masks.SHORTEST, inputs + targets + 2)
-    fits_N = np.ones(len(lengths_N), bool)
-    # A drawn place may be the first as well as the last.
-    for draw in (0.0, np.nextafter(1.0, 0.0)):
-      draws_N = np.full(len(lengths_N), draw)
-      asked_N, answered_N = self.sizes(lengths_N, draws_N, sentinel_ids)
-      fits_N &= (asked_N <= inputs) & (answered_N <= targets)
-    return int(lengths_N[fits_N].max(initial=0))
 
   def apply(
     self,

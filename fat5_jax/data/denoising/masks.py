@@ -8,6 +8,7 @@ from __future__ import annotations
 import numpy as np
 import seqio
 
+from fat5_jax.data.vocabularies import piece_id
 from fat5_jax.errors import UserError
 
 # Tokens of the shortest text that something can be asked about.
@@ -104,15 +105,6 @@ def sentinels(vocabulary: seqio.Vocabulary) -> np.ndarray:
   ) is not None:
     found.append(number)
   return np.array(found, np.int32)
-
-
-def piece_id(vocabulary: seqio.Vocabulary, piece: str) -> int | None:
-  """The id of a piece of a SentencePiece model; None where it has none."""
-  tokenizer = getattr(vocabulary, "tokenizer", None)
-  if not hasattr(tokenizer, "piece_to_id"):
-    return None
-  number = tokenizer.piece_to_id(piece)
-  return number if tokenizer.id_to_piece(number) == piece else None
 
 
 def span_to_unique_sentinel(

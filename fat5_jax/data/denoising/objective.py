@@ -9,7 +9,8 @@ import numpy as np
 import seqio
 
 from fat5_jax.data.denoising.denoisers import Denoiser, SpanCorruption
-from fat5_jax.data.denoising.masks import SHORTEST, piece_id, sentinels
+from fat5_jax.data.denoising.masks import SHORTEST, sentinels
+from fat5_jax.data.vocabularies import piece_id
 from fat5_jax.errors import UserError
 
 
@@ -81,9 +82,16 @@ class Objective:
         f"the vocabulary has no sentinel, and a denoiser"
         f" ({denoiser.describe()}) needs some: VOCAB_EXTRA_IDS = 100"
       )
-    found = denoiser.longest(
-      inputs - 1 - len(prefix), targets - 1, self._sentinels
-    )
+    # Neither side gets shorter with a longer text.
+    lengths_N = np.arange(SHORTEST, inputs + targets)
+    fits_N = np.ones(len(lengths_N), bool)
+    # A place that is drawn may be the first as well as the last.
+    for draw in (0.0, np.nextafter(1.0, 0.0)):
+      draws_N = np.full(len(lengths_N), draw)
+      asked_N, answered_N = denoiser.sizes(lengths_N, draws_N, self._sentinels)
+      fits_N &= asked_N + len(prefix) + 1 <= inputs
+      fits_N &= answered_N + 1 <= targets
+    found = int(lengths_N[fits_N].max(initial=0))
     if found < SHORTEST:
       raise UserError(
         f"TASK_FEATURE_LENGTHS {self._limits} are too short for a denoiser"

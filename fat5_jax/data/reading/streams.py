@@ -174,6 +174,11 @@ def _shuffled(
   return [block[i] for i in rng.permutation(len(block))]
 
 
+def _epochs(chunk: int, number: int, count: int, length: int) -> float:
+  """Passes over a store up to one of the `count` examples of a chunk."""
+  return (chunk + number / max(count, 1)) * CHUNK / length
+
+
 class Remade(_Blocks):
   """A store whose examples SeqIO's own steps change in every epoch.
 
@@ -212,8 +217,7 @@ class Remade(_Blocks):
     return describe(self.store, {})
 
   def epochs(self, chunk: int, number: int) -> float:
-    share = number / max(len(self._block(chunk)), 1)
-    return (chunk + share) * CHUNK / self.length
+    return _epochs(chunk, number, len(self._block(chunk)), self.length)
 
 
 class Denoised(_Portable):
@@ -266,8 +270,7 @@ class Denoised(_Portable):
     ]
 
   def epochs(self, chunk: int, number: int) -> float:
-    share = number / max(len(self._chunk(chunk)[1]), 1)
-    return (chunk + share) * CHUNK / self.length
+    return _epochs(chunk, number, len(self._chunk(chunk)[1]), self.length)
 
   def describe(self) -> str:
     told = describe(self.store, {}, "texts")
