@@ -133,6 +133,11 @@ _task = Kind(
 _files = Kind(
   "a path, or a list of paths", lambda v: _is_text(v) or _is_list(_is_text)(v)
 )
+_is_denoiser = lambda v: isinstance(v, Mapping) and bool(v)
+_objective = Kind(
+  "the name of an objective, or a list of denoisers, [{'noise_density': 0.15}]",
+  lambda v: _is_text(v) or _is_denoiser(v) or _is_list(_is_denoiser)(v),
+)
 _length = _whole(1, _TOKENS)
 _lengths = Kind(
   "a table of tokens by feature, {'inputs': 512, 'targets': 128}",
@@ -256,6 +261,12 @@ MACROS: dict[str, Macro] = {
   ),
   "TRAIN_FILES": Macro(_or_none(_files), "rows to train on"),
   "VALIDATION_FILES": Macro(_or_none(_files), "rows to evaluate on"),
+  "OBJECTIVE": Macro(
+    _objective, "what is asked about texts"
+  ),
+  "TEXT_LENGTH": Macro(
+    _or_none(_length), "tokens of the longest text that is asked about"
+  ),
   "INPUTS": Macro(_or_none(_text), "the template of the inputs"),
   "TARGETS": Macro(_or_none(_text), "the template of the targets"),
   "PACK": Macro(_flag, "several examples a row"),

@@ -462,6 +462,24 @@ def test_schedules_by_hand():
   assert rate(110, factors="constant", base_learning_rate=1.0, step_offset=100)
 
 
+@pytest.mark.parametrize(
+  "factors, later",
+  [
+    ("constant * linear_warmup", 2.0),
+    ("constant * rsqrt_decay", 2.0 / 10),
+    ("constant * rsqrt_normalized_decay", 2.0 / 10),
+    ("constant * linear_warmup * linear_to_end", 1.0),
+    ("constant * cosine_decay", 2.0),
+    ("linear_decay", 1.0),
+  ],
+)
+def test_without_warm_up_the_first_step_has_the_whole_rate(factors, later):
+  settings = dict(factors=factors, base_learning_rate=2.0, warmup_steps=0)
+  settings |= dict(total_steps=200, decay_factor=0.005, steps_per_cycle=10**9)
+  assert rate(0, **settings) == pytest.approx(2.0)
+  assert rate(100, **settings) == pytest.approx(later)
+
+
 def test_an_unknown_factor_names_the_nearest():
   with pytest.raises(ValueError, match="linear_warmup"):
     optimizers.create_learning_rate_scheduler("constant * linear_warmupp")

@@ -393,11 +393,25 @@ def test_neither_or_both_kinds_of_steps(fails):
 def test_a_nan_names_step_and_parameter_and_keeps_the_checkpoint(fails, folder):
   message = fails(
     *TRAIN,
-    "--gin.optimizers.create_learning_rate_scheduler.base_learning_rate=1e30",
+    "--gin.optimizers.create_learning_rate_scheduler.base_learning_rate=1e15",
   )
   assert re.search(r"step [123]: loss", message)
   assert "the gradient of " in message or "the loss" in message
   assert "last good checkpoint is step 0" in message
+  assert history.steps(folder / "run") == [0]
+
+
+def test_a_last_update_to_nan_is_no_checkpoint(fails, folder):
+  (folder / "sgd.gin").write_text(
+    """
+from __gin__ import dynamic_registration
+import optax
+OPTIMIZER = @optax.sgd()
+optax.sgd.learning_rate = 1e39
+"""
+  )
+  message = fails(*TRAIN, "--gin_file=sgd.gin", "--gin.TRAIN_STEPS=1")
+  assert "step 1: loss" in message and "norm of the weights" in message
   assert history.steps(folder / "run") == [0]
 
 

@@ -98,23 +98,27 @@ def create_learning_rate_scheduler(
         f" {decay_steps}, total_steps = {total_steps}): no step is left for it"
       )
 
+  # Without a warm-up T5X divides 0 by 0 in the first step.
+  at_warmup = max(warmup_steps, 1)
+
   def schedule(step):
     step = jnp.maximum(0, jnp.asarray(step) - step_offset).astype(jnp.float32)
-    past_warmup = jnp.maximum(step, warmup_steps)
+    past_warmup = jnp.maximum(step, at_warmup)
+    warmed = jnp.minimum(1.0, step / at_warmup) if warmup_steps else 1.0
     rate = jnp.float32(1.0)
     for name in names:
       if name == "constant":
         rate *= base_learning_rate
       elif name == "linear_warmup":
-        rate *= jnp.minimum(1.0, step / warmup_steps)
+        rate *= warmed
       elif name == "linear_decay":
         rate *= base_learning_rate * jnp.minimum(
-          step / warmup_steps, 1.0 + decay_factor * (warmup_steps - step)
+          warmed, 1.0 + decay_factor * (warmup_steps - step)
         )
       elif name == "rsqrt_decay":
         rate /= jnp.sqrt(past_warmup)
       elif name == "rsqrt_normalized_decay":
-        rate *= jnp.sqrt(warmup_steps / past_warmup)
+        rate *= jnp.sqrt(at_warmup / past_warmup)
       elif name == "decay_every":
         rate *= decay_factor ** jnp.floor(step / steps_per_decay)
       elif name.endswith("_to_end"):

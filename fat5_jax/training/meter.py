@@ -115,9 +115,12 @@ class Meter:
 
   def _check_finite(self, step: int, sums: dict[str, Any]) -> None:
     bad_leaf = sums.pop("bad_leaf")
-    if bad_leaf < 0 and np.isfinite(sums["loss"]):
+    is_finite = np.isfinite([sums["loss"], sums["weight_norm"]])
+    if bad_leaf < 0 and is_finite.all():
       return
-    where = "the loss"
+    where = "the norm of the weights that it leads to"
+    if not is_finite[0]:
+      where = "the loss"
     if bad_leaf >= 0:
       name = trees.leaf_name(self._run.program.trained, bad_leaf)
       where = f"the gradient of {name}"
