@@ -151,6 +151,14 @@ _buckets = Kind(
   " [(64, 8), (128, 32)]",
   lambda v: _whole(1, 64).holds(v) or _is_list(_shape)(v),
 )
+_curriculum = Kind(
+  "a table of lengths by the step they end at, {1000: {'inputs': 128}}",
+  lambda v: (
+    isinstance(v, Mapping)
+    and bool(v)
+    and all(_length.holds(k) and _lengths.holds(x) for k, x in v.items())
+  ),
+)
 _mesh = Kind(
   "a table of devices by axis, {'fsdp': 8}, -1 for those that are left",
   _is_table(lambda v: v == -1 or _whole(1, 2**20).holds(v)),
@@ -251,6 +259,10 @@ MACROS: dict[str, Macro] = {
     _or_none(_text),
     "of prepared data; None is FAT5_JAX_CACHE or ~/.cache/fat5_jax",
   ),
+  "CURRICULUM": Macro(
+    _or_none(_curriculum),
+    "shorter TASK_FEATURE_LENGTHS to begin with, by the step they end at",
+  ),
   "BUCKETS": Macro(
     _or_none(_buckets),
     "in the place of PACK: rows of about one length together",
@@ -261,9 +273,7 @@ MACROS: dict[str, Macro] = {
   ),
   "TRAIN_FILES": Macro(_or_none(_files), "rows to train on"),
   "VALIDATION_FILES": Macro(_or_none(_files), "rows to evaluate on"),
-  "OBJECTIVE": Macro(
-    _objective, "what is asked about texts"
-  ),
+  "OBJECTIVE": Macro(_objective, "what is asked about texts"),
   "TEXT_LENGTH": Macro(
     _or_none(_length), "tokens of the longest text that is asked about"
   ),

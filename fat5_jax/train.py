@@ -42,7 +42,7 @@ def train(run: Run) -> TrainState | None:
     begin = find_start(run, home.checkpoints, home.path)
     last_step = run.last_step(begin.begin_step, begin.step)
     evaluations = Evaluations(run, home.path)
-    data = RunBatches(run, begin.data["position"])  # Bad data shows now.
+    data = RunBatches(run, begin)  # Bad data shows now.
     home.write_records(begin)
     log = home.closing(MetricsLog(home.path, begin.step, run.loggers))
     log.settings(describe.settings(run), describe.text(run))

@@ -62,6 +62,8 @@ class DatasetConfig:
     pack: put several examples in a row.
     buckets: instead, rows of about one length together: how many lengths, or
       which; None is TASK_FEATURE_LENGTHS for all.
+    curriculum: shorter lengths that a training begins with, by the step that
+      they end at; see curriculum.py.
     stream: read rows as they come, prepare nothing; for what is too large, or
       has no end.
     cache_dir: of prepared examples; None is FAT5_JAX_CACHE of the environment,
@@ -81,6 +83,7 @@ class DatasetConfig:
   use_cached: bool = False
   pack: bool = False
   buckets: int | Sequence[Any] | None = None
+  curriculum: Mapping[int, Mapping[str, int]] | None = None
   stream: bool = False
   cache_dir: str | None = None
   num_workers: int = 0
@@ -169,7 +172,7 @@ class DatasetConfig:
 
   def fingerprint(self) -> dict[str, Any]:
     """What a position in the stream depends on, as JSON."""
-    return {
+    found = {
       "task": self.task().name,
       "content": records.fingerprint(self.record()),
       "split": self.split,
@@ -183,6 +186,10 @@ class DatasetConfig:
       "identity": opening.identity(self.task(), self.split),
       "order": _ORDER,
     }
+    if self.curriculum is not None:
+      table = sorted((k, dict(v)) for k, v in self.curriculum.items())
+      found["curriculum"] = json.loads(json.dumps(table))
+    return found
 
 
 def of_tasks(config: DatasetConfig) -> list[DatasetConfig]:

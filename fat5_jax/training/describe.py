@@ -10,7 +10,7 @@ import seqio
 
 from fat5_jax import console, storage
 from fat5_jax.checkpoints import history, load
-from fat5_jax.data import mixtures, pipeline
+from fat5_jax.data import curriculum, mixtures, pipeline
 from fat5_jax.training import trainable
 from fat5_jax.training.program import Program
 from fat5_jax.training.run import Run
@@ -97,6 +97,9 @@ def dry_run(run: Run) -> None:
   task = run.train_dataset_cfg.task()
   if isinstance(task, seqio.Mixture):
     console.say(mixtures.describe(task))
+  stages = curriculum.stages(run.train_dataset_cfg, run.row_multiple)
+  for line in curriculum.describe(stages):
+    console.say(line)
   _tell_batch(run.train_dataset_cfg, run.model.config.vocab_size)
   _tell_start(run)
   console.say("dry run: nothing was trained or written")

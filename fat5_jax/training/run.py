@@ -12,7 +12,7 @@ import optax
 
 from fat5_jax import macros, optimizers
 from fat5_jax.checkpoints import CheckpointConfig
-from fat5_jax.data import checks, pipeline
+from fat5_jax.data import checks, curriculum, pipeline
 from fat5_jax.distributed import hosts
 from fat5_jax.distributed.sharding import Partitioner
 from fat5_jax.errors import UserError
@@ -205,20 +205,19 @@ class Run:
     _ = self.own_head, self.program
     if self.config_text is not None:
       hosts.everyone.agree("the configuration", self.config_text())
-    for cfg in (
-      self.train_dataset_cfg,
-      self.train_eval_dataset_cfg,
-      self.infer_eval_dataset_cfg,
-    ):
+    checks.check_task(self.train_dataset_cfg, config)
+    for cfg in (self.train_eval_dataset_cfg, self.infer_eval_dataset_cfg):
       if cfg is not None:
         checks.check_task(cfg, config)
-        pipeline.check_rows(cfg, cfg is not self.train_dataset_cfg)
-    self.partitioner.check(
-      config,
-      self.batch_size,
-      self.train_dataset_cfg.lengths(),
-      self.num_microbatches,
-    )
+        pipeline.check_rows(cfg, evaluation=True)
+    for stage in curriculum.stages(self.train_dataset_cfg, self.row_multiple):
+      pipeline.check_rows(stage.config)
+      self.partitioner.check(
+        config,
+        stage.config.batch_size,
+        stage.config.lengths(),
+        self.num_microbatches,
+      )
     _ = self.program.abstract_state
 
   def last_step(self, begin_step: int, step: int) -> int:

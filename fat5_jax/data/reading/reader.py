@@ -70,7 +70,8 @@ class _Plans:
     if position is not None:
       self._turn = position["turn"]
       self._cursors = [list(cursor) for cursor in position["cursors"]]
-      self._planner.restore(position["planner"])
+      if position["planner"] is not None:
+        self._planner.restore(position["planner"])
     self._sizes: list[list[list[int]] | None] = [None] * len(source.streams)
 
   def position(self) -> dict[str, Any]:
