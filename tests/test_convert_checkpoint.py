@@ -67,6 +67,8 @@ def test_there_and_back_with_the_tokenizer(
   assert done.returncode == 0, done.stderr
   assert "tensors equal bit for bit" in done.stdout
   assert f"loaded by transformers {transformers.__version__}" in done.stdout
+  for file in (tmp_path / "again").iterdir():
+    assert file.stat().st_mode & 0o444 == 0o444, f"{file} is one user's alone"
 
   _, found = hf.from_pretrained(tmp_path / "again")
   assert jax.tree.all(jax.tree.map(np.array_equal, found, params))

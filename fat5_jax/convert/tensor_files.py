@@ -155,3 +155,4 @@ def write_safetensors(tensors: Mapping[str, Leaf], path: str) -> None:
   }
   # transformers 4 refuses files that do not name their format.
   safetensors_numpy.save_file(arrays, path, metadata={"format": "pt"})
+  os.chmod(path, 0o644)  # It writes files that only their owner reads.
