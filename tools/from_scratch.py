@@ -438,9 +438,9 @@ python -m fat5_jax.train --gin_file=recipes/glue.gin \\
 python tools/convert_checkpoint.py /tmp/sst2 /models/fat5-sst2 --to hf
 ```
 
-A model of 5.9M parameters ({size:.1f} MB in bfloat16) reads {tokens:.1f}M tokens of
-books by each objective, each token once, from the same weights and in the same
-order. UL2's export is `tests/data/fat5_small`.
+A model of 5.9M parameters ({size:.1f} MB in bfloat16) reads {tokens:.1f}M
+tokens of books by each objective, each token once, from the same weights and in
+the same order. UL2's export is `tests/data/fat5_small`.
 
 ## Does it pay?
 
@@ -467,17 +467,14 @@ def write(road: Road, seeds: int) -> None:
   """The page, the plot, and a copy of the table for whoever waits."""
   found = table(road, seeds)
   print(found)
-  about = "; ".join(
-    f"{name}: {task.metric}, {task.steps} updates"
-    for name, task in TASKS.items()
-  )
+  told = [f"{k}: {t.metric}, {t.steps} updates" for k, t in TASKS.items()]
   page = PAGE.format(
     minutes=road.seconds() / 60,
     size=os.path.getsize(road.path("ul2-hf/model.safetensors")) / 1e6,
     tokens=road.tokens / 1e6,
     seeds="" if seeds == 1 else f", {seeds} seeds",
     table=found,
-    about=about,
+    about="; ".join(told),
     samples=samples(road),
   )
   with open(os.path.join(ROOT, "docs/from_scratch.md"), "w") as file:

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 
 from fat5_jax.models import partitioning, positions
 from fat5_jax.models.config import LoRAConfig, T5Config
-from pallas_kernels import rms_norm
+from pallas_kernels import bfloat16_product, rms_norm
 
 _ACTIVATIONS = {
   "relu": nn.relu,
@@ -60,10 +60,10 @@ class Dense(nn.Module):
   @nn.compact
   def __call__(self, x: jax.Array) -> jax.Array:
     def product(x, kernel):
-      return jnp.matmul(
+      return bfloat16_product.matmul(
         x.astype(self.dtype),
         kernel.astype(self.dtype),
-        preferred_element_type=self.output_dtype or self.dtype,
+        self.output_dtype or self.dtype,
       )
 
     kernel = self.param(
@@ -159,10 +159,10 @@ class Embed(nn.Module):
 
   def attend(self, x_BLM: jax.Array) -> jax.Array:
     """float32 logits (B, L, V) against the embedding."""
-    logits = jnp.matmul(
+    logits = bfloat16_product.matmul(
       x_BLM.reshape(-1, x_BLM.shape[-1]).astype(self.config.dtype),
       self.embedding.astype(self.config.dtype).T,
-      preferred_element_type=jnp.float32,
+      jnp.float32,
     )
     return logits.reshape(*x_BLM.shape[:-1], -1)
 
