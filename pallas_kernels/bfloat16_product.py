@@ -31,18 +31,27 @@ def on_cpu() -> bool:
   return tiling.device_kind() == "cpu"
 
 
+def laid_out(x_NM: jax.Array) -> jax.Array:
+  """x as it is, on a CPU moved so that it lies row by row.
+
+  XLA hands a product a view of what is transposed, and then computes it in
+  float32. (Of an array that is split over devices every one would get all.)
+  """
+  if x_NM.dtype != jnp.bfloat16 or not on_cpu() or jax.device_count() > 1:
+    return x_NM
+  return layout.with_layout_constraint(
+    x_NM, layout.Layout(major_to_minor=(0, 1))
+  )
+
+
 def sum_of_rows(x_NM: jax.Array, y_NF: jax.Array, precision=None) -> jax.Array:
   """float32 x.T @ y, (M, F)."""
-  settings = dict(precision=precision, preferred_element_type=jnp.float32)
-  is_alone = on_cpu() and jax.device_count() == 1
-  if x_NM.dtype == y_NF.dtype == jnp.bfloat16 and is_alone:
-    # Moved once; XLA would hand the product a view. Of rows that are split over
-    # devices every one would get all.
-    x_MN = layout.with_layout_constraint(
-      x_NM.T, layout.Layout(major_to_minor=(0, 1))
-    )
-    return lax.dot(x_MN, y_NF, **settings)
-  return lax.dot_general(x_NM, y_NF, (((0,), (0,)), ((), ())), **settings)
+  return lax.dot(
+    laid_out(x_NM.T),
+    y_NF,
+    precision=precision,
+    preferred_element_type=jnp.float32,
+  )
 
 
 @jax.custom_vjp

@@ -16,7 +16,7 @@ import jax
 from jax import lax
 import jax.numpy as jnp
 
-from pallas_kernels.bfloat16_product import sum_of_rows
+from pallas_kernels.bfloat16_product import laid_out, sum_of_rows
 from pallas_kernels.manual_axes import vary_together
 
 # float32 logits of one chunk take at most this many bytes.
@@ -137,7 +137,7 @@ def _run(settings, x_NM, kernel_MV, targets_N, weights_N, need_gradient):
   """(sums, (dx, dkernel, dtypes)); one pass over chunks of tokens."""
   z_loss, smoothing, chunk, axis = settings
   width, columns = kernel_MV.shape
-  kernel = kernel_MV.astype(x_NM.dtype)
+  kernel = laid_out(kernel_MV.astype(x_NM.dtype))
   first, vocab = 0, columns
   if axis is not None:
     first = lax.axis_index(axis) * columns

@@ -159,10 +159,13 @@ class Embed(nn.Module):
 
   def attend(self, x_BLM: jax.Array) -> jax.Array:
     """float32 logits (B, L, V) against the embedding."""
-    logits = bfloat16_product.matmul(
+    # Contracted as they lie: XLA's CPU backend computes a product with the
+    # transposed embedding in float32.
+    logits = jax.lax.dot_general(
       x_BLM.reshape(-1, x_BLM.shape[-1]).astype(self.config.dtype),
-      self.embedding.astype(self.config.dtype).T,
-      jnp.float32,
+      self.embedding.astype(self.config.dtype),
+      (((1,), (1,)), ((), ())),
+      preferred_element_type=jnp.float32,
     )
     return logits.reshape(*x_BLM.shape[:-1], -1)
 
