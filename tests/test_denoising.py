@@ -516,6 +516,9 @@ def test_t5s_smaller_steps_do_what_their_names_say():
   rng = np.random.default_rng(0)
   mask = t5_preprocessors.iid_noise_mask(40_000, 0.3, rng)
   assert abs(mask.mean() - 0.3) < 4 * (0.3 * 0.7 / 40_000) ** 0.5
+  for lengths in (None, {"inputs": 100}):
+    with pytest.raises(UserError, match="set max_length"):
+      t5_preprocessors.select_random_chunk(texts, None, lengths)
 
 
 def test_a_task_of_ours_is_one_of_seqios_too():

@@ -113,8 +113,17 @@ def select_random_chunk(
   max_length: int | None = None,
   feature_key: str = "targets",
 ) -> tf.data.Dataset:
-  """One of a text's chunks of `max_length` tokens; texts without any go."""
+  """One of a text's chunks of `max_length` tokens; texts without any go.
+
+  Raises:
+    UserError: if neither that nor the task's lengths say how long they are.
+  """
   if max_length is None:
+    if not (sequence_length or {}).get(feature_key):
+      raise UserError(
+        f"select_random_chunk of {feature_key!r}: set max_length, or its"
+        " TASK_FEATURE_LENGTHS"
+      )
     ends = output_features is not None and output_features[feature_key].add_eos
     max_length = sequence_length[feature_key] - int(ends)
 
