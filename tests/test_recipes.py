@@ -21,7 +21,9 @@ PODS = {
   "xxl_v5e.gin": (256, ["xxl_v5e"]),
   "xxl_v5p.gin": (64, ["xxl_v5p"]),
   "mt5_xl_v6e.gin": (64, ["mt5_xl_v6e"]),
+  "base_8k.gin": (8, ["base_8k_v5e"]),
   "base_32k.gin": (8, ["base_32k_v5e", "base_32k_h100"]),
+  "base_128k.gin": (8, ["base_128k_v5e"]),
 }
 # Those that a test below trains with all of their parameters.
 TRAINED = {"classify.gin", "tag.gin", "answer.gin", "embed.gin"}
