@@ -2,7 +2,7 @@
 
 XLA's CPU backend has tiles of bfloat16 (AMX) for a product whose result is
 float32 and whose left matrix lies with the contracted axis last. Other forms it
-computes in float32, 2 to 7 times as slow (tools/bench_products.py).
+computes in float32, 2 to 5 times as slow (tools/bench_products.py).
 """
 
 from __future__ import annotations

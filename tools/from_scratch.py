@@ -116,7 +116,7 @@ TASKS = {
   "RTE": sentences("glue_rte_classes", 400, 256, "accuracy"),
   "MRPC": sentences("glue_mrpc_classes", 400, 128, "f1"),
   "STS-B": sentences("glue_stsb_classes", 400, 128, "pearson_corrcoef"),
-  "UD tags": Task(TAGS, {"inputs": 128}, 16, 400, "accuracy"),
+  "UD tags": Task(TAGS, {"inputs": 128}, 16, 400, "tag_accuracy"),
   "DialogSum": Task(
     SUMMARIES, {"inputs": 320, "targets": 64}, 8, 300, "rougeLsum"
   ),
@@ -278,6 +278,8 @@ def metrics(run: str, dataset: str, name: str) -> dict[int, float]:
     for row in csv.DictReader(file):
       if row["metric"] == name and row["dataset"].startswith(dataset):
         found[int(row["step"])] = float(row["value"])
+  if not found:
+    raise SystemExit(f"{run}: no {dataset} metric {name!r}")
   return found
 
 
@@ -294,13 +296,11 @@ def scores(road: Road, start: str, task: str, seeds: int) -> np.ndarray:
 
 
 def curve_of(road: Road, start: str, task: str, seed: int) -> dict:
-  """A metric of held-out rows by step, in percent as its task tells it."""
+  """A metric of held-out rows by step, in percent; empty before its run."""
   run = run_name(start, task, seed)
   if not os.path.exists(road.path(f"{run}.json")):
     return {}
-  found = metrics(road.path(run), "inference_eval", TASKS[task].metric)
-  scale = 1.0 if max(found.values(), default=0.0) > 1.0 else 100.0
-  return {step: scale * value for step, value in found.items()}
+  return metrics(road.path(run), "inference_eval", TASKS[task].metric)
 
 
 def table(road: Road, seeds: int) -> str:
@@ -331,12 +331,10 @@ def plot(road: Road, seeds: int, path: str) -> None:
   first, *others = axes.flat
   for start, name in NAMES.items():
     color = f"C{list(NAMES).index(start)}"
-    loss = {}
     if start in OBJECTIVES:
       loss = metrics(
         road.path(start), "train", "loss_per_nonpadding_target_token"
       )
-    if loss:
       first.plot(*zip(*sorted(loss.items())), color=color, label=name)
     for axis, task in zip(others, TASKS):
       for seed in range(seeds):
@@ -377,13 +375,11 @@ def samples(road: Road) -> str:
     )
     answer = tokenizer.decode(found[0]).replace("<pad>", "").strip()
     lines.append(f"| `{prompt}` | `{answer}` |")
-  (path,) = glob.glob(
-    os.path.join(
-      road.path(run_name("ul2", "DialogSum", 0)),
-      "inference_eval/dialogsum-*[0-9].jsonl",
-    )
-  )[-1:]
-  with open(path, encoding="utf-8") as file:
+  run = road.path(run_name("ul2", "DialogSum", 0))
+  found = glob.glob(
+    os.path.join(run, "inference_eval", "dialogsum-*[0-9].jsonl")
+  )
+  with open(max(found), encoding="utf-8") as file:
     for line in list(file)[:3]:
       row = json.loads(line)
       asked = row["input"]["inputs_pretokenized"]
@@ -431,16 +427,15 @@ python -m fat5_jax.train --gin_file=recipes/fat5_from_scratch.gin \\
   --gin.VOCAB_FILE=spiece.model --gin.TRAIN_FILES='/data/books/train*' \\
   --gin.VALIDATION_FILES='/data/books/dev*' --gin.MODEL_DIR=/tmp/fat5
 python tools/convert_checkpoint.py /tmp/fat5 /models/fat5 --to hf
-python -m fat5_jax.train --gin_file=recipes/glue.gin \\
+python -m fat5_jax.train --gin_file=recipes/classify.gin \\
   --gin.INITIAL_CHECKPOINT_PATH=/models/fat5 \\
-  --gin.MIXTURE_OR_TASK_NAME=glue_sst2_v002 --gin.DATA_DIR=/data/glue \\
+  --gin.MIXTURE_OR_TASK_NAME=glue_sst2_classes --gin.DATA_DIR=/data/glue \\
   --gin.MODEL_DIR=/tmp/sst2
 python tools/convert_checkpoint.py /tmp/sst2 /models/fat5-sst2 --to hf
 ```
 
 A model of 5.9M parameters ({size:.1f} MB in bfloat16) reads {tokens:.1f}M
-tokens of books by each objective, each token once, from the same weights and in
-the same order. UL2's export is `tests/data/fat5_small`.
+tokens of books by each objective, each token once, from the same weights.
 
 ## Does it pay?
 
@@ -464,7 +459,7 @@ Made by `tools/from_scratch.py`.
 
 
 def write(road: Road, seeds: int) -> None:
-  """The page, the plot, and a copy of the table for whoever waits."""
+  """The page and the plot; prints the table."""
   found = table(road, seeds)
   print(found)
   told = [f"{k}: {t.metric}, {t.steps} updates" for k, t in TASKS.items()]

@@ -288,6 +288,8 @@ def train_batches(
     UserError: for bad data (place and row named), or a token id beyond the
       embedding.
   """
+  if config.curriculum is not None:
+    raise ValueError("a curriculum has stages: see curriculum.stages")
   if config.task_feature_lengths is None:
     raise UserError(
       "training needs TASK_FEATURE_LENGTHS, for example"
