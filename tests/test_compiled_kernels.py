@@ -64,10 +64,20 @@ TAKES = dict.fromkeys(("a100", "a10", "l4", "b200"), {}) | {
 
 @pytest.mark.parametrize(
   "chip",
-  ["v5e", "l4"]
+  ["l4"]
   + [
     pytest.param(chip, marks=pytest.mark.every_chip)
-    for chip in ("v4", "v5p", "v6e", "v7x", "a100", "a10", "h100", "b200")
+    for chip in (
+      "v4",
+      "v5e",
+      "v5p",
+      "v6e",
+      "v7x",
+      "a100",
+      "a10",
+      "h100",
+      "b200",
+    )
   ],
 )
 def test_what_none_takes_compiles(chip, request, tmp_path):
@@ -335,7 +345,9 @@ def test_a_few_queries_need_no_copy_of_keys_and_values(chip):
   assert max(shares.values()) < 0.1, shares
 
 
-@pytest.mark.parametrize("worker", range(2))
+@pytest.mark.parametrize(
+  "worker", [pytest.param(0, marks=pytest.mark.every_chip), 1]
+)
 def test_mosaic_gpu_meets_the_suite_in_its_interpreter(worker):
   """Half of the suite each: the interpreter runs one thread at a time."""
   environment = os.environ | {
