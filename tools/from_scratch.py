@@ -20,6 +20,7 @@ Writes docs/from_scratch.md and .png (tools/from_scratch_page.py).
 from __future__ import annotations
 
 import argparse
+from collections.abc import Iterator
 from concurrent import futures
 import csv
 import json
@@ -29,7 +30,6 @@ import queue
 import subprocess
 import sys
 import time
-from typing import Iterator
 
 import numpy as np
 
