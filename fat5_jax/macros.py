@@ -133,6 +133,11 @@ _task = Kind(
 _files = Kind(
   "a path, or a list of paths", lambda v: _is_text(v) or _is_list(_is_text)(v)
 )
+_is_weight = lambda v: _is_number(v) and v > 0
+_train_files = Kind(
+  "a path, or a list of paths, or weights by path, {'a.jsonl': 3.0}",
+  lambda v: _files.holds(v) or _is_table(_is_weight)(v),
+)
 _is_denoiser = lambda v: isinstance(v, Mapping) and bool(v)
 _objective = Kind(
   "the name of an objective, or a list of denoisers, [{'noise_density': 0.15}]",
@@ -271,7 +276,7 @@ MACROS: dict[str, Macro] = {
   "NUM_WORKERS": Macro(
     _whole(0, 1024), "processes that read training data; 0 is a thread"
   ),
-  "TRAIN_FILES": Macro(_or_none(_files), "rows to train on"),
+  "TRAIN_FILES": Macro(_or_none(_train_files), "rows to train on"),
   "VALIDATION_FILES": Macro(_or_none(_files), "rows to evaluate on"),
   "OBJECTIVE": Macro(_objective, "what is asked about texts"),
   "TEXT_LENGTH": Macro(
