@@ -12,7 +12,7 @@ if __name__ == "__main__":
 
   raise SystemExit(cli.main("plan"))
 
-from fat5_jax.data import pipeline
+from fat5_jax.data import curriculum, pipeline
 from fat5_jax.planning import report
 from fat5_jax.planning.report import Request
 from fat5_jax.training.run import Run
@@ -26,6 +26,12 @@ def plan(run: Run, request: Request) -> None:
   Raises:
     UserError: for a topology, mesh, batch or length that cannot be.
   """
-  shapes = pipeline.batch_shapes(run.train_dataset_cfg)
+  last = curriculum.stages(run.train_dataset_cfg)[-1]
+  shapes = pipeline.batch_shapes(last.config)
   total_steps = run.total_steps or run.relative_steps
-  report.report(run.program, shapes, total_steps, request)
+
+  def earlier(multiple: int):
+    found = curriculum.stages(run.train_dataset_cfg, multiple)[:-1]
+    return [(int(s.end), pipeline.batch_shapes(s.config)) for s in found]
+
+  report.report(run.program, shapes, total_steps, request, earlier)

@@ -328,6 +328,28 @@ def _on(devices):
   return Partitioner(mesh={"fsdp": 8}, devices=devices)
 
 
+def test_each_stage_of_a_curriculum_is_compiled_and_told(tmp_path):
+  """What it needs is what a run of that stage alone would."""
+
+  def needed(*flags):
+    done = plan(tmp_path, "--topology=cpu:2", "--no_decode", *flags)
+    assert done.returncode == 0, done.stderr
+    return json.loads((tmp_path / "plan.json").read_text())[0], done.stderr
+
+  # 16 rows of 32 + 16 tokens; an odd row would not divide over two devices.
+  lengths = "--gin.TASK_FEATURE_LENGTHS={'inputs': 32, 'targets': 16}"
+  found, said = needed(lengths, "--gin.CURRICULUM={5: {'inputs': 7}}")
+  (stage,) = found["stages"]
+  assert (stage["until_step"], stage["batch_size"]) == (5, 32)
+  assert "memory until step 5" in said and "32 x 7/16: fits" in said
+  alone, _ = needed(
+    "--gin.TASK_FEATURE_LENGTHS={'inputs': 7, 'targets': 16}",
+    "--gin.BATCH_SIZE=32",
+  )
+  assert stage["needed"] == alone["memory"]["needed"]
+  assert stage["needed"] != found["memory"]["needed"]
+
+
 def test_the_fastest_fits_keeps_the_batch_and_stands_beside_the_run(compiler):
   found = search.fastest(RUN, SHAPES, compiler.now, 40)
   times = [c.seconds_a_token for c in found if c.report.fits]

@@ -6,6 +6,7 @@ roofline.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 import dataclasses
 import math
 import re
@@ -43,6 +44,17 @@ class Memory:
 
 
 @dataclasses.dataclass(frozen=True)
+class Stage:
+  """An earlier stage of a curriculum of lengths; `needed` as Memory's."""
+
+  until_step: int
+  batch_size: int
+  lengths: dict[str, int]
+  needed: float
+  fits: bool
+
+
+@dataclasses.dataclass(frozen=True)
 class Report:
   """What is known of one program on one topology; tell.py says it.
 
@@ -52,6 +64,7 @@ class Report:
     seconds_scheduled: of a step in the order in which the compiler has put it.
     seconds_waiting: of these, those in which only the network is busy.
     fastest: settings that were compiled beside this one (search.py).
+    stages: of a curriculum, those before the last, which is all the rest.
   """
 
   topology: str
@@ -81,6 +94,12 @@ class Report:
   sought: bool = False
   fastest: list[dict[str, Any]] | None = None
   problem: str = ""
+  stages: Sequence[Stage] = ()
+
+  @property
+  def all_fits(self) -> bool:
+    """Whether every stage of a curriculum does too."""
+    return self.fits and all(stage.fits for stage in self.stages)
 
   @property
   def seconds(self) -> float:
@@ -216,6 +235,15 @@ def rehearse(
       decode=_rehearse_decoding(program, batch, lengths, chip, capacity),
     )
   return result
+
+
+def rehearse_stage(
+  program: Program, shapes, topology: str, until_step: int
+) -> Stage:
+  """Compiles the training step for the batches of an earlier stage."""
+  found = rehearse(program, shapes, topology, (0.0, 0.0), decode=False)
+  sizes = sizes_of(shapes)
+  return Stage(until_step, *sizes, found.memory.needed, found.fits)
 
 
 def _timed(result: Report, text: str, chip: chips.Chip) -> Report:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 import dataclasses
 import json
 import os
@@ -17,9 +17,12 @@ from fat5_jax.planning.rehearse import (
   Memory,
   Report,
   rehearse,
+  rehearse_stage,
   useful_and_all_flops,
 )
 from fat5_jax.training.program import Program
+
+Shapes = dict[str, tuple[tuple[int, ...], np.dtype]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,9 +47,10 @@ class Request:
 
 def report(
   program: Program,
-  shapes: dict[str, tuple[tuple[int, ...], np.dtype]],
+  shapes: Shapes,
   total_steps: int | None,
   request: Request,
+  stages: Callable[[int], Sequence[tuple[int, Shapes]]] = lambda multiple: (),
 ) -> None:
   """Compiles for each topology, prints, and writes JSON.
 
@@ -55,6 +59,8 @@ def report(
     shapes: of the arrays of a training batch, with their types.
     total_steps: TRAIN_STEPS, for the hours.
     request: where, and what else.
+    stages: of a curriculum, those before the last: the steps at which they end
+      and their shapes, by what the rows must be a multiple of.
 
   Raises:
     UserError: for a topology, mesh, batch or length that cannot be.
@@ -77,6 +83,11 @@ def report(
       if request.seek and not every and not request.fastest and not result.fits:
         change = search.find_change(program, shapes, topology, flops)
         result = dataclasses.replace(result, sought=True, change=change)
+      earlier = [
+        rehearse_stage(program, stage_shapes, topology, end)
+        for end, stage_shapes in stages(_multiple(program, topology))
+      ]
+      result = dataclasses.replace(result, stages=earlier)
     except UserError as e:
       if not every:
         raise
@@ -99,6 +110,14 @@ def report(
     tell.several(found)
   _write(output, found)
   console.say(f"all figures: {output}")
+
+
+def _multiple(program: Program, topology: str) -> int:
+  """What the rows of a batch must be a multiple of, on a topology."""
+  partitioner = dataclasses.replace(
+    program.partitioner, devices=chips.devices(topology)
+  )
+  return partitioner.ways("batch") * (program.num_microbatches or 1)
 
 
 def _write(output: str, found: Sequence[Report]) -> None:

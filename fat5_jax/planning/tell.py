@@ -43,6 +43,16 @@ def one(r: Report, total_steps: int | None) -> None:
     ("  activations and scratch", _size(memory.temporary)),
     ("  program", _size(memory.program)),
   ]
+  for stage in r.stages:
+    sizes = "/".join(map(str, stage.lengths.values()))
+    fits = "fits" if stage.fits else "DOES NOT FIT"
+    needed = _size(stage.needed) if stage.needed else "more"
+    rows.append(
+      (
+        f"memory until step {stage.until_step:,}",
+        f"{needed} for {stage.batch_size} x {sizes}: {fits}",
+      )
+    )
   if r.collectives or r.memory_traffic:
     rows += _times(r, total_steps)
   if r.decode:
@@ -55,6 +65,11 @@ def one(r: Report, total_steps: int | None) -> None:
   console.pairs_table(f"{r.topology}, {devices}{r.mesh}", rows)
   if not r.fits and r.sought:
     _say_change(r.change)
+  if not all(stage.fits for stage in r.stages):
+    console.say(
+      "a stage of CURRICULUM does not fit: give it longer rows, which are"
+      " fewer, or leave it out"
+    )
 
 
 def _times(r: Report, total_steps: int | None) -> list[tuple[str, str]]:
@@ -121,7 +136,7 @@ def several(found: Sequence[Report]) -> None:
       (
         r.topology,
         _needed(r),
-        "fits" if r.fits else "does not fit",
+        "fits" if r.all_fits else "does not fit",
         f"{_milliseconds(r.seconds)} ms" if timed else "",
         f"{r.tokens / r.seconds:,.0f}" if timed else "",
       )
