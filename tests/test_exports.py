@@ -502,6 +502,21 @@ def test_a_model_card_says_what_the_run_folder_knows(tmp_path):
   assert "train | loss" not in body
 
 
+@pytest.mark.parametrize("mixed", [False, True])
+def test_a_card_of_a_pre_training_asks_to_fill_a_gap(mixed, tmp_path):
+  arguments = {"objective": "span_corruption", "column": "text"}
+  task = {"factory": "pretraining.text", "arguments": arguments}
+  task |= {"name": "text", "kind": "text_to_text", "asks": ["{text}"]}
+  if mixed:
+    task = {"name": "all", "mixture": {"a": task, "b": task}}
+  (tmp_path / "model.json").write_text(json.dumps({"task": task}))
+  facts = model_card.facts_of_run(str(tmp_path))
+  found = model_card.text(exports.T5, "hf_stock", facts)
+  assert "| objective | span_corruption |" in found
+  assert "texts = ['The captain looked at the <extra_id_0>" in found
+  assert "batch_decode(tokens))" in found and "{text}" not in found
+
+
 @pytest.mark.parametrize(
   "name,lines",
   [

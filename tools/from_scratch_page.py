@@ -142,7 +142,8 @@ def samples(road: Road) -> str:
     for line in list(file)[:3]:
       row = json.loads(line)
       asked = row["input"]["inputs_pretokenized"]
-      lines.append(f"| {asked[:160]} ... | {row['prediction']} |")
+      asked = " ".join(asked[:160].replace("|", " ").split())
+      lines.append(f"| {asked} ... | {row['prediction']} |")
   return "\n".join(lines)
 
 
@@ -170,8 +171,10 @@ python -m fat5_jax.train --gin_file=recipes/classify.gin \\
 python tools/convert_checkpoint.py /tmp/sst2 /models/fat5-sst2 --to hf
 ```
 
-A model of 5.9M parameters ({size:.1f} MB in bfloat16) reads {tokens:.1f}M
-tokens of books by each objective, each token once, from the same weights.
+A model of {parameters:.1f}M parameters ({size:.1f} MB in bfloat16) reads
+{tokens:.1f}M tokens by each objective, from the same weights. Three quarters of
+the examples are of books, each token once; the others of the tasks' training
+rows, without their labels, and of SQuAD's paragraphs.
 
 ## Does it pay?
 
@@ -179,7 +182,9 @@ Held-out rows after the same fine-tuning, the same rate for all{seeds}:
 
 {table}
 
-{about}
+{about}. Who always says the most frequent class has 50.9 of SST-2, 52.7 of RTE
+and an F1 of 81.2 of MRPC: there, and in one run of a few hundred rows, a
+difference of two or three is none.
 
 ![losses and metrics](from_scratch.png)
 
@@ -198,10 +203,12 @@ def write(road: Road, seeds: int) -> None:
   """The page and the plot; prints the table."""
   found = table(road, seeds)
   print(found)
+  size = os.path.getsize(road.path("ul2-hf/model.safetensors"))
   told = [f"{k}: {t.metric}, {t.steps} updates" for k, t in TASKS.items()]
   page = PAGE.format(
     minutes=seconds(road) / 60,
-    size=os.path.getsize(road.path("ul2-hf/model.safetensors")) / 1e6,
+    size=size / 1e6,
+    parameters=size / 2e6,
     tokens=road.tokens / 1e6,
     seeds="" if seeds == 1 else f", {seeds} seeds",
     table=found,

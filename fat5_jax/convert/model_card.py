@@ -81,6 +81,11 @@ def _check_task(task: Any, path: str) -> None:
     wrong = not isinstance(arguments, dict) or not isinstance(
       task.get("name", ""), str
     )
+    parts = task.get("mixture", {})
+    wrong |= not isinstance(parts, dict) or not all(
+      isinstance(part, dict) and isinstance(part.get("arguments", {}), dict)
+      for part in parts.values()
+    )
   if not wrong:
     asks = task.get("asks") or arguments.get("inputs") or ()
     asks = [asks] if isinstance(asks, str) else asks
@@ -196,10 +201,15 @@ def _front_matter(config, head, task, base, metrics) -> str:
 
 
 def _task_lines(task: Mapping[str, Any]) -> str:
-  task = {**task.get("arguments", {}), **task}
+  objective = _objective(task)
+  task = {**task.get("arguments", {}), **task, "objective": objective}
+  if objective:
+    # Texts are no questions.
+    task["asks"] = None
+  keys = ("name", "kind", "objective", "asks", "inputs", "targets", "label")
   rows = [
     (key, task[key])
-    for key in ("name", "kind", "asks", "inputs", "targets", "label", "metrics")
+    for key in (*keys, "metrics")
     if task.get(key) not in (None, "", [], ())
   ]
   if not rows:
@@ -207,8 +217,24 @@ def _task_lines(task: Mapping[str, Any]) -> str:
   return "## Task\n\n" + _table(("what", "value"), rows)
 
 
+def _objective(task: Mapping[str, Any]) -> Any:
+  """That of a pre-training, of all its texts the same; else None."""
+  parts = list(task.get("mixture", {"": task}).values())
+  if any(part.get("factory") != "pretraining.text" for part in parts):
+    return None
+  found = [part.get("arguments", {}).get("objective") for part in parts]
+  return found[0] if all(one == found[0] for one in found) else None
+
+
 def _in_words(usage: str, task: Mapping[str, Any], head: HeadConfig) -> str:
   """The lines of use with texts as the task words them, a pair as two."""
+  if objective := _objective(task):
+    mode = {"ul2": "[R] ", "span_corruption": ""}.get(str(objective))
+    if mode is not None:
+      gap = "The captain looked at the <extra_id_0> and said nothing."
+      usage = usage.replace(_SENTENCES, f"[{mode + gap!r}]")
+      usage = usage.replace("tokens, skip_special_tokens=True", "tokens")
+    return usage
   inputs = task.get("asks") or task.get("arguments", {}).get("inputs")
   parts = [inputs] if isinstance(inputs, str) else list(inputs or ())
   if head.kind == "embedding":
