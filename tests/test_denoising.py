@@ -620,7 +620,7 @@ def test_a_vocabulary_has_t5s_ids_and_knows_every_text(trained):
 
 
 @pytest.mark.xdist_group("vocabulary")
-def test_mode_tokens_are_one_token_and_sentinels_count_down(trained):
+def test_mode_tokens_are_as_in_a_text_and_sentinels_count_down(trained):
   vocabulary = seqio.SentencePieceVocabulary(trained[0], extra_ids=100)
   limits = {"inputs": 512, "targets": 512}
   one = denoising.SpanCorruption(prefix="[X]")
@@ -628,7 +628,10 @@ def test_mode_tokens_are_one_token_and_sentinels_count_down(trained):
   text = np.array(vocabulary.encode(lines()[1]), np.int32)
   segments = objective.cut(np.array([len(text)]), [0])
   inputs = objective.example(text, segments, 0, [0])["inputs"]
-  assert vocabulary.tokenizer.id_to_piece(int(inputs[0])) == "[X]"
+  # What whoever asks the model in these words will send.
+  asked = sentencepiece.SentencePieceProcessor(trained[0]).encode("[X] a text")
+  assert inputs[:2].tolist() == asked[:2]
+  assert vocabulary.tokenizer.id_to_piece(int(inputs[1])) == "[X]"
   found = [int(t) for t in inputs if t >= 300]
   assert found == list(range(399, 399 - len(found), -1))
 

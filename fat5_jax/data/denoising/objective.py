@@ -10,7 +10,6 @@ import seqio
 
 from fat5_jax.data.denoising.denoisers import Denoiser, SpanCorruption
 from fat5_jax.data.denoising.masks import SHORTEST, sentinels
-from fat5_jax.data.vocabularies import piece_id
 from fat5_jax.errors import UserError
 
 
@@ -198,9 +197,9 @@ class Objective:
 
 
 def _prefix(vocabulary: seqio.Vocabulary, text: str) -> np.ndarray:
-  """The ids of a mode token: a piece of its own, or the text's."""
-  if not text:
-    return np.zeros(0, np.int32)
-  number = piece_id(vocabulary, text)
-  ids = vocabulary.encode(text) if number is None else [number]
-  return np.array(ids, np.int32)
+  """The ids of a mode token where a text begins with it.
+
+  SentencePiece puts a space before one that is a piece of its own; who asks the
+  model later in these words has it too, here and in transformers.
+  """
+  return np.array(vocabulary.encode(text) if text else [], np.int32)
