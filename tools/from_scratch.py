@@ -114,7 +114,7 @@ def sentences(task: str, steps: int, inputs: int, metric: str) -> Task:
 
 # About 2,000 tokens an update.
 TASKS = {
-  "SST-2": sentences("glue_sst2_classes", 300, 128, "accuracy"),
+  "SST-2": sentences("glue_sst2_classes", 1000, 128, "accuracy"),
   "RTE": sentences("glue_rte_classes", 200, 256, "accuracy"),
   "MRPC": sentences("glue_mrpc_classes", 200, 128, "f1"),
   "STS-B": sentences("glue_stsb_classes", 300, 128, "pearson_corrcoef"),
