@@ -73,6 +73,7 @@ def batches(cfg, count, step=0, position=None, multiple=1):
     train_dataset_cfg=cfg,
     partitioner=Partitioner(),
     row_multiple=multiple,
+    last_step=lambda begin_step, step: begin_step + 100,
     model=types.SimpleNamespace(
       config=types.SimpleNamespace(vocab_size=BYTES.vocab_size)
     ),
@@ -86,6 +87,13 @@ def batches(cfg, count, step=0, position=None, multiple=1):
     found.append((batch, json.loads(json.dumps(data.position))))
   data.close()
   return found
+
+
+@pytest.mark.parametrize("steps,told", [(7, True), (8, False), (None, False)])
+def test_a_run_that_ends_before_its_curriculum_is_told(steps, told):
+  lines = curriculum.describe(curriculum.stages(config()), steps)
+  assert len(lines) == 1 + told
+  assert not told or "ends at step 7" in lines[1]
 
 
 @pytest.mark.parametrize("multiple", [1, 2])

@@ -19,6 +19,7 @@ import sentencepiece
 import seqio
 
 from fat5_jax.data import (
+  checks,
   denoising,
   pipeline,
   pretraining,
@@ -28,6 +29,7 @@ from fat5_jax.data import (
 )
 from fat5_jax.data.reading import streams
 from fat5_jax.errors import UserError
+from fat5_jax.models.config import T5Config
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 BYTES = seqio.ByteVocabulary(100)
@@ -552,6 +554,8 @@ def test_a_task_of_ours_is_one_of_seqios_too():
     ([{"max_spans": 0}], "at least 1"),
     ([{"max_spans": "3"}], "whole number"),
     ([{"kind": "prefix_lm", "prefix_share": 1.5}], "between 0 and 1"),
+    ([{"kind": ["span_corruption"]}], "is not one of"),
+    ([{1: 2}], "has no 1"),
     ([{"prefix": 5}], "no text"),
     ([], "no denoiser"),
     (5, "no denoiser"),
@@ -634,6 +638,39 @@ def test_mode_tokens_are_as_in_a_text_and_sentinels_count_down(trained):
   assert vocabulary.tokenizer.id_to_piece(int(inputs[1])) == "[X]"
   found = [int(t) for t in inputs if t >= 300]
   assert found == list(range(399, 399 - len(found), -1))
+
+
+@pytest.mark.xdist_group("vocabulary")
+def test_spans_that_sentinels_cannot_tell_apart_are_told_as_they_are(trained):
+  few = seqio.SentencePieceVocabulary(trained[0], extra_ids=10)
+  objective = denoising.Objective(
+    [denoising.SpanCorruption()], few, {"inputs": 512, "targets": 114}
+  )
+  length = int(objective.longest[0])
+  text = np.full(length, 70, np.int32)
+  segments = objective.cut(np.array([length]), [0])
+  answer = objective.example(text, segments, 0, [0])["targets"]
+  mean = (answer == 70).sum() / 10
+  assert f"in 10 spans at most, so of {mean:.1f} tokens" in objective.describe()
+
+
+def test_a_vocabulary_of_sentencepieces_own_ids_is_refused(tmp_path):
+  """Its <unk> is 0, T5's padding, and its texts end in 2, not in 1."""
+  path = str(tmp_path / "own")
+  sentencepiece.SentencePieceTrainer.train(
+    sentence_iterator=iter(lines()),
+    model_prefix=path,
+    vocab_size=100,
+    hard_vocab_limit=False,
+  )
+  (tmp_path / "a.txt").write_text("a text\n")
+  task = pretraining.text(
+    sources.Files({"train": str(tmp_path / "a.txt")}),
+    seqio.SentencePieceVocabulary(f"{path}.model", extra_ids=100),
+  )
+  config = pipeline.DatasetConfig(task, LENGTHS, "train", 2)
+  with pytest.raises(UserError, match="end in id 2.*tools/train_vocabulary"):
+    checks.check_task(config, T5Config(vocab_size=256))
 
 
 @pytest.mark.xdist_group("vocabulary")

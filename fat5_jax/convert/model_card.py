@@ -222,6 +222,9 @@ def _objective(task: Mapping[str, Any]) -> Any:
   parts = list(task.get("mixture", {"": task}).values())
   if any(part.get("factory") != "pretraining.text" for part in parts):
     return None
+  # ByT5's sentinels are bytes, which no text spells.
+  if any("Byte" in json.dumps(part.get("vocabulary")) for part in parts):
+    return None
   found = [part.get("arguments", {}).get("objective") for part in parts]
   return found[0] if all(one == found[0] for one in found) else None
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+import seqio
+
 from fat5_jax.data import features, ready
 from fat5_jax.errors import UserError
 from fat5_jax.models.config import T5Config
@@ -32,12 +34,32 @@ def check_task(config: DatasetConfig, model_config: T5Config) -> None:
         f" {rows} rows; token ids beyond it would have no embedding."
         " Set T5Config.vocab_size or use the model's own vocabulary"
       )
+    _check_ends(task, name, feature.vocabulary, model_config)
   for key in ("pad_token_id", "decoder_start_token_id"):
     if getattr(model_config, key) != 0:
       raise UserError(
         f"the model has {key} = {getattr(model_config, key)}; SeqIO's batches"
         " have 0 there, so it cannot be trained or scored on a task"
       )
+
+
+def _check_ends(task, name: str, vocabulary, model_config: T5Config) -> None:
+  """Raises UserError for a vocabulary of other ends and padding than T5's."""
+  if isinstance(vocabulary, seqio.PassThroughVocabulary):
+    return
+  eos = model_config.eos_token_id
+  if vocabulary.eos_id not in (None, eos):
+    raise UserError(
+      f"task {task.name!r}: texts of {name!r} end in id {vocabulary.eos_id},"
+      f" and the model takes id {eos} for the end. A SentencePiece model is"
+      " T5's with --pad_id=0 --eos_id=1 --unk_id=2 --bos_id=-1, as"
+      " tools/train_vocabulary.py has them"
+    )
+  if vocabulary.unk_id == vocabulary.pad_id == 0:
+    raise UserError(
+      f"task {task.name!r}: what is unknown to the vocabulary of {name!r} has"
+      " id 0, which is padding: train one by tools/train_vocabulary.py"
+    )
 
 
 # Which recipe learns which labels.

@@ -87,8 +87,8 @@ def _check(end: Any, lengths: Any, whole: Mapping[str, int]) -> None:
       )
 
 
-def describe(found: Sequence[Stage]) -> list[str]:
-  """A line for a person, of more than one stage."""
+def describe(found: Sequence[Stage], last_step: int | None) -> list[str]:
+  """Lines for a person, of more than one stage, for a run of so many steps."""
   if len(found) == 1:
     return []
   parts = []
@@ -97,7 +97,13 @@ def describe(found: Sequence[Stage]) -> list[str]:
     sizes = "/".join(map(str, opening.sized_features(config).values()))
     end = f" until step {stage.end}" if stage.end < math.inf else ""
     parts.append(f"{config.batch_size} x {sizes}{end}")
-  return [f"a curriculum of lengths: {', '.join(parts)}"]
+  lines = [f"a curriculum of lengths: {', '.join(parts)}"]
+  if last_step is not None and last_step <= found[-2].end:
+    lines.append(
+      f"WARNING: the run ends at step {last_step}, before this curriculum does:"
+      " it never trains on rows as long as TASK_FEATURE_LENGTHS"
+    )
+  return lines
 
 
 def number_at(found: Sequence[Stage], steps: int) -> int:

@@ -38,7 +38,9 @@ class RunBatches:
     self._stage = 0 if self.position is None else self.position.get("stage", 0)
     self._open(self.position)
     self.epochs = self._stream.epochs
-    for line in [*self._stream.about, *curriculum.describe(self._stages)]:
+    steps = run.last_step(begin.begin_step, begin.step) - begin.begin_step
+    lengths = curriculum.describe(self._stages, steps)
+    for line in [*self._stream.about, *lengths]:
       console.say(line)
     self._first: tuple[Any, ...] | None = self._read()
 

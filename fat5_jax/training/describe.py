@@ -98,7 +98,9 @@ def dry_run(run: Run) -> None:
   if isinstance(task, seqio.Mixture):
     console.say(mixtures.describe(task))
   stages = curriculum.stages(run.train_dataset_cfg, run.row_multiple)
-  for line in curriculum.describe(stages):
+  for line in curriculum.describe(
+    stages, run.relative_steps or run.total_steps
+  ):
     console.say(line)
   _tell_batch(run.train_dataset_cfg, run.model.config.vocab_size)
   _tell_start(run)

@@ -78,11 +78,21 @@ class SpanCorruption:
       masks.span_to_unique_sentinel(tokens, ~mask, sentinel_ids),
     )
 
-  def describe(self) -> str:
-    return (
+  def describe(self, length: int = 0, sentinels: int = 0) -> str:
+    """For a person; of a text of so many tokens, what becomes of it."""
+    found = (
       f"spans of {self.mean_noise_span_length:g} tokens,"
       f" {self.noise_density:.0%} noise"
     )
+    if length:
+      whole = np.array([length])
+      shape = self.noise_density, self.mean_noise_span_length
+      _, asked = masks.span_counts(whole, *shape, length)
+      noise, spans = self.counts(whole, sentinels)
+      if spans < asked:
+        mean = float(noise[0] / spans[0])
+        found += f" (in {spans[0]} spans at most, so of {mean:.1f} tokens)"
+    return found
 
 
 @dataclasses.dataclass(frozen=True)
@@ -142,7 +152,8 @@ class PrefixLM:
       np.concatenate([mark, tokens[given:]]),
     )
 
-  def describe(self) -> str:
+  def describe(self, length: int = 0, sentinels: int = 0) -> str:
+    del length, sentinels
     if self.prefix_share is None:
       return "what follows a beginning of any length"
     if not self.prefix_share:
@@ -227,13 +238,13 @@ def _described(given: Any) -> Denoiser:
     )
   fields = dict(given)
   kind = fields.pop("kind", "span_corruption")
-  if kind not in _KINDS:
+  if not isinstance(kind, str) or kind not in _KINDS:
     raise UserError(
       f"objective: kind {shown(kind)} is not one of {listed(_KINDS)}"
     )
   known = [field.name for field in dataclasses.fields(_KINDS[kind])]
   for name in fields:
-    if name not in known:
+    if not isinstance(name, str) or name not in known:
       raise UserError(
         f"objective: a denoiser of kind {kind!r} has no {name!r}."
         f"{nearest(name, known)} It has {', '.join(known)}"

@@ -189,7 +189,8 @@ class Objective:
     before = np.concatenate([[0.0], self._shares[:-1]])
     return "; ".join(
       f"{share:.3g} % {denoiser.prefix + ' ' * bool(denoiser.prefix)}"
-      f"{denoiser.describe()}, of {longest:,} tokens"
+      f"{denoiser.describe(int(longest), len(self._sentinels))},"
+      f" of {longest:,} tokens"
       for denoiser, share, longest in zip(
         self._denoisers, 100 * (self._shares - before), self.longest
       )
