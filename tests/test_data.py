@@ -9,6 +9,7 @@ import seqio
 
 from fat5_jax.data import (
   checks,
+  folders,
   pipeline,
   sources,
   spoken_values,
@@ -222,6 +223,15 @@ def test_lines_that_are_no_text_are_left_out_where_bad_rows_are(tmp_path):
     take(config(), 9)
   found = list(pipeline.one_pass(config(skip_bad_rows=True)))
   assert len(found) == len(ROWS) - 2
+
+
+def test_files_of_a_folder_that_are_not_read_are_told(tmp_path, capsys):
+  for name in ("train1.jsonl", "train2.csv", "dev.jsonl", "notes.md"):
+    (tmp_path / name).write_text('{"text": "a"}\n')
+  found = folders.named_splits(str(tmp_path), "none", None)
+  assert [len(found.splits[s]) for s in ("train", "validation")] == [1, 1]
+  said = capsys.readouterr().err
+  assert "not read" in said and said.rstrip().endswith("one kind: train2.csv")
 
 
 def test_a_column_that_is_not_there_names_the_nearest(tmp_path):

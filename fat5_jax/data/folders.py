@@ -7,7 +7,7 @@ import glob
 import os
 from typing import Any
 
-from fat5_jax import fetched
+from fat5_jax import console, fetched
 from fat5_jax.data import sources
 from fat5_jax.errors import UserError
 
@@ -35,13 +35,23 @@ def named_splits(
   if data_dir is None:
     return sources.HuggingFace(hf_path, hf_name)
   data_dir = fetched.local(data_dir)
-  found = {}
+  found, unread = {}, set()
   for split, names in SPLIT_STEMS.items():
     for stem in names:
       for suffix in (*_SUFFIXES, *more):
         pattern = os.path.join(glob.escape(data_dir), f"{stem}*.{suffix}*")
-        if split not in found and glob.glob(pattern):
+        files = glob.glob(pattern)
+        if files and split not in found:
           found[split] = pattern
+        else:
+          unread.update(map(os.path.basename, files))
+  for pattern in found.values():
+    unread.difference_update(map(os.path.basename, glob.glob(pattern)))
+  if unread:
+    console.say(
+      f"{data_dir}: not read, because a split has files of one kind:"
+      f" {', '.join(sorted(unread))}"
+    )
   if not found:
     raise UserError(
       f"{data_dir}: no data file named after a split (train*.jsonl,"
