@@ -12,6 +12,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from fat5_jax import trees
@@ -149,7 +150,16 @@ class Program:
         donate_argnums=0,
         out_shardings=_shardings(self.abstract_state.params),
       )(params)
-    return steps.TrainState(jnp.int32(step), params, opt_state)
+    return steps.TrainState(self.counter(step), params, opt_state)
+
+  def counter(self, step: int) -> jax.Array:
+    """A state's step, lying as a training step leaves it.
+
+    Were it anywhere else, the second step would be compiled once more.
+    """
+    return jax.make_array_from_callback(
+      (), self.partitioner.replicated, lambda _: np.int32(step)
+    )
 
   @functools.cached_property
   def train_step(self):

@@ -5,8 +5,6 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-import jax.numpy as jnp
-
 from fat5_jax import console, trees
 from fat5_jax.checkpoints import load, optimizer_state, reference
 from fat5_jax.checkpoints.checkpointer import Checkpointer
@@ -83,7 +81,7 @@ def _own_checkpoint(run, checkpointer, model_dir, step) -> Start:
   console.say(f"going on from step {step} of {model_dir}")
   if run.config_text is not None:
     same_run.tell_changes(model_dir, run.config_text())
-  state = TrainState(jnp.int32(step), params, opt_state)
+  state = TrainState(run.program.counter(step), params, opt_state)
   state = run.program.swapped(state)
   return Start(state, step, found["begin_step"], data, found["sums"], step)
 
