@@ -601,10 +601,13 @@ def test_blank_lines_are_no_texts_and_other_things_are_errors(tmp_path):
 def trained(tmp_path_factory):
   folder = tmp_path_factory.mktemp("vocabulary")
   rows = [json.dumps({"body": line}) for line in lines(3000)]
-  (folder / "a.jsonl").write_text("\n".join(rows))
+  (folder / "a.jsonl").write_text("\n".join(rows[1000:]))
+  # Other files have other names for it, and a .txt has none.
+  (folder / "b.tsv").write_text("said\n" + "\n".join(lines(500)))
+  (folder / "c.txt").write_text("\n".join(lines(500)))
   command = [sys.executable, os.path.join(ROOT, "tools/train_vocabulary.py")]
-  command += [str(folder / "spiece.model"), str(folder / "*.jsonl")]
-  command += ["--column", "body", "--pieces", "300"]
+  command += [str(folder / "spiece.model"), str(folder / "[abc].*")]
+  command += ["--column", "body", "said", "--pieces", "300"]
   found = subprocess.run(command, capture_output=True, text=True)
   assert found.returncode == 0, found.stderr
   return str(folder / "spiece.model"), found.stdout

@@ -223,11 +223,33 @@ def test_columns_have_the_names_that_a_task_asks_for():
   # The others stay.
   assert rows[0]["y"] == 1 and source.num_rows("train") == 2
   wrong = renamed.Renamed(memory.Rows(ROWS, "train"), {"text": "doc.boddy"})
-  with pytest.raises(UserError, match="rows, row 1: no column 'doc.boddy'"):
-    list(wrong.rows("train"))
+  with pytest.raises(UserError, match="no column 'doc.boddy'"):
+    next(wrong.rows("train"))[1]["text"]
   for columns in ({}, {"a": 3}, "text", {"a": []}, {"a": ["", "b"]}):
     with pytest.raises(UserError, match="must give the columns of names"):
       renamed.Renamed(memory.Rows(ROWS, "train"), columns)
+
+
+@pytest.mark.parametrize("skips", [True, False])
+def test_a_row_under_none_of_the_names_is_a_bad_row(skips):
+  rows = [{"text": "one"}, {"id": 3}, {"body": "two"}]
+  source = renamed.Renamed(
+    memory.Rows(rows, "train"), {"text": ("text", "body")}
+  )
+  task = tasks.text_to_text(
+    source,
+    "{text}",
+    "{text}",
+    seqio.ByteVocabulary(0),
+    name="two_names",
+    skip_bad_rows=skips,
+  )
+  examples = task.source.examples("train")
+  if skips:
+    assert [row["inputs"] for row in examples] == ["one", "two"]
+    return
+  with pytest.raises(UserError, match="row 2: no column 'text'.*skip_bad_rows"):
+    list(examples)
 
 
 def test_renamed_columns_are_recorded_and_asked_about(tmp_path):

@@ -1,16 +1,19 @@
 """Trains a SentencePiece vocabulary of T5's kind from texts of your own.
 
   python tools/train_vocabulary.py OUTPUT.model FILES... \\
-    [--pieces 32000] [--column text] [--mode_tokens '[R]' '[S]' '[X]']
+    [--pieces 32000] [--column text ...] [--mode_tokens '[R]' '[S]' '[X]']
 
 FILES are .txt (one text a line), .jsonl, .parquet, .tsv or .csv, also
-compressed, with a column of text; patterns are allowed. <pad>, </s> and <unk>
+compressed, with a column of text (of several names that --column gives, the
+first that a row has); patterns are allowed. <pad>, </s> and <unk>
 have T5's ids 0, 1 and 2; characters that have no piece are spelled in bytes, so
 that no text is unknown. The sentinels (<extra_id_0>, ...) are not pieces: SeqIO
 adds them, VOCAB_EXTRA_IDS = 100 of them, and the model's vocab_size is the sum,
 rounded up to 128.
 
-Mode tokens are UL2's, as FAT5 has them; a text that spells one has it too.
+Mode tokens are UL2's, as FAT5 has them, and there unless you say otherwise
+(--mode_tokens, with none after it, leaves them out); a text that spells one has
+it too.
 """
 
 from __future__ import annotations
@@ -36,15 +39,24 @@ def main() -> int:
     return _main(interrupts)
 
 
+class _Help(
+  argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter
+):
+  pass
+
+
 def _flags() -> argparse.Namespace:
-  parser = argparse.ArgumentParser(
-    description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-  )
+  parser = argparse.ArgumentParser(description=__doc__, formatter_class=_Help)
   parser.add_argument("output", help="the model file, spiece.model for example")
   parser.add_argument("files", nargs="+")
-  parser.add_argument("--column", default="text")
-  parser.add_argument("--pieces", type=int, default=32_000)
-  parser.add_argument("--mode_tokens", nargs="*", default=["[R]", "[S]", "[X]"])
+  parser.add_argument("--column", nargs="+", default=["text"], help="of texts")
+  parser.add_argument("--pieces", type=int, default=32_000, help="how many")
+  parser.add_argument(
+    "--mode_tokens",
+    nargs="*",
+    default=["[R]", "[S]", "[X]"],
+    help="pieces of their own",
+  )
   parser.add_argument(
     "--kind", choices=("unigram", "bpe"), default="unigram", help="of model"
   )
@@ -87,10 +99,10 @@ def _train(flags: argparse.Namespace, held_out: list[str]) -> bytes:
 
   from fat5_jax.errors import UserError
 
-  model = io.BytesIO()
+  model, failed = io.BytesIO(), []
   try:
     sentencepiece.SentencePieceTrainer.train(
-      sentence_iterator=_lines(flags, held_out),
+      sentence_iterator=_kept(_lines(flags, held_out), failed),
       model_writer=model,
       model_type=flags.kind,
       vocab_size=flags.pieces,
@@ -106,9 +118,22 @@ def _train(flags: argparse.Namespace, held_out: list[str]) -> bytes:
       minloglevel=1,
     )
   except RuntimeError as e:
+    if failed:
+      raise failed[0] from None
     said = str(e).split("] ")[-1].strip()
+    if "Vocabulary size" in said:
+      said += " That is --pieces: the texts are few, or more are to be had"
     raise UserError(f"SentencePiece: {said}") from None
   return model.getvalue()
+
+
+def _kept(lines, failed: list[BaseException]):
+  """The lines; an error, which SentencePiece turns into its own, is kept."""
+  try:
+    yield from lines
+  except Exception as e:
+    failed.append(e)
+    raise
 
 
 def _write(path: str, model: bytes) -> None:
@@ -131,10 +156,13 @@ def _lines(flags: argparse.Namespace, held_out: list[str]):
       for where, row in sources.read_file(path):
         if isinstance(row, Unread):
           raise UserError(f"{where}: {row.reason}")
+        # A .txt has lines, whatever the columns of the others.
+        names = [*flags.column, *(["text"] if list(row) == ["text"] else [])]
+        there = [name for name in names if sources.has_column(row, name)]
         try:
-          text = preprocessors.text_of(row, flags.column)
+          text = preprocessors.text_of(row, (there or names)[0])
         except UserError as e:
-          raise UserError(f"{where}: {e}; --column names another") from None
+          raise UserError(f"{where}: {e}; --column names others") from None
         for line in text.splitlines():
           number += 1
           if not number % 1000 and len(held_out) < 2000:

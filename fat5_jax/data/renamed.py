@@ -48,10 +48,11 @@ class Renamed:
   def rows(self, split: str) -> Iterator[LocatedRow]:
     for where, row in self._source.rows(split):
       try:
-        is_row = not isinstance(row, Unread)
-        yield where, self.rename(row) if is_row else row
+        found = row if isinstance(row, Unread) else self.rename(row)
       except UserError as e:
-        raise UserError(f"{where}: {e}") from None
+        # Whoever leaves bad rows out leaves it out.
+        found = Unread(str(e))
+      yield where, found
 
   def rename(self, row: Row, whole: bool = True) -> Row:
     """A row with the names beside its own.

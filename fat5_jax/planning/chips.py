@@ -118,8 +118,9 @@ def _describe_gpus(topology: str) -> dict[str, Any]:
   if not any(importlib.util.find_spec(name) for name in plugins):
     raise UserError(
       f"--topology={topology} needs the GPU's compiler: pip install"
-      f" 'jax[cuda13]=={jax.__version__}' (no GPU is needed; its attention"
-      " kernels need jax 0.11 and Python 3.12)"
+      f" 'jax[cuda13]=={jax.__version__}' (no GPU is needed). On an H100 a run"
+      " takes attention kernels of jax 0.11, which needs Python 3.12: plan with"
+      " what will run"
     )
   name, _, shape = topology.partition(":")
   count = int(shape)

@@ -87,7 +87,7 @@ def closing_words(
   if shutil.which("python") != sys.executable:
     python = sys.executable
   task = run.train_dataset_cfg.task()
-  if examples.is_denoised(task):
+  if all(map(examples.is_denoised, seqio.get_subtasks(task))):
     console.say(
       f"fine-tune it next, with a recipe:\n  {python} -m fat5_jax.train"
       " --gin_file=recipes/glue.gin"
