@@ -657,7 +657,16 @@ def test_spans_that_sentinels_cannot_tell_apart_are_told_as_they_are(trained):
   assert f"in 10 spans at most, so of {mean:.1f} tokens" in objective.describe()
 
 
-def test_a_vocabulary_of_sentencepieces_own_ids_is_refused(tmp_path):
+@pytest.mark.parametrize(
+  "ids,message",
+  [
+    ({}, "end in id 2.*tools/train_vocabulary"),
+    ({"eos_id": 1, "bos_id": -1}, "unknown.* id 0, which is padding"),
+  ],
+)
+def test_a_vocabulary_of_sentencepieces_own_ids_is_refused(
+  ids, message, tmp_path
+):
   """Its <unk> is 0, T5's padding, and its texts end in 2, not in 1."""
   path = str(tmp_path / "own")
   sentencepiece.SentencePieceTrainer.train(
@@ -665,6 +674,7 @@ def test_a_vocabulary_of_sentencepieces_own_ids_is_refused(tmp_path):
     model_prefix=path,
     vocab_size=100,
     hard_vocab_limit=False,
+    **ids,
   )
   (tmp_path / "a.txt").write_text("a text\n")
   task = pretraining.text(
@@ -672,7 +682,7 @@ def test_a_vocabulary_of_sentencepieces_own_ids_is_refused(tmp_path):
     seqio.SentencePieceVocabulary(f"{path}.model", extra_ids=100),
   )
   config = pipeline.DatasetConfig(task, LENGTHS, "train", 2)
-  with pytest.raises(UserError, match="end in id 2.*tools/train_vocabulary"):
+  with pytest.raises(UserError, match=message):
     checks.check_task(config, T5Config(vocab_size=256))
 
 

@@ -515,6 +515,15 @@ def test_a_card_of_a_pre_training_asks_to_fill_a_gap(mixed, tmp_path):
   assert "| objective | span_corruption |" in found
   assert "texts = ['The captain looked at the <extra_id_0>" in found
   assert "batch_decode(tokens))" in found and "{text}" not in found
+  # No text spells the bytes that are ByT5's sentinels.
+  kind = {"inputs": {"kind": "ByteVocabulary"}}
+  (tmp_path / "model.json").write_text(
+    json.dumps({"task": task | {"vocabulary": kind}})
+  )
+  facts = model_card.facts_of_run(str(tmp_path))
+  found = model_card.text(exports.T5, "hf_stock", facts)
+  assert "| objective | span_corruption |" in found
+  assert "<extra_id_0>" not in found
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,7 @@
 """The pre-trained checkpoint that ships, tests/data/fat5_small.
 
-tools/from_scratch.py has made it (docs/from_scratch.md): UL2's denoisers, 2.8M
-parameters, in the format of Hugging Face.
+tools/from_scratch.py has made it: UL2's denoisers, 2.8M parameters, in the
+format of Hugging Face.
 """
 
 import os

@@ -46,7 +46,6 @@ OBJECTIVES = {
   "span_corruption": {"inputs": 256, "targets": 64, "text": None},
   "causal_lm": {"inputs": 8, "targets": 256, "text": None},
 }
-STARTS = ("nothing", *OBJECTIVES)
 # Adafactor's, relative to the parameters.
 RATE = 0.01
 SENTENCES = """
@@ -157,18 +156,20 @@ class Road:
       return
     cores = self.lanes.get()
     begin = time.time()
-    with open(self.path(f"{name}.out"), "w", encoding="utf-8") as file:
-      process = subprocess.Popen(
-        [sys.executable, *command],
-        cwd=self.folder,
-        env=self._environment,
-        stdout=file,
-        stderr=subprocess.STDOUT,
-      )
-      os.sched_setaffinity(process.pid, cores)
-      status = process.wait()
+    try:
+      with open(self.path(f"{name}.out"), "w", encoding="utf-8") as file:
+        process = subprocess.Popen(
+          [sys.executable, *command],
+          cwd=self.folder,
+          env=self._environment,
+          stdout=file,
+          stderr=subprocess.STDOUT,
+        )
+        os.sched_setaffinity(process.pid, cores)
+        status = process.wait()
+    finally:
+      self.lanes.put(cores)
     end = time.time()
-    self.lanes.put(cores)
     if status:
       raise SystemExit(f"{name} failed: see {file.name}")
     with open(done, "w", encoding="utf-8") as file:
@@ -315,9 +316,26 @@ def dialogues(data: str) -> Iterator[dict]:
 
 
 def write_rows(path: str, rows: Iterator[dict]) -> None:
-  with open(path, "w", encoding="utf-8") as file:
-    for row in rows:
-      file.write(json.dumps(row, ensure_ascii=False) + "\n")
+  from fat5_jax.convert import plain_files
+
+  lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows]
+  plain_files.replace_with(path, "".join(lines).encode())
+
+
+def _go(road: Road, pool: futures.Executor, seeds: int) -> None:
+  """Pre-trains, and fine-tunes each start as soon as it is there."""
+  ready = {pool.submit(lambda: None): "nothing"}
+  ready |= {pool.submit(road.pretrain, start): start for start in OBJECTIVES}
+  tunings = []
+  for one in futures.as_completed(ready):
+    one.result()
+    tunings += [
+      pool.submit(road.tune, ready[one], task, seed)
+      for seed in range(seeds)
+      for task in TASKS
+    ]
+  for one in tunings:
+    one.result()
 
 
 def main() -> None:
@@ -331,6 +349,9 @@ def main() -> None:
   parser.add_argument("--tokens", type=float, default=8e6)
   parser.add_argument("--seeds", type=int, default=1, help="of fine-tuning")
   flags = parser.parse_args()
+  for name in (os.path.dirname(BOOKS), "glue", "sum_dialogsum_en"):
+    if not os.path.isdir(os.path.join(flags.data, name)):
+      parser.error(f"--data={flags.data}: no folder {name} is there")
   os.makedirs(flags.folder, exist_ok=True)
   road = Road(flags.folder, flags.data, int(flags.tokens))
   if not os.path.exists(road.texts):
@@ -340,18 +361,12 @@ def main() -> None:
   # Alone: it fills the cache of tokens for the others.
   road.pretrain("nothing")
   with futures.ThreadPoolExecutor(road.lanes.qsize()) as pool:
-    ready = {pool.submit(lambda: None): "nothing"}
-    ready |= {pool.submit(road.pretrain, start): start for start in OBJECTIVES}
-    tunings = []
-    for one in futures.as_completed(ready):
-      one.result()
-      tunings += [
-        pool.submit(road.tune, ready[one], task, seed)
-        for seed in range(flags.seeds)
-        for task in TASKS
-      ]
-    for one in tunings:
-      one.result()
+    try:
+      _go(road, pool, flags.seeds)
+    except BaseException:
+      # What has not begun does not: the failure is told now.
+      pool.shutdown(cancel_futures=True)
+      raise
   from_scratch_page.write(road, flags.seeds)
 
 

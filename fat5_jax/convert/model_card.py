@@ -224,9 +224,6 @@ def _objective(task: Mapping[str, Any]) -> Any:
   parts = list(task.get("mixture", {"": task}).values())
   if any(part.get("factory") != "pretraining.text" for part in parts):
     return None
-  # ByT5's sentinels are bytes, which no text spells.
-  if any("Byte" in json.dumps(part.get("vocabulary")) for part in parts):
-    return None
   found = [part.get("arguments", {}).get("objective") for part in parts]
   return found[0] if all(one == found[0] for one in found) else None
 
@@ -235,7 +232,8 @@ def _in_words(usage: str, task: Mapping[str, Any], head: HeadConfig) -> str:
   """The lines of use with texts as the task words them, a pair as two."""
   if objective := _objective(task):
     mode = {"ul2": "[R] ", "span_corruption": ""}.get(str(objective))
-    if mode is not None:
+    # ByT5's sentinels are bytes, which no text spells.
+    if mode is not None and "ByteVocabulary" not in json.dumps(task):
       gap = "The captain looked at the <extra_id_0> and said nothing."
       usage = usage.replace(_SENTENCES, f"[{mode + gap!r}]")
       usage = usage.replace("tokens, skip_special_tokens=True", "tokens")

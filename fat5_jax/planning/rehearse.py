@@ -173,6 +173,14 @@ def with_config(program: Program, **changes: Any) -> Program:
   )
 
 
+def on_topology(program: Program, topology: str) -> Program:
+  """The program, for the devices of a topology in the place of its own."""
+  partitioner = dataclasses.replace(
+    program.partitioner, devices=chips.devices(topology)
+  )
+  return program.replace(partitioner=partitioner)
+
+
 def rehearse(
   program: Program,
   shapes,
@@ -193,10 +201,8 @@ def rehearse(
     UserError: if the topology does not exist, or something does not divide.
   """
   chip = chips.CHIPS[chips.chip_of(topology)]
-  partitioner = dataclasses.replace(
-    program.partitioner, devices=chips.devices(topology)
-  )
-  program = program.replace(partitioner=partitioner)
+  program = on_topology(program, topology)
+  partitioner = program.partitioner
   batch_size, lengths = sizes_of(shapes)
   config = program.model.config
   partitioner.check(config, batch_size, lengths, program.num_microbatches)

@@ -16,6 +16,7 @@ from fat5_jax.planning import chips, search, tell
 from fat5_jax.planning.rehearse import (
   Memory,
   Report,
+  on_topology,
   rehearse,
   rehearse_stage,
   useful_and_all_flops,
@@ -50,7 +51,7 @@ def report(
   shapes: Shapes,
   total_steps: int | None,
   request: Request,
-  stages: Callable[[int], Sequence[tuple[int, Shapes]]] = lambda multiple: (),
+  stages: Callable[[int], Sequence[tuple[int, Shapes]]],
 ) -> None:
   """Compiles for each topology, prints, and writes JSON.
 
@@ -85,7 +86,9 @@ def report(
         result = dataclasses.replace(result, sought=True, change=change)
       earlier = [
         rehearse_stage(program, stage_shapes, topology, end)
-        for end, stage_shapes in stages(_multiple(program, topology))
+        for end, stage_shapes in stages(
+          on_topology(program, topology).row_multiple
+        )
       ]
       result = dataclasses.replace(result, stages=earlier)
     except UserError as e:
@@ -110,14 +113,6 @@ def report(
     tell.several(found)
   _write(output, found)
   console.say(f"all figures: {output}")
-
-
-def _multiple(program: Program, topology: str) -> int:
-  """What the rows of a batch must be a multiple of, on a topology."""
-  partitioner = dataclasses.replace(
-    program.partitioner, devices=chips.devices(topology)
-  )
-  return partitioner.ways("batch") * (program.num_microbatches or 1)
 
 
 def _write(output: str, found: Sequence[Report]) -> None:

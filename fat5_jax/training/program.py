@@ -63,6 +63,11 @@ class Program:
   def parameter_dtype(self) -> jnp.dtype:
     return getattr(self.optimizer, "parameter_dtype", jnp.dtype(jnp.float32))
 
+  @property
+  def row_multiple(self) -> int:
+    """What the rows of every batch must be a multiple of."""
+    return self.partitioner.ways("batch") * (self.num_microbatches or 1)
+
   def _init(self) -> steps.TrainState:
     params = initial.init_params(self.model, self.seed)
     return steps.TrainState(jnp.int32(0), *self._start(params))

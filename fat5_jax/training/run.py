@@ -194,7 +194,7 @@ class Run:
   @property
   def row_multiple(self) -> int:
     """What the rows of every batch must be a multiple of."""
-    return self.partitioner.ways("batch") * (self.num_microbatches or 1)
+    return self.program.row_multiple
 
   def check(self) -> None:
     """Raises UserError for a mistake in the settings or in the first rows.
