@@ -9,5 +9,5 @@ def nearest(name: str, known) -> str:
   """ " Did you mean ...?" for the closest of the known names, or nothing."""
   import difflib
 
-  close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.6)
+  close = difflib.get_close_matches(str(name), list(known), n=1, cutoff=0.6)
   return f" Did you mean {close[0]!r}?" if close else ""

@@ -6,7 +6,7 @@ import json
 import os
 from typing import Any
 
-from fat5_jax.convert import plain_files, sentencepiece_file
+from fat5_jax.convert import fast_tokenizer, plain_files, sentencepiece_file
 from fat5_jax.errors import UserError
 
 FILES = (
@@ -69,7 +69,16 @@ def _copy(source: str, folder: str) -> None:
 def _write_sentencepiece(path: str, extra_ids: int, folder: str) -> None:
   data = sentencepiece_file.read(path)
   plain_files.replace_with(os.path.join(folder, "spiece.model"), data)
-  _write_config(folder, "T5Tokenizer", extra_ids)
+  if not fast_tokenizer.is_needed(data):
+    _write_config(folder, "T5Tokenizer", extra_ids)
+    return
+  try:
+    alone = fast_tokenizer.to_json(data, extra_ids)
+  except UserError as e:
+    raise UserError(f"{path}: {e}") from None
+  plain_files.replace_with(os.path.join(folder, "tokenizer.json"), alone)
+  # Both versions of transformers take this class's file as it is.
+  _write_config(folder, "PreTrainedTokenizerFast", extra_ids)
 
 
 def _write_config(folder: str, tokenizer_class: str, extra_ids: int) -> None:
@@ -83,6 +92,8 @@ def _write_config(folder: str, tokenizer_class: str, extra_ids: int) -> None:
     **special,
     "tokenizer_class": tokenizer_class,
     "extra_ids": extra_ids,
+    # No token_type_ids: no T5 takes them.
+    "model_input_names": ["input_ids", "attention_mask"],
     # T5's relative positions set no limit.
     "model_max_length": int(1e30),
   }

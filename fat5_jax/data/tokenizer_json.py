@@ -2,7 +2,7 @@
 
 Newer Hugging Face folders have no `spiece.model`. What made it a Unigram model
 is all in the JSON: pieces with scores, the compiled normaliser, how spaces are
-written.
+written. A BPE model is there too, where convert/fast_tokenizer.py wrote it.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ def vocabulary(path: str) -> seqio.SentencePieceVocabulary:
     plain_files.replace_with(target, content)
   result = seqio.SentencePieceVocabulary(target, extra_ids)
   try:
-    _check(result, path)
+    _check(result, path, found.get("added_tokens") or ())
   except UserError:
     raise
   except BaseException as e:
@@ -82,16 +82,22 @@ def _model(found: dict[str, Any], path: str) -> tuple[bytes, int]:
   model = found.get("model") or {}
   # Old files do not say the type; only Unigram has pieces in pairs.
   is_pairs = isinstance(model.get("vocab"), list)
-  if model.get("type", "Unigram" if is_pairs else None) != "Unigram":
+  kind = model.get("type", "Unigram" if is_pairs else None)
+  if kind not in ("Unigram", "BPE"):
     raise OtherTokenizerError(
-      f"{path}: a tokenizer of type {str(model.get('type'))[:40]!r}; T5's are"
-      " 'Unigram'."
+      f"{path}: a tokenizer of type {str(kind)[:40]!r}; T5's are 'Unigram'."
       " Set VOCABULARY in gin"
     )
-  pieces = model["vocab"]
+  is_bpe = kind == "BPE"
+  pieces = _scored(model) if is_bpe else model["vocab"]
+  unknown = model.get("unk_id")
+  if is_bpe:
+    unknown = model["vocab"].get(model.get("unk_token"))
   added = {token["content"]: token for token in found.get("added_tokens") or ()}
-  for text in added:
-    if text not in _SPECIAL and not _SENTINEL.match(text):
+  for text, token in added.items():
+    # SentencePiece finds its own pieces in what the normaliser gives.
+    is_piece = token["id"] < len(pieces) and token.get("normalized")
+    if text not in _SPECIAL and not _SENTINEL.match(text) and not is_piece:
       raise OtherTokenizerError(
         f"{path}: it adds the token {text!r}, which SentencePiece would not"
         " find in a text as it does. Set VOCABULARY in gin"
@@ -110,7 +116,7 @@ def _model(found: dict[str, Any], path: str) -> tuple[bytes, int]:
   ids = {}
   for number, (text, score) in enumerate(pieces):
     kind = types.NORMAL
-    if number == model.get("unk_id"):
+    if number == unknown:
       kind = types.UNKNOWN
     elif text in added:
       kind = types.CONTROL if added[text]["special"] else types.USER_DEFINED
@@ -119,15 +125,27 @@ def _model(found: dict[str, Any], path: str) -> tuple[bytes, int]:
     proto.pieces.add(piece=text, score=score, type=kind)
     ids[text] = number
   trainer = proto.trainer_spec
-  trainer.model_type = trainer.UNIGRAM
+  trainer.model_type = trainer.BPE if is_bpe else trainer.UNIGRAM
   trainer.vocab_size = len(pieces)
   trainer.byte_fallback = bool(model.get("byte_fallback"))
-  trainer.unk_id = model.get("unk_id", 2)
+  trainer.unk_id = 2 if unknown is None else unknown
   trainer.pad_id, trainer.eos_id = ids.get("<pad>", -1), ids.get("</s>", -1)
   trainer.bos_id = ids.get("<s>", -1)
   trainer.pad_piece, trainer.eos_piece = "<pad>", "</s>"
   _set_normalizer(proto.normalizer_spec, found, path)
   return proto.SerializeToString(), extra_ids
+
+
+def _scored(model: dict[str, Any]) -> list[list[Any]]:
+  """BPE's pieces by number, each scored by when it is joined."""
+  joined: dict[str, int] = {}
+  for rank, pair in enumerate(model["merges"]):
+    # Newer files have the two in a list.
+    parts = pair.split(" ") if isinstance(pair, str) else pair
+    joined.setdefault("".join(parts), rank)
+  last = len(model["merges"])
+  in_order = sorted(model["vocab"], key=model["vocab"].__getitem__)
+  return [[text, -float(joined.get(text, last))] for text in in_order]
 
 
 def _is_sentinel(text: str, number: int) -> bool:
@@ -151,6 +169,14 @@ def _is_spaces(replace: dict[str, Any]) -> bool:
   return replace.get("content") in (" ", "▁") and pattern in (" {2,}", " +")
 
 
+def _is_ours(replace: dict[str, Any]) -> bool:
+  """Whether a Replace says what SentencePiece does without being told."""
+  pattern, content = replace.get("pattern", {}), replace.get("content")
+  regex = pattern.get("Regex", "")
+  ends = regex == r"\A +| +\z" or regex.startswith(r"\A▁(?=")
+  return (ends and content == "") or (pattern, content) == ({"String": " "}, "▁")
+
+
 # What T5's tokenizers add to their pieces, beside the sentinels.
 _SPECIAL = ("<pad>", "</s>", "<unk>", "<s>")
 
@@ -172,6 +198,10 @@ def _set_normalizer(spec, found: dict[str, Any], path: str) -> None:
     ):
       # Each takes runs of spaces for one.
       spec.remove_extra_whitespaces = True
+    elif kind == "Prepend" and part["prepend"] == "▁":
+      spec.add_dummy_prefix = True
+    elif kind == "Replace" and _is_ours(part):
+      continue
     elif kind == "Metaspace":
       scheme = part.get("prepend_scheme", "always")
       spec.add_dummy_prefix = (
@@ -183,12 +213,13 @@ def _set_normalizer(spec, found: dict[str, Any], path: str) -> None:
       )
 
 
-def _check(result: seqio.SentencePieceVocabulary, path: str) -> None:
+def _check(result: seqio.SentencePieceVocabulary, path: str, added) -> None:
   """Raises UserError unless the model says what the JSON's tokenizer says."""
   import tokenizers
 
   theirs = tokenizers.Tokenizer.from_file(path)
-  for text in _PROBES:
+  own = [token["content"] for token in added if not token["special"]]
+  for text in (*_PROBES, *(f"{text} a{text}b {text}c" for text in own)):
     ids = theirs.encode(text, add_special_tokens=False).ids
     if list(result.encode(text)) != ids:
       raise OtherTokenizerError(
