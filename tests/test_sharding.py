@@ -71,8 +71,11 @@ def test_every_axis_of_the_table_has_a_rule():
 
 
 def run_on_eight_devices(*options):
+  # One that hangs is named, with what every thread of it does.
+  hangs = ["-v", "--timeout=240", "--timeout-method=thread"]
   done = subprocess.run(
-    [sys.executable, "-m", "pytest", "tests/on_eight_devices.py", *options],
+    [sys.executable, "-m", "pytest", "tests/on_eight_devices.py"]
+    + [*hangs, *options],
     cwd=ROOT,
     env=with_devices(8),
     capture_output=True,

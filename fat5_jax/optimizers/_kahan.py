@@ -19,12 +19,14 @@ class CompensatedState(NamedTuple):
 
 
 class Compensated(optax.GradientTransformationExtraArgs):
-  """An optimizer of bfloat16 parameters that loses no small update.
+  """An optimizer of bfloat16 parameters that keeps what rounding takes.
 
   bfloat16 has 8 bits: of an update below 1/512 of its parameter nothing is
   left. Here what rounding takes from a parameter is kept beside it, and added
   before the next update (Kahan, CACM 8(1), 1965). The optimizer inside sees
-  float32 gradients, and as parameters the float32 sum of the two.
+  float32 gradients, and as parameters the float32 sum of the two: 16 bits, so
+  that an update below 1e-5 of its parameter is coarse, and one below 2^-18
+  nothing.
 
   The sum of n updates is off by at most n (2^-17 + 2^-23) times the largest
   value that the parameter takes: the compensation is at most half a unit in the
