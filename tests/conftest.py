@@ -1,5 +1,6 @@
 """Shared by all tests: a CPU, strict shapes, and paths to optional data."""
 
+import contextlib
 import ctypes
 import gc
 import importlib.metadata
@@ -31,6 +32,10 @@ if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
   os.environ["JAX_COMPILATION_CACHE_DIR"] = _PROGRAMS.name
   os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.3"
   os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
+
+with contextlib.suppress(ImportError):
+  # torch's CUDA build brings it; loaded after TensorFlow it ends the process.
+  import triton._C.libtriton  # noqa: F401
 
 import pytest
 
