@@ -25,6 +25,8 @@ ALLOWED = {
     *("ml_dtypes", "msgpack", "numpy", "safetensors", "tensorstore"),
     # mesh_tf.py, when it reads a checkpoint.
     "tensorflow",
+    # fast_tokenizer.py, when it writes one.
+    *("sentencepiece", "tokenizers"),
     "fat5_jax.models.config",
   },
   "fat5_jax/data": {

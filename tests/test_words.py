@@ -352,7 +352,7 @@ def test_a_tokenizer_json_alone_is_the_vocabulary(shared_data, tmp_path):
 def test_a_tokenizer_json_of_another_kind_is_refused(tmp_path):
   path = tmp_path / "tokenizer.json"
   path.write_text('{"model": {"type": "WordPiece", "vocab": {}}}')
-  with pytest.raises(UserError, match="of type 'WordPiece'; T5's are 'Unigram'"):
+  with pytest.raises(UserError, match="'WordPiece'; T5's are 'Unigram'"):
     tokenizer_json.vocabulary(str(path))
 
 

@@ -171,10 +171,12 @@ def _is_spaces(replace: dict[str, Any]) -> bool:
 
 def _is_ours(replace: dict[str, Any]) -> bool:
   """Whether a Replace says what SentencePiece does without being told."""
-  pattern, content = replace.get("pattern", {}), replace.get("content")
+  pattern = replace.get("pattern", {})
+  if replace.get("content") == "▁":
+    return pattern.get("String") == " "
   regex = pattern.get("Regex", "")
-  ends = regex == r"\A +| +\z" or regex.startswith(r"\A▁(?=")
-  return (ends and content == "") or (pattern, content) == ({"String": " "}, "▁")
+  is_of_ends = regex == r"\A +| +\z" or regex.startswith(r"\A▁(?=")
+  return is_of_ends and replace.get("content") == ""
 
 
 # What T5's tokenizers add to their pieces, beside the sentinels.
