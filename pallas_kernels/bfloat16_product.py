@@ -31,17 +31,21 @@ def on_cpu() -> bool:
   return tiling.device_kind() == "cpu"
 
 
-def laid_out(x_NM: jax.Array) -> jax.Array:
+def laid_out(x: jax.Array) -> jax.Array:
   """x as it is, on a CPU moved so that it lies row by row.
 
   XLA hands a product a view of what is transposed, and then computes it in
   float32. (Of an array that is split over devices every one would get all.)
   """
-  if x_NM.dtype != jnp.bfloat16 or not on_cpu() or jax.device_count() > 1:
-    return x_NM
-  return layout.with_layout_constraint(
-    x_NM, layout.Layout(major_to_minor=(0, 1))
-  )
+  if not lays_out(x.dtype):
+    return x
+  order = layout.Layout(major_to_minor=tuple(range(x.ndim)))
+  return layout.with_layout_constraint(x, order)
+
+
+def lays_out(dtype) -> bool:
+  """Whether `laid_out` moves such an array."""
+  return dtype == jnp.bfloat16 and on_cpu() and jax.device_count() == 1
 
 
 def sum_of_rows(x_NM: jax.Array, y_NF: jax.Array, precision=None) -> jax.Array:

@@ -15,6 +15,7 @@ import functools
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels.bfloat16_product import laid_out, lays_out
 from pallas_kernels.flash_attention import relative_bias, tiling
 from pallas_kernels.flash_attention.blocked import (
   mean_key,
@@ -308,6 +309,9 @@ def _backward(causal, scale, bq, bk, residuals, do):
     )
 
   def of_keys(a_BHQK, b_BHQD):
+    if lays_out(a_BHQK.dtype):
+      a_BHKQ = laid_out(jnp.swapaxes(a_BHQK, 2, 3))
+      return product("bhkq,bhqd->bhkd", a_BHKQ, b_BHQD)
     # XLA's CPU products want the first operand as it lies: this transposes the
     # narrow ones, q or do and the result, and not the whole tile.
     x_BHDK = product("bhqd,bhqk->bhdk", b_BHQD, a_BHQK)
