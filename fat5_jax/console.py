@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Iterator, Mapping
+import contextlib
 import math
+import os
 import sys
 import time
 from typing import Any
@@ -19,6 +21,20 @@ console = Console(stderr=True, highlight=False, soft_wrap=True)
 def only_errors() -> None:
   """Silences this process: one of many hosts speaks for all."""
   console.quiet = True
+
+
+@contextlib.contextmanager
+def without_native_lines() -> Iterator[None]:
+  """Drops what native code writes while TensorFlow loads (no flag does)."""
+  saved = os.dup(2)
+  sink = os.open(os.devnull, os.O_WRONLY)
+  os.dup2(sink, 2)
+  try:
+    yield
+  finally:
+    os.dup2(saved, 2)
+    os.close(saved)
+    os.close(sink)
 
 
 def say(text: str) -> None:
@@ -159,13 +175,16 @@ class Count:
   def _line(self, now: float, is_last: bool = False) -> str:
     seconds = max(now - self._begin, 1e-9)
     rate = self._done / seconds
-    text, end = f"{self._what}: {self._done:,.0f}", duration(seconds)
+    text, end = f"{self._what}: {_number(self._done)}", duration(seconds)
     # A total that was too little says nothing.
     if self._total and self._done <= self._total and not is_last:
-      text += f" of {self._total:,.0f}"
+      text += f" of {_number(self._total)}"
       end = f"{duration((self._total - self._done) / rate)} left"
-    shown = f"{rate:,.0f}" if rate >= 10 else f"{rate:.2g}"
-    return f"{text} {self._unit}, {shown}/s, {end}"
+    return f"{text} {self._unit}, {_number(rate)}/s, {end}"
+
+
+def _number(value: float) -> str:
+  return f"{value:,.0f}" if value >= 10 else f"{value:.2g}"
 
 
 def counted(

@@ -145,7 +145,10 @@ def _write(path: str, model: bytes) -> None:
 
 def _lines(flags: argparse.Namespace, held_out: list[str]):
   """The lines of all texts; every thousandth is held out of them."""
-  from fat5_jax.data import preprocessors, sources
+  from fat5_jax import console
+
+  with console.without_native_lines():
+    from fat5_jax.data import preprocessors, sources
   from fat5_jax.data.files import Unread
   from fat5_jax.errors import UserError
 
@@ -182,7 +185,10 @@ def _short(line: str):
 
 def _tell(path: str, held_out: list[str]) -> None:
   """What a person should know of the model, as it is read again."""
-  import seqio
+  from fat5_jax import console
+
+  with console.without_native_lines():
+    import seqio
 
   vocabulary = seqio.SentencePieceVocabulary(path, extra_ids=100)
   size = -(-vocabulary.vocab_size // 128) * 128

@@ -234,7 +234,8 @@ def _has_tokenizer(folder: str) -> bool:
 
 
 def _vocabulary(source, config, how):
-  from fat5_jax.data import vocabularies  # Only here: it brings TensorFlow.
+  with console.without_native_lines():  # Only here: it brings TensorFlow.
+    from fat5_jax.data import vocabularies
 
   try:
     found = vocabulary_of(source.path)

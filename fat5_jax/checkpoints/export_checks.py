@@ -138,7 +138,7 @@ def in_transformers(config, leaves, folder) -> str:
   with tempfile.TemporaryDirectory() as cache:
     own = {"HF_HUB_OFFLINE": "1", "USE_TF": "0", "HF_MODULES_CACHE": cache}
     done = subprocess.run(
-      [sys.executable, "-c", _LOADS, json.dumps(want)],
+      [sys.executable, "-P", "-c", _LOADS, json.dumps(want)],
       env=os.environ | own,
       stdin=subprocess.DEVNULL,
       capture_output=True,

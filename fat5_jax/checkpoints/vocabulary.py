@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from typing import TYPE_CHECKING
 
+from fat5_jax import console
 from fat5_jax.checkpoints import reference, run_record
 from fat5_jax.checkpoints.reference import CheckpointRef
 
@@ -22,7 +23,8 @@ def vocabulary_of(path: str) -> seqio.Vocabulary:
     OtherTokenizerError: if it brings none.
     UserError: if it is damaged.
   """
-  from fat5_jax.data import vocabularies  # Only here: it brings TensorFlow.
+  with console.without_native_lines():  # Only here: it brings TensorFlow.
+    from fat5_jax.data import vocabularies
 
   source = reference.find(path)
   if source.kind != "fat5":
@@ -41,7 +43,8 @@ def read(source: CheckpointRef) -> seqio.Vocabulary | None:
   Raises:
     UserError: if it is damaged, or of a kind that is not known.
   """
-  from fat5_jax.data import vocabularies
+  with console.without_native_lines():
+    from fat5_jax.data import vocabularies
 
   if source.kind == "fat5":
     record = run_record.read_or_none(source.run_dir) or {}

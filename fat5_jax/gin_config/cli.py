@@ -12,7 +12,7 @@ import signal
 import sys
 import traceback
 
-from fat5_jax import interrupts
+from fat5_jax import console, interrupts
 from fat5_jax.errors import UserError
 from fat5_jax.gin_config import flags as flags_lib
 from fat5_jax.gin_config import t5x
@@ -31,20 +31,6 @@ _COMMANDS = {
 NOT_PLANNED = ("MODEL_DIR", "INITIAL_CHECKPOINT_PATH", "VOCAB_FILE")
 # Neither do the examples.
 _NOT_PREPARED = ("MODEL_DIR", "INITIAL_CHECKPOINT_PATH")
-
-
-@contextlib.contextmanager
-def _quiet_stderr():
-  """Drops what native code writes while TensorFlow loads (no flag does)."""
-  saved = os.dup(2)
-  sink = os.open(os.devnull, os.O_WRONLY)
-  os.dup2(sink, 2)
-  try:
-    yield
-  finally:
-    os.dup2(saved, 2)
-    os.close(saved)
-    os.close(sink)
 
 
 def _run(command: str, arguments: list[str]) -> None:
@@ -81,7 +67,7 @@ def _run(command: str, arguments: list[str]) -> None:
   # orbax logs there, with a traceback, what its caller is told anyway.
   for name in ("absl", "asyncio", "concurrent.futures"):
     logging.getLogger(name).setLevel(logging.CRITICAL)
-  with _quiet_stderr():
+  with console.without_native_lines():
     import tensorflow  # noqa: F401
 
   from fat5_jax.gin_config import parse
