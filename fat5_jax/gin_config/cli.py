@@ -12,7 +12,7 @@ import signal
 import sys
 import traceback
 
-from fat5_jax import console, interrupts
+from fat5_jax import interrupts
 from fat5_jax.errors import UserError
 from fat5_jax.gin_config import flags as flags_lib
 from fat5_jax.gin_config import t5x
@@ -67,6 +67,8 @@ def _run(command: str, arguments: list[str]) -> None:
   # orbax logs there, with a traceback, what its caller is told anyway.
   for name in ("absl", "asyncio", "concurrent.futures"):
     logging.getLogger(name).setLevel(logging.CRITICAL)
+  from fat5_jax import console
+
   with console.without_native_lines():
     import tensorflow  # noqa: F401
 
