@@ -5,8 +5,8 @@
 Trains a vocabulary; from nothing, three times, a small FAT5 on as many tokens
 of text: by UL2's denoisers, by T5's span corruption, and as a causal language
 model; exports each of them, and the weights that they all began with, to the
-format of Hugging Face; and fine-tunes the exports on six tasks, with one recipe
-a task.
+format of Hugging Face; and fine-tunes the exports on seven tasks, with one
+recipe a task.
 Three quarters of the texts are books. The others are what the tasks' training
 rows say, without their labels (arXiv:2004.10964), and paragraphs of SQuAD.
 
@@ -88,6 +88,15 @@ sources.Files.splits = {{
   'validation': '{folder}/dialogsum.jsonl',
 }}
 """
+# Of DialogSum too: what is said, and what is said to that. As many pairs train
+# as RTE has.
+REPLIES = """
+from __gin__ import dynamic_registration
+include 'recipes/embed.gin'
+TRAIN_FILES = '{folder}/replies-train.jsonl'
+VALIDATION_FILES = '{folder}/replies.jsonl'
+EVAL_STEPS = None
+"""
 COMMON = """
 DTYPE = 'bfloat16'
 DROPOUT_RATE = 0.1
@@ -107,9 +116,9 @@ WARMUP_STEPS = 20
 class Task:
   """A fine-tuning: its gin, how long, and what it is judged by."""
 
-  def __init__(self, text, lengths, rows, steps, metric):
+  def __init__(self, text, lengths, rows, steps, metric, of="inference_eval"):
     self.text, self.lengths, self.rows, self.steps = text, lengths, rows, steps
-    self.metric = metric
+    self.metric, self.of = metric, of
     self.more = "" if "targets" in lengths else "BUCKETS = 4\n"
 
 
@@ -127,6 +136,15 @@ TASKS = {
   "UD tags": Task(TAGS, {"inputs": 128}, 16, 200, "tag_accuracy"),
   "DialogSum": Task(
     SUMMARIES, {"inputs": 320, "targets": 64}, 8, 300, "rougeLsum"
+  ),
+  # The reply to each of 64 turns among the 64 replies.
+  "Replies": Task(
+    REPLIES,
+    {"inputs": 64, "targets": 64},
+    64,
+    120,
+    "accuracy",
+    of="training_eval",
   ),
 }
 
@@ -226,7 +244,10 @@ class Road:
 
   def tokens_a_row(self, objective: str) -> float:
     """Tokens of text, each counted once, that a row of a batch holds."""
-    import seqio
+    from fat5_jax import console
+
+    with console.without_native_lines():
+      import seqio
 
     from fat5_jax.data import pipeline, pretraining, sources
 
@@ -323,6 +344,21 @@ def dialogues(data: str) -> Iterator[dict]:
       yield {"dialogue": row["dialogue"], "summary": row["summary1"]}
 
 
+def replies(data: str, name: str, most: int | None) -> list[dict]:
+  """Turns of dialogues, of four words at least, and the turns after them."""
+  path = os.path.join(data, f"sum_dialogsum_en/dialogsum.{name}.jsonl")
+  pairs = []
+  with open(path, encoding="utf-8") as file:
+    for row in map(json.loads, file):
+      # Without who speaks.
+      turns = [x.split(": ", 1)[-1] for x in row["dialogue"].split("\n")]
+      for first, second in zip(turns, turns[1:]):
+        if min(len(first.split()), len(second.split())) >= 4:
+          pairs.append({"first": first, "second": second})
+  order = np.random.default_rng(0).permutation(len(pairs))
+  return [pairs[i] for i in order[:most]]
+
+
 def write_rows(path: str, rows: Iterator[dict]) -> None:
   from fat5_jax.convert import plain_files
 
@@ -365,6 +401,10 @@ def main() -> None:
   if not os.path.exists(road.texts):
     write_rows(road.texts, ({"text": text} for text in texts(road.data)))
     write_rows(road.path("dialogsum.jsonl"), dialogues(road.data))
+  if not os.path.exists(road.path("replies.jsonl")):
+    train = replies(road.data, "dev", 2490)
+    write_rows(road.path("replies-train.jsonl"), train)
+    write_rows(road.path("replies.jsonl"), replies(road.data, "test", None))
   road.make_vocabulary()
   # Alone: it fills the cache of tokens for the others.
   road.pretrain("nothing")
