@@ -61,13 +61,13 @@ def train(**options):
   import sentencepiece
 
   model = io.BytesIO()
+  t5_s = dict(pad_id=0, eos_id=1, unk_id=2, bos_id=-1, vocab_size=1000)
+  t5_s |= dict(pad_piece="<pad>", eos_piece="</s>", unk_piece="<unk>")
   sentencepiece.SentencePieceTrainer.train(
     sentence_iterator=iter(LINES[::2]),
     model_writer=model,
-    vocab_size=1000,
-    **dict(pad_id=0, eos_id=1, unk_id=2, bos_id=-1, minloglevel=2),
-    **dict(pad_piece="<pad>", eos_piece="</s>", unk_piece="<unk>"),
-    **options,
+    minloglevel=2,
+    **(t5_s | options),
   )
   return model.getvalue()
 
@@ -200,3 +200,91 @@ def test_what_hugging_face_would_read_otherwise_is_no_export(tmp_path):
     tokenizers.write(str(tmp_path / "odd.model"), str(tmp_path))
   with pytest.raises(UserError, match="neither 'word' nor 'char'"):
     fast_tokenizer.to_json(train(model_type="char"), 100)
+
+
+MORE = {
+  "lower case": {"normalization_rule_name": "nmt_nfkc_cf"},
+  "lines kept": {"normalization_rule_name": "nfkc"},
+}
+
+
+@pytest.mark.parametrize("kind", MORE)
+def test_marks_and_ends_of_lines_are_as_the_normaliser_has_them(kind, tmp_path):
+  (tmp_path / "m.model").write_bytes(train(byte_fallback=True, **MORE[kind]))
+  tokenizers.write(str(tmp_path / "m.model"), str(tmp_path))
+  tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path)
+  vocabulary = seqio.SentencePieceVocabulary(str(tmp_path / "m.model"), 100)
+  for text in (
+    "E\u0301cole A\u030angstro\u0308m",
+    "ﻻ\u064b Ａ\u0301 ½\u0301",
+    "a\nb\tc\r\nd",
+    "Straße ﬁne ΣΑΣ",
+  ):
+    found = tokenizer(text, add_special_tokens=False).input_ids
+    assert found == list(vocabulary.encode(text)), text
+
+
+def test_a_mode_token_before_a_sentinel_keeps_its_space(folders):
+  for kind in ("both", "bpe both"):
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folders / kind)
+    found = tokenizer.tokenize("[R] <extra_id_0> is here")
+    assert found[:3] == ["▁", "[R]", "<extra_id_0>"]
+
+
+def test_decoding_leaves_the_text_as_it_is(folders):
+  text = "it 's ok , do n't . Yes"
+  for kind in KINDS:
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folders / kind)
+    ids = tokenizer(text).input_ids
+    assert tokenizer.decode(ids, skip_special_tokens=True) == text
+
+
+@pytest.mark.parametrize(
+  "options,names",
+  [
+    (
+      {"eos_piece": "<eos>", "pad_piece": "[PAD]", "unk_piece": "[UNK]"},
+      ("[PAD]", "<eos>", "[UNK]"),
+    ),
+    ({"unk_id": 0, "pad_id": 2}, ("<pad>", "</s>", "<unk>")),
+  ],
+)
+def test_special_tokens_are_the_model_s_own(options, names, tmp_path):
+  (tmp_path / "m.model").write_bytes(train(**options))
+  tokenizers.write(str(tmp_path / "m.model"), str(tmp_path))
+  tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path)
+  vocabulary = seqio.SentencePieceVocabulary(str(tmp_path / "m.model"), 100)
+  found = tokenizer.pad_token, tokenizer.eos_token, tokenizer.unk_token
+  assert found == names
+  assert tokenizer.pad_token_id == options.get("pad_id", 0)
+  ids = tokenizer("red 日 square").input_ids
+  assert ids == [*vocabulary.encode("red 日 square"), vocabulary.eos_id]
+  assert vocabulary.unk_id in ids
+
+
+@pytest.mark.parametrize(
+  "options,said",
+  [
+    ({"pad_id": -1}, "no piece for padding"),
+    ({"eos_id": -1}, "no piece for ends"),
+    ({"user_defined_symbols": ["  "]}, "has a space"),
+    ({"user_defined_symbols": ["New York"]}, "has a space"),
+    ({"user_defined_symbols": ["①"]}, "otherwise than"),
+  ],
+)
+def test_what_cannot_be_is_refused_and_nothing_is_left(options, said, tmp_path):
+  (tmp_path / "m.model").write_bytes(train(**options))
+  (tmp_path / "out").mkdir()
+  with pytest.raises(UserError, match=said):
+    tokenizers.write(str(tmp_path / "m.model"), str(tmp_path / "out"))
+  assert not os.listdir(tmp_path / "out")
+
+
+def test_another_vocabulary_leaves_no_tokenizer_of_the_one_before(tmp_path):
+  for name, options in (("a", {"byte_fallback": True}), ("b", {})):
+    (tmp_path / f"{name}.model").write_bytes(train(**options))
+  out = tmp_path / "out"
+  out.mkdir()
+  tokenizers.write(str(tmp_path / "a.model"), str(out))
+  tokenizers.write(str(tmp_path / "b.model"), str(out))
+  assert not (out / "tokenizer.json").exists()

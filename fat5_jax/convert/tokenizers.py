@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 from typing import Any
@@ -68,24 +69,37 @@ def _copy(source: str, folder: str) -> None:
 
 def _write_sentencepiece(path: str, extra_ids: int, folder: str) -> None:
   data = sentencepiece_file.read(path)
-  plain_files.replace_with(os.path.join(folder, "spiece.model"), data)
-  if not fast_tokenizer.is_needed(data):
-    _write_config(folder, "T5Tokenizer", extra_ids)
-    return
+  alone = None
   try:
-    alone = fast_tokenizer.to_json(data, extra_ids)
+    special = fast_tokenizer.special_tokens(data)
+    if fast_tokenizer.is_needed(data):
+      alone = fast_tokenizer.to_json(data, extra_ids)
   except UserError as e:
     raise UserError(f"{path}: {e}") from None
-  plain_files.replace_with(os.path.join(folder, "tokenizer.json"), alone)
-  # Both versions of transformers take this class's file as it is.
-  _write_config(folder, "PreTrainedTokenizerFast", extra_ids)
+  plain_files.replace_with(os.path.join(folder, "spiece.model"), data)
+  target = os.path.join(folder, "tokenizer.json")
+  if alone:
+    plain_files.replace_with(target, alone)
+    # Both versions of transformers take this class's file as it is.
+    _write_config(folder, "PreTrainedTokenizerFast", extra_ids, special)
+  else:
+    # transformers would prefer one that is there to spiece.model.
+    with contextlib.suppress(FileNotFoundError):
+      os.unlink(target)
+    _write_config(folder, "T5Tokenizer", extra_ids, special)
 
 
-def _write_config(folder: str, tokenizer_class: str, extra_ids: int) -> None:
+def _write_config(
+  folder: str,
+  tokenizer_class: str,
+  extra_ids: int,
+  special_tokens: tuple[str, str, str] = ("<pad>", "</s>", "<unk>"),
+) -> None:
+  pad, eos, unknown = special_tokens
   special = {
-    "eos_token": "</s>",
-    "unk_token": "<unk>",
-    "pad_token": "<pad>",
+    "eos_token": eos,
+    "unk_token": unknown,
+    "pad_token": pad,
     "additional_special_tokens": [f"<extra_id_{i}>" for i in range(extra_ids)],
   }
   config = {
@@ -94,6 +108,8 @@ def _write_config(folder: str, tokenizer_class: str, extra_ids: int) -> None:
     "extra_ids": extra_ids,
     # No token_type_ids: no T5 takes them.
     "model_input_names": ["input_ids", "attention_mask"],
+    # Text as it was, "it 's" too.
+    "clean_up_tokenization_spaces": False,
     # T5's relative positions set no limit.
     "model_max_length": int(1e30),
   }

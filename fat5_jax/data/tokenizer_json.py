@@ -96,7 +96,8 @@ def _model(found: dict[str, Any], path: str) -> tuple[bytes, int]:
   added = {token["content"]: token for token in found.get("added_tokens") or ()}
   for text, token in added.items():
     # SentencePiece finds its own pieces in what the normaliser gives.
-    is_piece = token["id"] < len(pieces) and token.get("normalized")
+    is_found = token.get("normalized") or token.get("special")
+    is_piece = token["id"] < len(pieces) and is_found
     if text not in _SPECIAL and not _SENTINEL.match(text) and not is_piece:
       raise OtherTokenizerError(
         f"{path}: it adds the token {text!r}, which SentencePiece would not"
@@ -166,17 +167,20 @@ def _parts(node: dict[str, Any] | None) -> list[dict[str, Any]]:
 def _is_spaces(replace: dict[str, Any]) -> bool:
   """Whether a Replace takes runs of spaces for one."""
   pattern = replace.get("pattern", {}).get("Regex", "")
-  return replace.get("content") in (" ", "▁") and pattern in (" {2,}", " +")
+  if replace.get("content") in (" ", "▁") and pattern in (" {2,}", " +"):
+    return True
+  # Of fast_tokenizer.py: at the beginning, at the end.
+  ends = (r"\A▁ *\z", r"\A *\z", r"\A▁ +", r"\A +", r" +\z")
+  return replace.get("content") in ("", "▁") and pattern in ends
 
 
 def _is_ours(replace: dict[str, Any]) -> bool:
   """Whether a Replace says what SentencePiece does without being told."""
-  pattern = replace.get("pattern", {})
-  if replace.get("content") == "▁":
-    return pattern.get("String") == " "
+  pattern, content = replace.get("pattern", {}), replace.get("content")
+  if "String" in pattern:
+    return (pattern["String"], content) in ((" ", "▁"), ("\r\n", "  "))
   regex = pattern.get("Regex", "")
-  is_of_ends = regex == r"\A +| +\z" or regex.startswith(r"\A▁(?=")
-  return is_of_ends and replace.get("content") == ""
+  return content == "" and regex.startswith(r"\A▁(?=")
 
 
 # What T5's tokenizers add to their pieces, beside the sentinels.
@@ -187,12 +191,17 @@ def _set_normalizer(spec, found: dict[str, Any], path: str) -> None:
   spec.add_dummy_prefix = False
   spec.remove_extra_whitespaces = False
   spec.escape_whitespaces = True
-  for part in _parts(found.get("normalizer")) + _parts(
-    found.get("pre_tokenizer")
-  ):
+  parts = _parts(found.get("normalizer")) + _parts(found.get("pre_tokenizer"))
+  kinds = {part["type"] for part in parts}
+  for part in parts:
     kind = part["type"]
+    if kind in ("NFKC", "Lowercase") and "Precompiled" in kinds:
+      # fast_tokenizer.py has them before the table, which has them too.
+      continue
     if kind == "Precompiled":
       spec.name = "precompiled"
+      if "NFKC" in kinds:
+        spec.name = "nmt_nfkc_cf" if "Lowercase" in kinds else "nmt_nfkc"
       charsmap = part["precompiled_charsmap"]
       spec.precompiled_charsmap = base64.b64decode(charsmap)
     elif kind in ("WhitespaceSplit", "Strip") or (
