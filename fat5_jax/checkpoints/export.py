@@ -172,9 +172,7 @@ def _write(source, config, leaves, dest, to, how) -> None:
     facts = model_card.facts_of_run(source.run_dir)
   tokenizer = how.tokenizer or _tokenizer(source, config, how)
   if to == "peft":
-    peft.to_peft(config, leaves, dest, _base_of(source), facts)
-    if tokenizer is not None:
-      tokenizers.write(tokenizer, dest)
+    peft.to_peft(config, leaves, dest, _base_of(source), facts, tokenizer)
     return
   write = {
     "hf": hf.to_pretrained,

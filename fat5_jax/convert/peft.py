@@ -6,7 +6,14 @@ from collections.abc import Mapping
 import os
 from typing import Any
 
-from fat5_jax.convert import folders, hf, model_card, table, tensor_files
+from fat5_jax.convert import (
+  folders,
+  hf,
+  model_card,
+  table,
+  tensor_files,
+  tokenizers,
+)
 from fat5_jax.convert.table import Leaves
 from fat5_jax.errors import UserError
 from fat5_jax.models.config import LoRAConfig, T5Config
@@ -68,6 +75,7 @@ def to_peft(
   folder: str,
   base: str = "",
   facts: Mapping[str, Any] | None = None,
+  tokenizer: Any = None,
 ) -> None:
   """Writes an adapter folder that `peft.PeftModel.from_pretrained` loads.
 
@@ -77,6 +85,7 @@ def to_peft(
     folder: created; replaced as a whole if it is an earlier export.
     base: name or path of the model that the adapter belongs to.
     facts: what the model card says of the run; model_card.facts_of_run.
+    tokenizer: as in tokenizers.write; None for none.
 
   Raises:
     UserError: if the model has no LoRA, or is none of Hugging Face's.
@@ -115,6 +124,8 @@ def to_peft(
   with folders.whole_folder(folder) as target:
     folders.write_files(target, {CONFIG: adapter, "README.md": card})
     tensor_files.write_safetensors(tensors, os.path.join(target, _WEIGHTS))
+    if tokenizer is not None:
+      tokenizers.write(tokenizer, target)
 
 
 def is_adapter(folder: str) -> bool:
