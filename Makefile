@@ -9,7 +9,7 @@ GPU_ENV := $(VENV)/gpu
 LIBTPU := $(VENV)/libtpu
 CHROMIUM := $(VENV)/chromium
 
-.PHONY: help install quickstart gpu-env test test-slow test-chips \
+.PHONY: help install quickstart gpu-env test test-slow test-slow-ci test-chips \
   test-chips-ci lint clean
 
 help:
@@ -79,12 +79,16 @@ test: $(STAMP) $(ORACLE) $(CHROMIUM)
 test-slow: $(STAMP)
 	$(PYTEST) --timeout=1800 tests -m slow
 
+# What CI has the time for: some of the kills, no mesh.
+test-slow-ci: $(STAMP)
+	$(PYTEST) --timeout=1800 tests -m 'slow and not thorough'
+
 test-chips: $(STAMP) $(LIBTPU) $(GPU_ENV)
 	$(PYTEST) --timeout=1800 tests -m chips -rs
 
 # One chip of each backend.
 test-chips-ci: $(STAMP) $(LIBTPU) $(GPU_ENV)
-	$(PYTEST) --timeout=1800 tests -m 'chips and not every_chip' -rs
+	$(PYTEST) --timeout=1800 tests -m 'chips and not thorough' -rs
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

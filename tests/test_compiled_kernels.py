@@ -62,7 +62,7 @@ TAKES = dict.fromkeys(("a100", "a10", "l4", "b200"), {}) | {
 }
 
 
-@pytest.mark.every_chip
+@pytest.mark.thorough
 @pytest.mark.parametrize("chip", ["v4", "v5e", "v5p", "v6e", "v7x", *TAKES])
 def test_what_none_takes_compiles(chip, request, tmp_path):
   """Up to 1M packed tokens a TPU; every head dimension and dtype a GPU."""
@@ -95,7 +95,7 @@ def assert_memory_is_linear(report):
     assert row["temporary_bytes"] <= 1.1 * row["other_bytes"], report["target"]
 
 
-@pytest.mark.every_chip
+@pytest.mark.thorough
 def test_compiles_for_every_tpu_in_linear_memory(tpu_python, tmp_path):
   # v5e is below.
   chips = ("v4", "v5p", "v6e", "v7x")
@@ -113,7 +113,7 @@ def test_v5e_keeps_its_budget_of_bundles_in_linear_memory(tpu_python, tmp_path):
 
 
 @pytest.mark.parametrize(
-  "chip", ["h100", pytest.param("a100", marks=pytest.mark.every_chip)]
+  "chip", ["h100", pytest.param("a100", marks=pytest.mark.thorough)]
 )
 def test_compiles_for_gpu_without_spills(chip, tmp_path):
   [report] = compiled(tmp_path, gpu_python(), chip)
@@ -196,7 +196,7 @@ jax.jit(jax.grad(loss, argnums=(0, 1, 2, 3))).lower(
   [
     ("h100", "mosaic_gpu"),
     ("h100", "triton"),
-    pytest.param("a100", "triton", marks=pytest.mark.every_chip),
+    pytest.param("a100", "triton", marks=pytest.mark.thorough),
   ],
 )
 def test_compiles_split_over_two_gpus(chip, implementation):
@@ -263,7 +263,7 @@ print(json.dumps({name: memory(attend) for name, attend in cases.items()}))
 """
 
 
-@pytest.mark.every_chip
+@pytest.mark.thorough
 @pytest.mark.parametrize(
   "chip,kernels", [("v5e", "mosaic_tpu"), ("h100", "mosaic_gpu,triton")]
 )
@@ -315,7 +315,7 @@ print(json.dumps(shares))
 
 
 @pytest.mark.parametrize(
-  "chip", ["h100", pytest.param("l4", marks=pytest.mark.every_chip)]
+  "chip", ["h100", pytest.param("l4", marks=pytest.mark.thorough)]
 )
 def test_a_few_queries_need_no_copy_of_keys_and_values(chip):
   result = subprocess.run(
@@ -330,7 +330,7 @@ def test_a_few_queries_need_no_copy_of_keys_and_values(chip):
 
 
 @pytest.mark.parametrize(
-  "worker", [pytest.param(0, marks=pytest.mark.every_chip), 1]
+  "worker", [pytest.param(0, marks=pytest.mark.thorough), 1]
 )
 def test_mosaic_gpu_meets_the_suite_in_its_interpreter(worker):
   """Half of the suite each: the interpreter runs one thread at a time."""

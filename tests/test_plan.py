@@ -470,7 +470,7 @@ def test_the_memory_that_plan_foretells_is_what_a_run_takes(tmp_path):
   [
     "v5e:1x1",
     *(
-      pytest.param(topology, marks=pytest.mark.every_chip)
+      pytest.param(topology, marks=pytest.mark.thorough)
       for topology in (
         *("v5e:2x2", "v4:2x2x1", "v5p:2x2x1", "v6e:2x2", "tpu7x:2x2x1"),
       )

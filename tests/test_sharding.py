@@ -89,6 +89,7 @@ def test_what_holds_on_eight_devices():
   run_on_eight_devices("-m", "not slow")
 
 
+@pytest.mark.thorough
 @pytest.mark.slow
 def test_what_holds_on_eight_devices_for_every_mesh_and_head():
   run_on_eight_devices("-m", "slow")
