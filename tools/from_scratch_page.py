@@ -187,9 +187,9 @@ Held-out rows after the same fine-tuning, the same rate for all{seeds}:
 
 {about}.
 Replies: which of 64 turns of dialogues answers this one (1.6 by chance).
-Who always says the most frequent class has 50.9 of SST-2, 52.7 of RTE and an
-F1 of 81.2 of MRPC: there, and in one run of a few hundred rows, a difference
-of two or three is none.
+Who always says the most frequent class has 50.9 of SST-2 and 52.7 of RTE, and
+in one run of a few hundred rows, as RTE's, a difference of two or three is
+none.
 
 ![losses and metrics](from_scratch.png)
 
