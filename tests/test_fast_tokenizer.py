@@ -222,6 +222,13 @@ def test_marks_and_ends_of_lines_are_as_the_normaliser_has_them(kind, tmp_path):
   ):
     found = tokenizer(text, add_special_tokens=False).input_ids
     assert found == list(vocabulary.encode(text)), text
+  # Exported once more from what Hugging Face saves, it is of the same kind.
+  tokenizer.save_pretrained(tmp_path / "saved")
+  back = vocabularies.from_hf(str(tmp_path / "saved"))
+  with open(back.sentencepiece_model_file, "rb") as file:
+    again = json.loads(fast_tokenizer.to_json(file.read(), 100))
+  first = json.loads((tmp_path / "tokenizer.json").read_text("utf-8"))
+  assert again["normalizer"] == first["normalizer"]
 
 
 def test_a_mode_token_before_a_sentinel_keeps_its_space(folders):

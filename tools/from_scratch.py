@@ -42,10 +42,9 @@ HELD_OUT = "corpus_books_en/train-00005*.xz"
 ROWS = 4
 # Arrays of tens of MB that every update frees and asks for again: kept, and in
 # pages of 2 MB, a small model's update takes three quarters of the time.
-LARGE_PAGES = ":".join(
-  f"glibc.malloc.{name}"
-  for name in ("hugetlb=1", "mmap_max=0", "arena_max=1")
-  + ("trim_threshold=8589934592",)
+LARGE_PAGES = (
+  "glibc.malloc.hugetlb=1:glibc.malloc.mmap_max=0:glibc.malloc.arena_max=1"
+  ":glibc.malloc.trim_threshold=8589934592"
 )
 # Of each objective, lengths that its examples fill: UL2's need the most room.
 OBJECTIVES = {

@@ -198,7 +198,8 @@ none.
 
 ![losses and metrics](from_scratch.png)
 
-{where_not}
+What gains and what does not, and what else was tried: [pairs.md](pairs.md).
+
 ## What it says
 
 {samples}
@@ -206,35 +207,7 @@ none.
 By transformers from UL2's export (4 beams); summaries greedy, of held-out
 dialogues.
 
-Made by `tools/from_scratch.py`; on 2026-11-28 beside this repository's tests,
-stopped and gone on with once, when a task was exchanged.
-"""
-
-
-# By hand, at 2026-11-28, from runs beside this road; a seed each.
-WHERE_NOT = """## Where it does not
-
-Tags and summaries gain from a few million tokens: what a word is, and how a
-sentence is made. Other things do not.
-
-SST-2: 16,000 rows teach its words as well. (BERT's tiniest, 4.4M parameters
-that have read 3.3 billion words, has 83.2 of its test rows: arXiv:1908.08962.)
-
-Pairs: whether two sentences say the same. Asked otherwise, of held-out rows:
-
-- STS-B after 1,000 updates, Pearson: 21.8 from nothing, 18.4 from UL2; 19.4
-  after 1,500 more updates of UL2 on the pairs without labels and on SQuAD's
-  questions with the sentences that answer them. Where only the head trains 1.8.
-- QNLI, 2,490 rows train, the better of two rates, from UL2: 55.8 % after 150
-  updates, 53.7 after 600, and half of it is guessed.
-- A sentence encoder on STS-B's pairs above 4 of 5, 150 updates: among 64 the
-  partner is found by 80 % from nothing, 54 % from UL2.
-
-Such sentences are compared by finding the words of one in the other. So few
-tokens do not teach two layers to look for them: from either start the rows are
-learnt by heart. And random embeddings tell a word from all others better than
-those that know which words are alike.
-
+Made by `tools/from_scratch.py`.
 """
 
 
@@ -253,7 +226,6 @@ def write(road: Road, seeds: int) -> None:
     table=found,
     about="; ".join(told),
     samples=samples(road),
-    where_not=WHERE_NOT.rstrip() + "\n",
   )
   with open(os.path.join(ROOT, "docs/from_scratch.md"), "w") as file:
     file.write(page)

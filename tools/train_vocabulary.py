@@ -185,10 +185,7 @@ def _short(line: str):
 
 def _tell(path: str, held_out: list[str]) -> None:
   """What a person should know of the model, as it is read again."""
-  from fat5_jax import console
-
-  with console.without_native_lines():
-    import seqio
+  import seqio
 
   vocabulary = seqio.SentencePieceVocabulary(path, extra_ids=100)
   size = -(-vocabulary.vocab_size // 128) * 128

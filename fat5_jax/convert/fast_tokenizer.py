@@ -93,21 +93,21 @@ def to_json(content: bytes, extra_ids: int) -> bytes:
       " unigram or bpe vocabulary"
     )
   for text in _own(model):
-    if not text.strip() or _SPACE in text or any(c.isspace() for c in text):
+    if any(sign == _SPACE or sign.isspace() for sign in text):
       raise UserError(
         f"its piece {text!r} has a space, and Hugging Face's tokenizers find no"
         " token with one where SentencePiece does"
       )
   count = len(model.pieces)
-  sentinels = {f"<extra_id_{i}>": extra_ids - 1 - i for i in range(extra_ids)}
   special = model.SentencePiece.CONTROL, model.SentencePiece.UNKNOWN
   added = [
     _added(number, piece.piece, is_special=piece.type in special)
     for number, piece in enumerate(model.pieces)
     if piece.type in (*special, model.SentencePiece.USER_DEFINED)
   ]
-  for text, place in sorted(sentinels.items(), key=lambda item: item[1]):
-    added.append(_added(count + place, text, is_special=True))
+  for i in range(extra_ids):
+    text = f"<extra_id_{extra_ids - 1 - i}>"
+    added.append(_added(count + i, text, is_special=True))
   found = {
     "version": "1.0",
     "truncation": None,
@@ -225,11 +225,14 @@ def _model(model: Any) -> dict[str, Any]:
     }
   normal = [piece.score for piece in pieces if piece.type == kinds.NORMAL]
   # A byte's piece is found by its number, never by its text.
-  scores = {kinds.NORMAL: None, kinds.BYTE: min(normal)}
-  vocab = []
-  for piece in pieces:
-    score = scores.get(piece.type, 0.0)
-    vocab.append([piece.piece, piece.score if score is None else score])
+  of_byte = min(normal)
+
+  def score(piece):
+    if piece.type == kinds.NORMAL:
+      return piece.score
+    return of_byte if piece.type == kinds.BYTE else 0.0
+
+  vocab = [[piece.piece, score(piece)] for piece in pieces]
   return {
     "type": "Unigram",
     "unk_id": unknown,

@@ -201,7 +201,10 @@ def _set_normalizer(spec, found: dict[str, Any], path: str) -> None:
     if kind == "Precompiled":
       spec.name = "precompiled"
       if "NFKC" in kinds:
-        spec.name = "nmt_nfkc_cf" if "Lowercase" in kinds else "nmt_nfkc"
+        # nmt_'s rules alone have ends of lines.
+        nmt = any(p.get("pattern") == {"String": "\r\n"} for p in parts)
+        ends = "_cf" if "Lowercase" in kinds else ""
+        spec.name = f"{'nmt_' if nmt else ''}nfkc{ends}"
       charsmap = part["precompiled_charsmap"]
       spec.precompiled_charsmap = base64.b64decode(charsmap)
     elif kind in ("WhitespaceSplit", "Strip") or (
