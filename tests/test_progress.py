@@ -181,7 +181,7 @@ COMMANDS = {
   ),
   "convert": (
     [f"{TOOLS}/convert_checkpoint.py", "run", "out", "--no_transformers"],
-    r"comparing: \d+ of \d+ MiB, [\d,.e+-]+/s, \d+s left",
+    r"comparing: [\d.e-]+ of 0\.\d+ MiB, [\d,.e+-]+/s, \d+s left",
   ),
 }
 
