@@ -8,7 +8,9 @@ model; exports each of them, and the weights that they all began with, to the
 format of Hugging Face; and fine-tunes the exports on six tasks, with one recipe
 a task.
 Three quarters of the texts are books. The others are what the tasks' training
-rows say, without their labels (arXiv:2004.10964), and paragraphs of SQuAD.
+rows say, without their labels, and paragraphs of SQuAD. An export reads on, by
+its own objective, a third as many tokens: most of them SST-2's sentences, the
+others those texts (arXiv:2004.10964).
 
 Every step is a command of the library, written beside its results, two of them
 at a time, on half of the cores each; what is in the folder already is kept, and
@@ -20,9 +22,10 @@ Writes docs/from_scratch.md and .png (tools/from_scratch_page.py).
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from concurrent import futures
 import csv
+import dataclasses
 import json
 import lzma
 import os
@@ -54,6 +57,11 @@ OBJECTIVES = {
 }
 # Adafactor's, relative to the parameters.
 RATE = 0.01
+RECIPE = "recipes/fat5_from_scratch.gin"
+ADAPTING = """
+include 'recipes/fat5_from_scratch.gin'
+include 'models/from_checkpoint.gin'
+"""
 SENTENCES = """
 from __gin__ import dynamic_registration
 include 'recipes/classify.gin'
@@ -87,14 +95,24 @@ sources.Files.splits = {{
   'validation': '{folder}/dialogsum.jsonl',
 }}
 """
-# Of DialogSum too: what is said, and what is said to that. As many pairs train
-# as RTE has.
-REPLIES = """
+# QNLI's training file is not among the data: as many of its development rows
+# train as RTE has, the others are held out.
+QUESTIONS = """
 from __gin__ import dynamic_registration
-include 'recipes/embed.gin'
-TRAIN_FILES = '{folder}/replies-train.jsonl'
-VALIDATION_FILES = '{folder}/replies.jsonl'
-EVAL_STEPS = None
+import fat5_jax.data.head_tasks as head_tasks
+import fat5_jax.data.sources as sources
+include 'recipes/classify.gin'
+MIXTURE_OR_TASK_NAME = @head_tasks.classification()
+head_tasks.classification:
+  source = @sources.Files()
+  inputs = ('{{question}}', '{{sentence}}')
+  label = 'label'
+  vocabulary = %VOCABULARY
+  name = 'qnli'
+sources.Files.splits = {{
+  'train': '{folder}/qnli-train.jsonl',
+  'validation': '{folder}/qnli.jsonl',
+}}
 """
 COMMON = """
 DTYPE = 'bfloat16'
@@ -112,38 +130,39 @@ WARMUP_STEPS = 20
 """
 
 
+@dataclasses.dataclass(frozen=True)
 class Task:
-  """A fine-tuning: its gin, how long, and what it is judged by."""
+  """A fine-tuning: its gin, how long, how often, and what it is judged by."""
 
-  def __init__(self, text, lengths, rows, steps, metric, of="inference_eval"):
-    self.text, self.lengths, self.rows, self.steps = text, lengths, rows, steps
-    self.metric, self.of = metric, of
-    self.more = "" if "targets" in lengths else "BUCKETS = 4\n"
+  text: str
+  lengths: dict[str, int]
+  rows: int
+  steps: int
+  metric: str
+  # More where a difference is near what one run's chance is.
+  seeds: int = 1
+
+  @property
+  def gin(self) -> str:
+    buckets = "" if "targets" in self.lengths else "BUCKETS = 4\n"
+    return self.text + COMMON + buckets
 
 
-def sentences(task: str, steps: int, inputs: int, metric: str) -> Task:
+def glue(task: str, inputs: int, steps: int, metric: str, **more) -> Task:
   text = SENTENCES.replace("{task}", task)
-  return Task(text, {"inputs": inputs}, 2048 // inputs, steps, metric)
+  return Task(text, {"inputs": inputs}, 2048 // inputs, steps, metric, **more)
 
 
 # About 2,000 tokens an update.
 TASKS = {
-  "SST-2": sentences("glue_sst2_classes", 1000, 128, "accuracy"),
+  "SST-2": glue("glue_sst2_classes", 128, 1000, "accuracy", seeds=3),
+  "QNLI": Task(QUESTIONS, {"inputs": 128}, 16, 150, "accuracy", seeds=3),
   "UD tags": Task(TAGS, {"inputs": 128}, 16, 200, "tag_accuracy"),
   "DialogSum": Task(
     SUMMARIES, {"inputs": 320, "targets": 64}, 8, 300, "rougeLsum"
   ),
-  # The reply to each of 64 turns among the 64 replies.
-  "Replies": Task(
-    REPLIES,
-    {"inputs": 64, "targets": 64},
-    64,
-    120,
-    "accuracy",
-    of="training_eval",
-  ),
-  "STS-B": sentences("glue_stsb_classes", 300, 128, "pearson_corrcoef"),
-  "RTE": sentences("glue_rte_classes", 200, 256, "accuracy"),
+  "STS-B": glue("glue_stsb_classes", 128, 300, "pearson_corrcoef"),
+  "RTE": glue("glue_rte_classes", 256, 200, "accuracy"),
 }
 
 
@@ -155,7 +174,9 @@ class Road:
     self.tokens = tokens
     self.vocabulary = self.path("spiece.model")
     self.texts = self.path("texts.jsonl")
+    self.sentences = self.path("sentences.jsonl")
     self.files = {os.path.join(self.data, BOOKS): 3.0, self.texts: 1.0}
+    self.task_files = {self.sentences: 3.0, self.texts: 1.0}
     self._environment = os.environ | {
       "JAX_PLATFORMS": "cpu",
       "FAT5_JAX_CACHE": self.path("cache"),
@@ -211,36 +232,57 @@ class Road:
       "--pieces=8000",
     )
 
+  def begin(self) -> None:
+    """The weights that all begin with: a step of a rate of 0."""
+    flags = {"TRAIN_STEPS": 1, "LEARNING_RATE": 0.0, "WARMUP_STEPS": 0}
+    flags |= self._reading("ul2", self.files) | {"EVAL_SPLIT": None}
+    self.do("nothing", *training(RECIPE, flags | {"MODEL_DIR": "nothing"}))
+    self._export("nothing", "nothing-hf")
+
   def pretrain(self, start: str) -> None:
-    lengths = dict(OBJECTIVES["ul2" if start == "nothing" else start])
-    text = lengths.pop("text")
-    flags = {
+    """By an objective: first mostly books, then the tasks' texts."""
+    flags = self._reading(start, self.files)
+    flags |= self._steps(self.tokens / self.tokens_a_row(start, self.files))
+    self.do(start, *training(RECIPE, flags | {"MODEL_DIR": start}))
+    self._export(start, f"{start}-books-hf")
+
+    path = self.path("adapting.gin")
+    with open(path, "w", encoding="utf-8") as file:
+      file.write(ADAPTING)
+    adapted = f"{start}-texts"
+    flags = self._reading(start, self.task_files)
+    rows = self.tokens / 3 / self.tokens_a_row(start, self.task_files)
+    flags |= self._steps(rows) | {"MODEL_DIR": adapted}
+    flags |= {"INITIAL_CHECKPOINT_PATH": self.path(f"{start}-books-hf")}
+    self.do(adapted, *training(path, flags))
+    self._export(adapted, f"{start}-hf")
+
+  def _reading(self, objective: str, files: dict) -> dict:
+    lengths = dict(OBJECTIVES[objective])
+    return {
       "VOCAB_FILE": self.vocabulary,
-      "TRAIN_FILES": self.files,
+      "TRAIN_FILES": files,
       "VALIDATION_FILES": os.path.join(self.data, HELD_OUT),
-      "MODEL_DIR": self.path(start),
+      "OBJECTIVE": objective,
+      "TEXT_LENGTH": lengths.pop("text"),
       "TASK_FEATURE_LENGTHS": lengths,
-      "TEXT_LENGTH": text,
       "BATCH_SIZE": ROWS,
     }
-    if start == "nothing":
-      # The weights that the others begin with: a step of a rate of 0.
-      flags |= {"TRAIN_STEPS": 1, "LEARNING_RATE": 0.0, "WARMUP_STEPS": 0}
-      flags |= {"EVAL_SPLIT": None}
-    else:
-      steps = round(self.tokens / (ROWS * self.tokens_a_row(start)))
-      flags |= {"OBJECTIVE": start, "TRAIN_STEPS": steps}
-      flags |= {"EVAL_PERIOD": steps // 8, "CHECKPOINT_PERIOD": steps // 8}
-    self.do(start, *training("recipes/fat5_from_scratch.gin", flags))
-    self.do(
-      f"{start}-hf",
-      os.path.join(ROOT, "tools/convert_checkpoint.py"),
-      self.path(start),
-      self.path(f"{start}-hf"),
-      "--to=hf",
-    )
 
-  def tokens_a_row(self, objective: str) -> float:
+  def _steps(self, rows: float) -> dict:
+    steps = round(rows / ROWS)
+    every = max(1, steps // 8)
+    return {
+      "TRAIN_STEPS": steps,
+      "EVAL_PERIOD": every,
+      "CHECKPOINT_PERIOD": every,
+    }
+
+  def _export(self, run: str, folder: str) -> None:
+    tool = os.path.join(ROOT, "tools/convert_checkpoint.py")
+    self.do(folder, tool, run, folder, "--to=hf")
+
+  def tokens_a_row(self, objective: str, files: dict) -> float:
     """Tokens of text, each counted once, that a row of a batch holds."""
     from fat5_jax import console
 
@@ -251,7 +293,7 @@ class Road:
 
     lengths = dict(OBJECTIVES[objective])
     task = pretraining.text(
-      sources.Files({"train": self.files}),
+      sources.Files({"train": files}),
       seqio.SentencePieceVocabulary(self.vocabulary, extra_ids=100),
       objective,
       name=f"counted_{objective}",
@@ -273,8 +315,8 @@ class Road:
     """Fine-tunes an export, in transformers' format as a user has it."""
     task = TASKS[name]
     run = run_name(start, name, seed)
-    text = task.text.format(data=self.data, folder=self.folder)
-    text += COMMON.format(
+    text = task.gin.format(
+      data=self.data,
       folder=self.folder,
       lengths=task.lengths,
       period=task.steps // 4,
@@ -284,7 +326,7 @@ class Road:
     )
     path = self.path(f"{run}.gin")
     with open(path, "w", encoding="utf-8") as file:
-      file.write(text + task.more)
+      file.write(text)
     flags = {
       "INITIAL_CHECKPOINT_PATH": self.path(f"{start}-hf"),
       "MODEL_DIR": self.path(run),
@@ -306,26 +348,31 @@ def training(gin_file: str, flags: dict) -> list[str]:
 # ---- The data ----------------------------------------------------------------
 
 
+def read_glue(data: str, task: str, name: str) -> Iterator[dict]:
+  path = os.path.join(data, "glue", task, f"{name}.tsv")
+  with open(path, encoding="utf-8-sig") as file:
+    yield from csv.DictReader(file, delimiter="\t", quoting=csv.QUOTE_NONE)
+
+
+def said(data: str, task: str, columns: tuple, words: int) -> Iterator[str]:
+  """What training rows say, those of so many words."""
+  for row in read_glue(data, task, "train"):
+    text = " ".join(row[column] or "" for column in columns)
+    if len(text.split()) >= words:
+      yield text
+
+
 def texts(data: str) -> Iterator[str]:
   """What the tasks' training rows say, and paragraphs of SQuAD; no labels."""
-  glue = {
-    "SST-2": ("sentence",),
-    "MRPC": ("#1 String", "#2 String"),
-    "RTE": ("sentence1", "sentence2"),
-    "STS-B": ("sentence1", "sentence2"),
-  }
-  for task, columns in glue.items():
-    path = os.path.join(data, "glue", task, "train.tsv")
-    with open(path, encoding="utf-8-sig") as file:
-      for row in csv.DictReader(file, delimiter="\t", quoting=csv.QUOTE_NONE):
-        text = " ".join(row[column] or "" for column in columns)
-        # Most of SST-2's rows are pieces of others.
-        if len(text.split()) >= 10:
-          yield text
+  # Most of SST-2's rows are pieces of others.
+  yield from said(data, "SST-2", ("sentence",), 10)
+  yield from said(data, "MRPC", ("#1 String", "#2 String"), 10)
+  for task in ("RTE", "STS-B"):
+    yield from said(data, task, ("sentence1", "sentence2"), 10)
   path = os.path.join(data, "pos_ud_ewt/en_ewt-ud-train.conllu.xz")
   with lzma.open(path, "rt", encoding="utf-8") as file:
-    said = [x[9:].strip() for x in file if x.startswith("# text = ")]
-  yield from (" ".join(said[i : i + 8]) for i in range(0, len(said), 8))
+    lines = [x[9:].strip() for x in file if x.startswith("# text = ")]
+  yield from (" ".join(lines[i : i + 8]) for i in range(0, len(lines), 8))
   path = os.path.join(data, "sum_dialogsum_en/dialogsum.dev.jsonl")
   with open(path, encoding="utf-8") as file:
     yield from (json.loads(line)["dialogue"] for line in file)
@@ -342,29 +389,43 @@ def dialogues(data: str) -> Iterator[dict]:
       yield {"dialogue": row["dialogue"], "summary": row["summary1"]}
 
 
-def replies(data: str, name: str, most: int | None) -> list[dict]:
-  """Turns of dialogues, of four words at least, and the turns after them."""
-  path = os.path.join(data, f"sum_dialogsum_en/dialogsum.{name}.jsonl")
-  pairs = []
-  with open(path, encoding="utf-8") as file:
-    for row in map(json.loads, file):
-      # Without who speaks.
-      turns = [x.split(": ", 1)[-1] for x in row["dialogue"].split("\n")]
-      for first, second in zip(turns, turns[1:]):
-        if min(len(first.split()), len(second.split())) >= 4:
-          pairs.append({"first": first, "second": second})
-  order = np.random.default_rng(0).permutation(len(pairs))
-  return [pairs[i] for i in order[:most]]
+def questions(data: str) -> tuple[list[dict], list[dict]]:
+  """QNLI's rows that train, and those that share nothing with them."""
+  rows = list(read_glue(data, "QNLI", "dev"))
+  order = np.random.default_rng(0).permutation(len(rows))
+  train = [rows[i] for i in order[:2490]]
+  seen = {row[side] for row in train for side in ("question", "sentence")}
+  others = [rows[i] for i in order[2490:]]
+  return train, [
+    row for row in others if not {row["question"], row["sentence"]} & seen
+  ]
 
 
-def write_rows(path: str, rows: Iterator[dict]) -> None:
+def write_rows(path: str, rows: Iterable[dict]) -> None:
   from fat5_jax.convert import plain_files
 
   lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows]
   plain_files.replace_with(path, "".join(lines).encode())
 
 
-def _go(road: Road, pool: futures.Executor, seeds: int) -> None:
+def write_data(road: Road) -> None:
+  """The files that are made of the data, those that are not there."""
+  train, held_out = questions(road.data)
+  files = {
+    road.texts: ({"text": text} for text in texts(road.data)),
+    road.sentences: (
+      {"text": text} for text in said(road.data, "SST-2", ("sentence",), 6)
+    ),
+    road.path("dialogsum.jsonl"): dialogues(road.data),
+    road.path("qnli-train.jsonl"): train,
+    road.path("qnli.jsonl"): held_out,
+  }
+  for path, rows in files.items():
+    if not os.path.exists(path):
+      write_rows(path, rows)
+
+
+def _go(road: Road, pool: futures.Executor) -> None:
   """Pre-trains, and fine-tunes each start as soon as it is there."""
   ready = {pool.submit(lambda: None): "nothing"}
   ready |= {pool.submit(road.pretrain, start): start for start in OBJECTIVES}
@@ -372,9 +433,9 @@ def _go(road: Road, pool: futures.Executor, seeds: int) -> None:
   for one in futures.as_completed(ready):
     one.result()
     tunings += [
-      pool.submit(road.tune, ready[one], task, seed)
-      for seed in range(seeds)
-      for task in TASKS
+      pool.submit(road.tune, ready[one], name, seed)
+      for name, task in TASKS.items()
+      for seed in range(task.seeds)
     ]
   for one in tunings:
     one.result()
@@ -389,31 +450,24 @@ def main() -> None:
   parser.add_argument("folder")
   parser.add_argument("--data", default=os.path.join(ROOT, "../shared/data"))
   parser.add_argument("--tokens", type=float, default=8e6)
-  parser.add_argument("--seeds", type=int, default=1, help="of fine-tuning")
   flags = parser.parse_args()
   for name in (os.path.dirname(BOOKS), "glue", "sum_dialogsum_en"):
     if not os.path.isdir(os.path.join(flags.data, name)):
       parser.error(f"--data={flags.data}: no folder {name} is there")
   os.makedirs(flags.folder, exist_ok=True)
   road = Road(flags.folder, flags.data, int(flags.tokens))
-  if not os.path.exists(road.texts):
-    write_rows(road.texts, ({"text": text} for text in texts(road.data)))
-    write_rows(road.path("dialogsum.jsonl"), dialogues(road.data))
-  if not os.path.exists(road.path("replies.jsonl")):
-    train = replies(road.data, "dev", 2490)
-    write_rows(road.path("replies-train.jsonl"), train)
-    write_rows(road.path("replies.jsonl"), replies(road.data, "test", None))
+  write_data(road)
   road.make_vocabulary()
   # Alone: it fills the cache of tokens for the others.
-  road.pretrain("nothing")
+  road.begin()
   with futures.ThreadPoolExecutor(road.lanes.qsize()) as pool:
     try:
-      _go(road, pool, flags.seeds)
+      _go(road, pool)
     except BaseException:
       # What has not begun does not: the failure is told now.
       pool.shutdown(cancel_futures=True)
       raise
-  from_scratch_page.write(road, flags.seeds)
+  from_scratch_page.write(road)
 
 
 if __name__ == "__main__":

@@ -46,34 +46,26 @@ def metrics(run: str, dataset: str, name: str) -> dict[int, float]:
   return found
 
 
-def scores(road: Road, start: str, task: str, seeds: int) -> np.ndarray:
-  """Of the last step, by seed, those that are there; in percent."""
-  found = []
-  for seed in range(seeds):
-    curve = curve_of(road, start, task, seed)
-    found += [curve[max(curve)]] if curve else []
-  return np.array(found)
+def scores(road: Road, start: str, task: str) -> np.ndarray:
+  """Of the last step, by seed, in percent."""
+  curves = [curve_of(road, start, task, k) for k in range(TASKS[task].seeds)]
+  return np.array([curve[max(curve)] for curve in curves])
 
 
 def curve_of(road: Road, start: str, task: str, seed: int) -> dict:
-  """A metric of held-out rows by step, in percent; empty before its run."""
-  run = run_name(start, task, seed)
-  if not os.path.exists(road.path(f"{run}.json")):
-    return {}
-  found = metrics(road.path(run), TASKS[task].of, TASKS[task].metric)
-  # Those of a loss are parts of 1.
-  scale = 100 if TASKS[task].of == "training_eval" else 1
-  return {step: scale * value for step, value in found.items()}
+  """A metric of held-out rows by step, in percent."""
+  run = road.path(run_name(start, task, seed))
+  return metrics(run, "inference_eval", TASKS[task].metric)
 
 
-def table(road: Road, seeds: int) -> str:
+def table(road: Road) -> str:
   lines = ["| start | " + " | ".join(TASKS) + " |"]
   lines.append("|---" * (len(TASKS) + 1) + "|")
   for start, name in NAMES.items():
     cells = []
     for task in TASKS:
-      found = scores(road, start, task, seeds)
-      cell = f"{found.mean():.1f}" if len(found) else ""
+      found = scores(road, start, task)
+      cell = f"{found.mean():.1f}"
       if len(found) > 1:
         cell += f" ({found.min():.1f} to {found.max():.1f})"
       cells.append(cell)
@@ -81,7 +73,7 @@ def table(road: Road, seeds: int) -> str:
   return "\n".join(lines)
 
 
-def plot(road: Road, seeds: int, path: str) -> None:
+def plot(road: Road, path: str) -> None:
   import matplotlib
 
   matplotlib.use("Agg")
@@ -102,11 +94,10 @@ def plot(road: Road, seeds: int, path: str) -> None:
         points = zip(*sorted(loss.items()))
         first.plot(*points, style, color=color, markersize=3)
     for axis, task in zip(others, TASKS):
-      for seed in range(seeds):
+      for seed in range(TASKS[task].seeds):
         curve = sorted(curve_of(road, start, task, seed).items())
-        if curve:
-          label = name if not seed else None
-          axis.plot(*zip(*curve), "-o", color=color, label=label, markersize=3)
+        label = name if not seed else None
+        axis.plot(*zip(*curve), "-o", color=color, label=label, markersize=3)
   first.set_title("loss on its own objective; dots: held-out books")
   first.title.set_fontsize(9)
   for axis, (task, setting) in zip(others, TASKS.items()):
