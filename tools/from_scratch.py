@@ -58,10 +58,6 @@ OBJECTIVES = {
 # Adafactor's, relative to the parameters.
 RATE = 0.01
 RECIPE = "recipes/fat5_from_scratch.gin"
-ADAPTING = """
-include 'recipes/fat5_from_scratch.gin'
-include 'models/from_checkpoint.gin'
-"""
 SENTENCES = """
 from __gin__ import dynamic_registration
 include 'recipes/classify.gin'
@@ -246,15 +242,12 @@ class Road:
     self.do(start, *training(RECIPE, flags | {"MODEL_DIR": start}))
     self._export(start, f"{start}-books-hf")
 
-    path = self.path("adapting.gin")
-    with open(path, "w", encoding="utf-8") as file:
-      file.write(ADAPTING)
     adapted = f"{start}-texts"
     flags = self._reading(start, self.task_files)
     rows = self.tokens / 3 / self.tokens_a_row(start, self.task_files)
     flags |= self._steps(rows) | {"MODEL_DIR": adapted}
     flags |= {"INITIAL_CHECKPOINT_PATH": self.path(f"{start}-books-hf")}
-    self.do(adapted, *training(path, flags))
+    self.do(adapted, *training(RECIPE, flags, "models/from_checkpoint.gin"))
     self._export(adapted, f"{start}-hf")
 
   def _reading(self, objective: str, files: dict) -> dict:
@@ -339,10 +332,11 @@ def run_name(start: str, task: str, seed: int) -> str:
   return f"{start}-{task.replace(' ', '_')}-{seed}"
 
 
-def training(gin_file: str, flags: dict) -> list[str]:
-  """Arguments of a training."""
-  words = ["-m", "fat5_jax.train", f"--gin_file={gin_file}"]
-  return words + [f"--gin.{name}={value!r}" for name, value in flags.items()]
+def training(gin_file: str, flags: dict, *more: str) -> list[str]:
+  """Arguments of a training, from gin files of which the later decide."""
+  words = [f"--gin_file={name}" for name in (gin_file, *more)]
+  words += [f"--gin.{name}={value!r}" for name, value in flags.items()]
+  return ["-m", "fat5_jax.train", *words]
 
 
 # ---- The data ----------------------------------------------------------------
