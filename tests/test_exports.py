@@ -25,7 +25,7 @@ import yaml
 from fat5_jax import trees
 from fat5_jax.checkpoints import reference
 from fat5_jax.convert import hf, hf_heads, model_card, table
-from fat5_jax.data import records, tasks
+from fat5_jax.data import records, sources, tasks
 from fat5_jax.inference import decoding
 from fat5_jax.models import factory
 from fat5_jax.models.config import HeadConfig
@@ -479,13 +479,27 @@ def card_of_run(tmp_path, **model_json):
   return model_card.text(exports.T5.with_head(head), "hf_code", facts)
 
 
+def test_a_model_card_names_data_sets_of_the_hub(tmp_path):
+  """As the sources record them: a file, or a folder, has no name there."""
+  hub, folder = (
+    sources.HuggingFace(path).record() for path in ("me/mine", str(tmp_path))
+  )
+  mixture = {
+    name: {"name": name, "source": source}
+    for name, source in (("a", hub), ("b", folder), ("c", hub), ("d", None))
+  }
+  text = card_of_run(tmp_path, task={"name": "all", "mixture": mixture})
+  front = yaml.safe_load(text.split("---\n", 2)[1])
+  assert front["datasets"] == ["me/mine"]
+
+
 def test_a_model_card_says_what_the_run_folder_knows(tmp_path):
   task = {"name": 'my "own", task', "kind": "classification", "label": "y|z"}
   text = card_of_run(tmp_path, task=task, random_seed=7)
   _, front, body = text.split("---\n", 2)
   front = yaml.safe_load(front)
   assert front["base_model"] == "google/t5-v1_1-base"
-  assert front["datasets"] == [task["name"]]
+  assert "datasets" not in front
   assert front["pipeline_tag"] == "text-classification"
   (result,) = front["model-index"][0]["results"]
   assert {"type": "accuracy", "value": 0.75} in result["metrics"]

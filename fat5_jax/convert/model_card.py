@@ -186,8 +186,8 @@ def _front_matter(config, head, task, base, metrics) -> str:
     lines.append(f"base_model: {_quoted(base)}")
   lines += ["tags:", f"- {config.model_type}", "- fat5_jax"]
   name = task.get("name")
-  if name:
-    lines += ["datasets:", f"- {_quoted(name)}"]
+  if datasets := _datasets(task):
+    lines += ["datasets:", *(f"- {_quoted(one)}" for one in datasets)]
   results = [m for m in metrics if m[0].startswith("inference_eval")]
   if results:
     lines += ["model-index:", f"- name: {_quoted(name or 'fat5_jax')}"]
@@ -219,9 +219,20 @@ def _task_lines(task: Mapping[str, Any]) -> str:
   return "## Task\n\n" + _table(("what", "value"), rows)
 
 
+def _parts(task: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+  """The tasks of a mixture, or the task."""
+  return list(task.get("mixture", {"": task}).values())
+
+
+def _datasets(task: Mapping[str, Any]) -> list[str]:
+  """What a reader finds on the hub; files of one's own have no name there."""
+  found = [(part.get("source") or {}).get("dataset") for part in _parts(task)]
+  return sorted({one for one in found if one})
+
+
 def _objective(task: Mapping[str, Any]) -> Any:
   """That of a pre-training, of all its texts the same; else None."""
-  parts = list(task.get("mixture", {"": task}).values())
+  parts = _parts(task)
   if any(part.get("factory") != "pretraining.text" for part in parts):
     return None
   found = [part.get("arguments", {}).get("objective") for part in parts]
