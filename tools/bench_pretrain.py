@@ -45,7 +45,10 @@ ALONE = {
 
 
 def task_of(args, objective: str, text_length: int | None):
-  import seqio
+  from fat5_jax import console
+
+  with console.without_native_lines():
+    import seqio
 
   from fat5_jax.data import pretraining, sources
 
