@@ -204,8 +204,8 @@ What gains and what does not, and what else was tried: [pairs.md](pairs.md).
 
 {samples}
 
-By transformers from UL2's export after the books (4 beams); summaries greedy, of
-held-out dialogues.
+By transformers from UL2's export after the books (4 beams); summaries greedy,
+of held-out dialogues.
 
 Made by `tools/from_scratch.py`.
 """
