@@ -230,16 +230,19 @@ class Road:
 
   def begin(self) -> None:
     """The weights that all begin with: a step of a rate of 0."""
-    flags = {"TRAIN_STEPS": 1, "LEARNING_RATE": 0.0, "WARMUP_STEPS": 0}
-    flags |= self._reading("ul2", self.files) | {"EVAL_SPLIT": None}
-    self.do("nothing", *training(RECIPE, flags | {"MODEL_DIR": "nothing"}))
+    flags = self._reading("ul2", self.files)
+    flags |= {"VOCAB_FILE": self.vocabulary, "MODEL_DIR": "nothing"}
+    flags |= {"TRAIN_STEPS": 1, "LEARNING_RATE": 0.0, "WARMUP_STEPS": 0}
+    flags |= {"EVAL_SPLIT": None}
+    self.do("nothing", *training(RECIPE, flags))
     self._export("nothing", "nothing-hf")
 
   def pretrain(self, start: str) -> None:
     """By an objective: first mostly books, then the tasks' texts."""
     flags = self._reading(start, self.files)
     flags |= self._steps(self.tokens / self.tokens_a_row(start, self.files))
-    self.do(start, *training(RECIPE, flags | {"MODEL_DIR": start}))
+    flags |= {"VOCAB_FILE": self.vocabulary, "MODEL_DIR": start}
+    self.do(start, *training(RECIPE, flags))
     self._export(start, f"{start}-books-hf")
 
     adapted = f"{start}-texts"
@@ -253,7 +256,6 @@ class Road:
   def _reading(self, objective: str, files: dict) -> dict:
     lengths = dict(OBJECTIVES[objective])
     return {
-      "VOCAB_FILE": self.vocabulary,
       "TRAIN_FILES": files,
       "VALIDATION_FILES": os.path.join(self.data, HELD_OUT),
       "OBJECTIVE": objective,

@@ -161,9 +161,10 @@ python tools/train_vocabulary.py spiece.model '/data/books/train*' --pieces 8000
 python -m fat5_jax.train --gin_file=recipes/fat5_from_scratch.gin \\
   --gin.VOCAB_FILE=spiece.model --gin.TRAIN_FILES='/data/books/train*' \\
   --gin.VALIDATION_FILES='/data/books/dev*' --gin.MODEL_DIR=/tmp/fat5
+python tools/convert_checkpoint.py /tmp/fat5 /models/fat5-books --to hf
 python -m fat5_jax.train --gin_file=recipes/fat5_from_scratch.gin \\
   --gin_file=models/from_checkpoint.gin \\
-  --gin.INITIAL_CHECKPOINT_PATH=/tmp/fat5 --gin.VOCAB_FILE=spiece.model \\
+  --gin.INITIAL_CHECKPOINT_PATH=/models/fat5-books --gin.TRAIN_STEPS=2000 \\
   --gin.TRAIN_FILES='/data/reviews/train*' \\
   --gin.VALIDATION_FILES='/data/reviews/dev*' --gin.MODEL_DIR=/tmp/reviews
 python tools/convert_checkpoint.py /tmp/reviews /models/fat5 --to hf
@@ -173,6 +174,10 @@ python -m fat5_jax.train --gin_file=recipes/classify.gin \\
   --gin.MODEL_DIR=/tmp/sst2
 python tools/convert_checkpoint.py /tmp/sst2 /models/fat5-sst2 --to hf
 ```
+
+The second reading begins with the export: it counts its steps from 0, with a
+schedule of its own. From the run folder itself a run goes on counting, and
+TRAIN_STEPS would have to be more than the 8,000 that it has.
 
 A model of {parameters:.1f}M parameters ({size:.1f} MB in bfloat16) reads
 {tokens:.1f}M tokens by each objective, from the same weights. Three quarters of

@@ -106,8 +106,9 @@ class Run:
   def __post_init__(self):
     if (self.total_steps is None) == (self.relative_steps is None):
       raise UserError(
-        "set one of TRAIN_STEPS (counted from step 0 of the checkpoint) and"
-        " TRAIN_STEPS_RELATIVE"
+        f"TRAIN_STEPS = {self.total_steps} (counted from step 0 of the"
+        f" checkpoint) and TRAIN_STEPS_RELATIVE = {self.relative_steps}, which"
+        " a recipe may have set: set one of them, and the other to None"
       )
     if not isinstance(self.random_seed, int):
       raise UserError(

@@ -9,6 +9,7 @@ from fat5_jax import console, trees
 from fat5_jax.checkpoints import load, optimizer_state, reference
 from fat5_jax.checkpoints.checkpointer import Checkpointer
 from fat5_jax.distributed import hosts
+from fat5_jax.errors import UserError
 from fat5_jax.training import averaging, same_run
 from fat5_jax.training.run import Run
 from fat5_jax.training.steps import TrainState
@@ -99,6 +100,7 @@ def _other_checkpoint(run: Run) -> Start:
   begin_step, core = 0, None
   if source.has_optimizer and source.continues:
     begin_step = reference.read_step(source)
+    _check_steps(run, source.path, begin_step)
     params = optimizer_state.compensated(source, params, run.partitioner)
     core = _its_optimizer(run, source)
   console.say(f"starting from {source.path}, step {begin_step}")
@@ -106,6 +108,17 @@ def _other_checkpoint(run: Run) -> Start:
     console.say(f"not in it, so initialised: {', '.join(fresh)}")
   state = program.state_from(begin_step, params, core)
   return Start(state, begin_step, begin_step, _beginning(run))
+
+
+def _check_steps(run: Run, path: str, begin_step: int) -> None:
+  if run.total_steps is not None and run.total_steps <= begin_step:
+    raise UserError(
+      f"TRAIN_STEPS = {run.total_steps} counts from step 0 of {path}, which is"
+      f" at step {begin_step}: nothing is left to train. Set it to more than"
+      " that, or take TRAIN_STEPS = None and TRAIN_STEPS_RELATIVE; an export"
+      " of the checkpoint (tools/convert_checkpoint.py --to hf) begins at step"
+      " 0, with its schedule and a fresh optimizer"
+    )
 
 
 def _its_optimizer(run: Run, source: reference.CheckpointRef) -> Any:
