@@ -111,14 +111,19 @@ def _other_checkpoint(run: Run) -> Start:
 
 
 def _check_steps(run: Run, path: str, begin_step: int) -> None:
-  if run.total_steps is not None and run.total_steps <= begin_step:
-    raise UserError(
-      f"TRAIN_STEPS = {run.total_steps} counts from step 0 of {path}, which is"
-      f" at step {begin_step}: nothing is left to train. Set it to more than"
-      " that, or take TRAIN_STEPS = None and TRAIN_STEPS_RELATIVE; an export"
-      " of the checkpoint (tools/convert_checkpoint.py --to hf) begins at step"
-      " 0, with its schedule and a fresh optimizer"
-    )
+  if run.total_steps is None or run.total_steps > begin_step:
+    return
+  text = (
+    f"TRAIN_STEPS = {run.total_steps} counts from step 0 of {path}, which is at"
+    f" step {begin_step}: nothing is left to train. To train set it to more"
+    " than that, or take TRAIN_STEPS = None and TRAIN_STEPS_RELATIVE; an export"
+    " of the checkpoint (tools/convert_checkpoint.py --to hf) begins at step"
+    " 0, its schedule and optimizer anew"
+  )
+  # As many steps as it has make another run of it: other layers, other types.
+  if run.total_steps < begin_step:
+    raise UserError(text)
+  console.say(f"note: {text}")
 
 
 def _its_optimizer(run: Run, source: reference.CheckpointRef) -> Any:
