@@ -9,8 +9,8 @@ format of Hugging Face; and fine-tunes the exports on six tasks, with one recipe
 a task.
 Three quarters of the texts are books. The others are what the tasks' training
 rows say, without their labels, and paragraphs of SQuAD. An export reads on, by
-its own objective, a third as many tokens: most of them SST-2's sentences, the
-others those texts (arXiv:2004.10964).
+its own objective, a third as many tokens: three quarters of the examples are
+SST-2's sentences, the others those texts (arXiv:2004.10964).
 
 Every step is a command of the library, written beside its results, two of them
 at a time, on half of the cores each; what is in the folder already is kept, and

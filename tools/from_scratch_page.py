@@ -183,8 +183,8 @@ A model of {parameters:.1f}M parameters ({size:.1f} MB in bfloat16) reads
 {tokens:.1f}M tokens by each objective, from the same weights. Three quarters of
 the examples are of books, each token once; the others of the tasks' training
 rows, without their labels, and of SQuAD's paragraphs. Then it reads a third as
-many, most of them SST-2's sentences, without their labels too, and the tasks'
-again.
+many, in three quarters of the examples SST-2's sentences, without their labels
+too, in the others the tasks' texts again.
 
 ## Does it pay?
 

@@ -13,6 +13,7 @@ import threading
 import time
 
 import pytest
+import safetensors.numpy
 from test_train import write_tiny
 from zygote import ROOT
 
@@ -96,6 +97,9 @@ def test_a_signal_at_any_moment_is_a_line(folder, name, number, seed):
       elif path.is_file():
         lines = path.read_text().splitlines()
         assert len(lines) == LINES and all(map(json.loads, lines))
+      elif path.is_dir():
+        assert safetensors.numpy.load_file(path / "model.safetensors")
+        assert json.loads((path / "config.json").read_text())
       remove = shutil.rmtree if path.is_dir() else os.unlink
       with contextlib.suppress(FileNotFoundError):
         remove(path)
